@@ -1,0 +1,55 @@
+# `make` alone prints this help. The profile `testbed` is the notebooks' own default and has no file.
+PROFILE  ?= testbed
+NOTEBOOKS ?= $(basename $(notdir $(wildcard notebooks/0*.ipynb)))
+PYTHON   ?= python3
+VENV     := .venv
+BIN      := $(VENV)/bin
+READY    := $(VENV)/.ready
+# notebooks of the default profile are committed where they lie; other profiles' go beside their results
+OUT      := $(if $(filter testbed,$(PROFILE)),notebooks,data/results/$(PROFILE))
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+help:  ## print this help
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+	@echo 'PROFILE=name  takes notebooks/params/name.yaml;  LOCK=1  installs the exact versions of requirements.lock'
+
+setup: $(READY)  ## make .venv from pyproject.toml
+
+$(READY): pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(if $(LOCK),-c requirements.lock) -e '.[dev]'
+	@touch $@
+
+reproduce: $(READY)  ## run the notebooks end to end and rewrite figures/
+	@test $(PROFILE) = testbed -o -f notebooks/params/$(PROFILE).yaml || { echo "no profile notebooks/params/$(PROFILE).yaml" >&2; exit 2; }
+	@mkdir -p $(OUT)
+	@set -e; for n in $(NOTEBOOKS); do \
+	  echo "== $$n ($(PROFILE))"; \
+	  $(BIN)/python -m papermill notebooks/$$n.ipynb $(OUT)/$$n.partial.ipynb --cwd notebooks \
+	    $(if $(filter testbed,$(PROFILE)),,-f notebooks/params/$(PROFILE).yaml) --execution-timeout 7200 --no-progress-bar --log-level WARNING; \
+	  $(BIN)/python -m corehead.notebooks clean $(OUT)/$$n.partial.ipynb; \
+	  mv $(OUT)/$$n.partial.ipynb $(OUT)/$$n.ipynb; \
+	done
+
+test: $(READY)  ## unit tests, then the notebooks against their committed outputs
+	$(BIN)/python -m pytest tests
+	COREHEAD_OUTPUT=$$(mktemp -d) $(BIN)/python -m pytest --nbval --nbval-sanitize-with notebooks/sanitize.cfg \
+	  --nbval-cell-timeout 600 notebooks
+
+lint: $(READY)  ## ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+testbed: $(READY)  ## train the testbed again from nothing, or go on after an interruption
+	$(BIN)/python -m corehead.testbed.train --out data/testbed/qwen3vl-s
+
+bench: $(READY)  ## time scoring against plain forward passes; rewrites data/results/bench
+	$(BIN)/python -m corehead.bench
+
+clean:  ## remove caches and half-written files
+	rm -rf data/cache .pytest_cache .hypothesis .ruff_cache build *.egg-info
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	rm -f notebooks/*.partial.ipynb
+
+.PHONY: help setup reproduce test lint testbed bench clean
+.DEFAULT_GOAL := help

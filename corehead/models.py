@@ -1,0 +1,412 @@
+"""Load a checkpoint, and say where an architecture keeps its layers and its visual tokens."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.image_processing_utils import select_best_resolution
+from transformers.models.got_ocr2.image_processing_got_ocr2 import get_optimal_tiled_canvas
+
+
+@dataclass
+class Medium:
+    """One image or video as the language model sees it.
+
+    Attributes
+    ----------
+    kind : "image" or "video"; index : its place among the media of that kind.
+    size : (T, H, W) in frames and pixels of what was given; T = 1 for an image.
+    tokens : (n,) int64, positions in input_ids.
+    boxes : (n, 4) float64, the pixels (x1, y1, x2, y2) that each token looks at; NaN for newline slots.
+    frames : (n, 2) int64, half-open range of frames that each token looks at.
+    view : (n,) int64, which view of the picture a token belongs to: the tiles or the thumbnail, the base view or the
+        crops, a frame or pair of frames of a video.
+    closers : tokens that the processor adds behind the last visual token.
+    """
+
+    kind: str
+    index: int
+    size: tuple[int, int, int]
+    tokens: np.ndarray
+    boxes: np.ndarray
+    frames: np.ndarray
+    view: np.ndarray
+    closers: int = 0
+
+
+def _edges(n: int, length: float) -> np.ndarray:
+    """(n, 2) equal intervals over [0, length]."""
+    edge = np.arange(n + 1) * (length / n)
+    return np.stack([edge[:-1], edge[1:]], 1)
+
+
+def _cells(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """Row intervals (R, 2) and column intervals (C, 2) to boxes (R * C, 4), row by row."""
+    r, c = np.repeat(rows, len(columns), 0), np.tile(columns, (len(rows), 1))
+    return np.stack([c[:, 0], r[:, 0], c[:, 1], r[:, 1]], 1)
+
+
+class Family:
+    """What corehead must know of an architecture. One instance each, in `FAMILIES`."""
+
+    name = "text"
+    nested_images = False
+
+    def decoder(self, model: PreTrainedModel) -> torch.nn.Module:
+        """The module that holds `layers`."""
+        return model.model
+
+    def visual_ids(self, config: PretrainedConfig) -> tuple[int, ...]:
+        """Token ids that stand for visual features."""
+        return ()
+
+    def placeholders(self, processor: Any) -> tuple[str, str] | None:
+        """What the chat template writes for an image and for a video."""
+        return None
+
+    def media(self, mllm: MLLM, ids: np.ndarray, inputs: dict, given: list[tuple]) -> list[Medium]:
+        """Geometry of every visual token. `given`: (kind, index, (T, H, W)) of each medium, in the prompt's order."""
+        return []
+
+    def positions(self, mllm: MLLM, inputs: dict) -> torch.Tensor:
+        """Position ids of a whole unpadded sequence, (1, L) or (3, 1, L)."""
+        length = inputs["input_ids"].shape[1]
+        return torch.arange(length, device=inputs["input_ids"].device)[None]
+
+
+class Qwen3VL(Family):
+    """One token a merged patch of the resized picture; a video has one grid for each pair of frames."""
+
+    name = "qwen3_vl"
+
+    def decoder(self, model):
+        return model.model.language_model
+
+    def visual_ids(self, config):
+        return config.image_token_id, config.video_token_id
+
+    def placeholders(self, processor):
+        return processor.image_token, processor.video_token
+
+    def media(self, mllm, ids, inputs, given):
+        config, out = mllm.model.config, []
+        merge = config.vision_config.spatial_merge_size
+        place = {k: np.flatnonzero(ids == i) for k, i in zip(("image", "video"), self.visual_ids(config), strict=True)}
+        for kind, i, size in given:
+            t, rows, columns = (int(g) for g in inputs[f"{kind}_grid_thw"][i])
+            rows, columns = rows // merge, columns // merge
+            cells = np.tile(_cells(_edges(rows, size[1]), _edges(columns, size[2])), (t, 1))
+            step = config.vision_config.temporal_patch_size if kind == "video" else 1
+            first = np.repeat(np.arange(t), rows * columns) * step
+            frames = np.stack([first, np.minimum(first + step, size[0])], 1)
+            tokens, place[kind] = np.split(place[kind], [len(cells)])
+            out.append(Medium(kind, i, size, tokens, cells, frames, first // step, closers=int(kind == "video")))
+        return out
+
+    def positions(self, mllm, inputs):
+        if "mm_token_type_ids" not in inputs:
+            return super().positions(mllm, inputs)
+        return mllm.model.model.get_rope_index(
+            inputs["input_ids"],
+            mm_token_type_ids=inputs["mm_token_type_ids"],
+            image_grid_thw=inputs.get("image_grid_thw"),
+            video_grid_thw=inputs.get("video_grid_thw"),
+        )[0]
+
+
+class InternVL(Family):
+    """A picture is stretched over C x R tiles of u x u tokens each, and a thumbnail follows; a frame is one tile."""
+
+    name = "internvl"
+
+    def decoder(self, model):
+        return model.model.language_model
+
+    def visual_ids(self, config):
+        return (config.image_token_id,)
+
+    def placeholders(self, processor):
+        return processor.image_token, processor.video_token
+
+    def media(self, mllm, ids, inputs, given):
+        settings, per_tile, out = mllm.processor.image_processor, mllm.processor.image_seq_length, []
+        tile, unit = (settings.size["height"], settings.size["width"]), math.isqrt(per_tile)
+        place = np.flatnonzero(ids == mllm.model.config.image_token_id)
+        for kind, i, size in given:
+            t, h, w = size
+            whole = _cells(_edges(unit, h), _edges(unit, w))
+            if kind == "video":
+                boxes, first = np.tile(whole, (t, 1)), np.repeat(np.arange(t), per_tile)
+                view = first
+            else:
+                # nothing stands between an image's tiles, so that the run of tokens is the image
+                run = int((np.diff(place, append=-1) != 1).argmax()) + 1 if len(place) else 0
+                boxes = whole
+                if run > per_tile:
+                    columns, rows = get_optimal_tiled_canvas((h, w), tile, settings.min_patches, settings.max_patches)
+                    canvas = _cells(_edges(rows * unit, h), _edges(columns * unit, w))
+                    canvas = canvas.reshape(rows, unit, columns, unit, 4).swapaxes(1, 2).reshape(-1, 4)  # tile by tile
+                    boxes = np.concatenate([canvas, whole])
+                first = np.zeros(len(boxes), np.int64)
+                view = (np.arange(len(boxes)) >= len(boxes) - per_tile).astype(np.int64) * (run > per_tile)
+            tokens, place = np.split(place, [len(boxes)])
+            out.append(Medium(kind, i, size, tokens, boxes, np.stack([first, first + 1], 1), view, closers=1))
+        return out
+
+
+class LlavaOnevision(Family):
+    """A base view, then the crops' features unpadded, each row closed by a newline slot (anyres)."""
+
+    name = "llava_onevision"
+    nested_images = True
+
+    def decoder(self, model):
+        return model.model.language_model
+
+    def visual_ids(self, config):
+        return config.image_token_id, config.video_token_id
+
+    def placeholders(self, processor):
+        return processor.image_token, processor.video_token
+
+    def media(self, mllm, ids, inputs, given):
+        config, out = mllm.model.config, []
+        side, patch = config.vision_config.image_size, config.vision_config.patch_size
+        n, newline = side // patch, np.full((1, 4), np.nan)
+        place = {k: np.flatnonzero(ids == i) for k, i in zip(("image", "video"), self.visual_ids(config), strict=True)}
+        single = sum(kind == "image" for kind, _, _ in given) == 1
+        for kind, i, size in given:
+            t, h, w = size
+            frames = np.zeros(1, np.int64)
+            if kind == "video":  # the features of a frame are resampled n -> ceil(n / 2), one newline slot at the end
+                rows, columns = (_bilinear(_patches(n, patch, side, x), math.ceil(n / 2)) for x in (h, w))
+                cells = _cells(rows, columns)
+                boxes = np.concatenate([np.tile(cells, (t, 1)), newline])
+                frames = np.append(np.repeat(np.arange(t), len(cells)), t)
+            elif single:
+                base = _cells(_patches(n, patch, side, h), _patches(n, patch, side, w))
+                boxes = np.concatenate([base, self._crops(mllm, h, w, side, patch, n)])
+            else:  # padded to a square, no crops
+                long = max(h, w)
+                rows, columns = (_patches(n, patch, side, long, (long - x) // 2, x) for x in (h, w))
+                boxes = np.concatenate([_cells(rows, columns), newline])
+            boxes[(boxes[:, 2] <= boxes[:, 0]) | (boxes[:, 3] <= boxes[:, 1])] = np.nan  # on the padding alone
+            frames = np.broadcast_to(frames, len(boxes))
+            view = frames if kind == "video" else (np.arange(len(boxes)) >= n * n).astype(np.int64)
+            tokens, place[kind] = np.split(place[kind], [len(boxes)])
+            out.append(Medium(kind, i, size, tokens, boxes, np.stack([frames, frames + 1], 1), view))
+        return out
+
+    def _crops(self, mllm, h, w, side, patch, n) -> np.ndarray:
+        best_h, best_w = select_best_resolution((h, w), mllm.model.config.image_grid_pinpoints)
+        scale_w, scale_h = best_w / w, best_h / h
+        if scale_w < scale_h:
+            new_w, new_h = best_w, min(math.ceil(h * scale_w), best_h)
+        else:
+            new_h, new_w = best_h, min(math.ceil(w * scale_h), best_w)
+        rows = _crop_axis(h, new_h, best_h, side, patch, n)
+        columns = _crop_axis(w, new_w, best_w, side, patch, n)
+        # unpad, in feature space, as the model does
+        if w / h > len(columns) / len(rows):
+            pad = (len(rows) - int(round(h * (len(columns) / w), 7))) // 2
+            rows = rows[pad : len(rows) - pad]
+        else:
+            pad = (len(columns) - int(round(w * (len(rows) / h), 7))) // 2
+            columns = columns[pad : len(columns) - pad]
+        limit = int(mllm.processor.vision_aspect_ratio.removeprefix("anyres_max_"))
+        ratio = math.sqrt(len(rows) * len(columns) / (limit * n * n))
+        if ratio > 1.1:
+            rows, columns = (_bilinear(axis, int(len(axis) // ratio)) for axis in (rows, columns))
+        cells = _cells(rows, columns).reshape(len(rows), len(columns), 4)
+        newlines = np.full((len(rows), 1, 4), np.nan)
+        return np.concatenate([cells, newlines], 1).reshape(-1, 4)
+
+
+def _patches(n: int, patch: int, side: int, length: float, offset: float = 0, limit: float = math.inf) -> np.ndarray:
+    """(n, 2) pixels under each of n patches when `length` pixels are stretched over `side`; the rest is dropped.
+
+    `offset` pixels of padding come first; what is cut at 0 and `limit` is padding too.
+    """
+    start = np.arange(n) * patch
+    pixels = np.stack([start, start + patch], 1) * (length / side) - offset
+    return pixels.clip(0, min(length, limit))
+
+
+def _crop_axis(size: int, fitted: int, canvas: int, side: int, patch: int, n: int) -> np.ndarray:
+    """(canvas / side * n, 2) pixels under each feature of the crops along one axis; empty on the padding."""
+    start = (np.arange(canvas // side)[:, None] * side + np.arange(n) * patch).reshape(-1)
+    pixels = (np.stack([start, start + patch], 1) - (canvas - fitted) // 2) * (size / fitted)
+    return pixels.clip(0, size)
+
+
+def _bilinear(axis: np.ndarray, n: int) -> np.ndarray:
+    """Intervals (m, 2) after a bilinear resampling m -> n (align_corners=False): the two that are mixed, together."""
+    source = ((np.arange(n) + 0.5) * (len(axis) / n) - 0.5).clip(0)
+    low = np.floor(source).astype(int)
+    high = np.minimum(low + (source > low), len(axis) - 1)
+    return np.stack([axis[low, 0], axis[high, 1]], 1)
+
+
+FAMILIES: dict[str, Family] = {
+    "qwen3_vl": Qwen3VL(),
+    "internvl": InternVL(),
+    "llava_onevision": LlavaOnevision(),
+    **dict.fromkeys(("llama", "qwen2", "qwen3"), Family()),
+}
+
+
+@dataclass(eq=False)
+class MLLM:
+    """A language model, multimodal or not, with what corehead needs to know of it.
+
+    Parameters
+    ----------
+    model : a transformers model of a supported family, in eval mode or not; it is not changed.
+    processor : its processor (a tokenizer for plain language models), or None for bare token ids.
+    source : where it came from, for provenance.
+    revision : commit or tag, for provenance.
+
+    Raises
+    ------
+    ValueError : the architecture is not supported.
+    """
+
+    model: PreTrainedModel
+    processor: Any = None
+    source: str = ""
+    revision: str | None = None
+    family: Family = field(init=False)
+
+    def __post_init__(self):
+        kind = self.model.config.model_type
+        if kind not in FAMILIES:
+            raise ValueError(
+                f"model_type {kind!r} is not supported: take one of {', '.join(FAMILIES)}, "
+                "or add a Family to corehead.models.FAMILIES"
+            )
+        self.family = FAMILIES[kind]
+
+    @cached_property
+    def text_config(self) -> PretrainedConfig:
+        return self.model.config.get_text_config()
+
+    @property
+    def n_layers(self) -> int:
+        return self.text_config.num_hidden_layers
+
+    @property
+    def n_heads(self) -> int:
+        """Query heads a layer."""
+        return self.text_config.num_attention_heads
+
+    @property
+    def n_kv_heads(self) -> int:
+        return self.text_config.num_key_value_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.attentions[0].head_dim
+
+    @property
+    def attentions(self) -> list[torch.nn.Module]:
+        """The self-attention module of every decoder layer."""
+        return [layer.self_attn for layer in self.family.decoder(self.model).layers]
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def tokenizer(self) -> Any:
+        if self.processor is None:
+            raise ValueError("this MLLM was made without a processor: give token ids (Tagged), or pass processor=")
+        return getattr(self.processor, "tokenizer", self.processor)
+
+    def tag(self, sample, construction: str = "geometry"):
+        """Tokenise a sample and find its target, visual, question and answer tokens: see `corehead.tagging.tag`."""
+        from .tagging import tag
+
+        return tag(self, sample, construction)
+
+    def __repr__(self) -> str:
+        heads = f"{self.n_layers} layers x {self.n_heads} heads ({self.n_kv_heads} KV)"
+        parameters = sum(p.numel() for p in self.model.parameters())
+        return (
+            f"MLLM({self.source or type(self.model).__name__}: {self.family.name}, {heads}, {parameters:,} parameters)"
+        )
+
+
+def load(
+    source: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str = "cpu",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> MLLM:
+    """Load a checkpoint from a folder or the hub.
+
+    Parameters
+    ----------
+    source : a folder, or a hub id such as "Qwen/Qwen3-VL-8B-Instruct".
+    dtype : "auto" (as saved), "float32", "bfloat16", "float16" or a torch dtype.
+    device : "cpu", "cuda", "cuda:1" ..., or "auto" to spread the layers over what there is.
+    revision : branch, tag or commit on the hub.
+    trust_remote_code : run code that the checkpoint brings along; off unless you say so.
+
+    Returns
+    -------
+    MLLM, in eval mode
+
+    Raises
+    ------
+    FileNotFoundError : no such folder, and not to be had from the hub.
+    ValueError : the architecture is not supported; the weights do not fit the architecture.
+    """
+    folder = Path(source)
+    name = str(source)
+    if not folder.is_dir() and (folder.is_absolute() or name.count("/") != 1 or name.startswith(("data/", "."))):
+        raise FileNotFoundError(f"{name}: no such folder. Testbed models are trained by `make testbed`")
+    options = dict(revision=revision, trust_remote_code=trust_remote_code)
+    try:
+        config = AutoConfig.from_pretrained(name, **options)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"{name}: cannot be loaded ({str(error).splitlines()[0]}). "
+            f"With a network, `hf download {name}` fetches it; without one, give the folder"
+        ) from error
+    if config.model_type not in FAMILIES:
+        raise ValueError(f"{name}: model_type {config.model_type!r} is not supported; {', '.join(FAMILIES)} are")
+    multimodal = FAMILIES[config.model_type].name != "text"
+    auto = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
+    placement = dict(device_map="auto") if device == "auto" else {}
+    try:
+        model, info = auto.from_pretrained(
+            name, dtype=dtype, use_safetensors=True, output_loading_info=True, **placement, **options
+        )
+    except Exception as error:  # safetensors and transformers raise many kinds for a bad file
+        raise ValueError(
+            f"{name}: the weights cannot be read ({error}). Fetch or train the checkpoint again"
+        ) from error
+    lacking = {k: sorted(info[k])[:3] for k in ("missing_keys", "mismatched_keys", "unexpected_keys") if info.get(k)}
+    if lacking:
+        raise ValueError(f"{name}: the weights do not fit the architecture: {lacking}. Fetch or train it again")
+    if device != "auto":
+        model = model.to(device)
+    processor = (AutoProcessor if multimodal else AutoTokenizer).from_pretrained(name, **options)
+    return MLLM(model.eval(), processor, source=name, revision=revision or getattr(config, "_commit_hash", None))

@@ -1,0 +1,317 @@
+"""All figures: one style, one function a figure. Colour-blind palette; markers or line styles vary with colour."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+import xarray as xr
+from matplotlib.axes import Axes
+from matplotlib.collections import PatchCollection
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
+
+from .models import Medium
+from .ranking import HeadSet, heads_for_share
+from .stats import mean_interval
+from .tagging import Prompt, Tagged, to_image
+
+ROOT = Path(__file__).resolve().parent.parent
+PALETTE = sns.color_palette("colorblind")
+DOMAIN = {"image": 0, "document": 1, "video": 2, "text": 4}
+MARKER = {"image": "o", "document": "s", "video": "^", "text": "D"}
+KINDS = {  # of tokens, in the order of the strip's colour map
+    "text": "#d9d9d9",
+    "question": PALETTE[2],
+    "answer": PALETTE[4],
+    "visual": "#a6cee3",
+    "target": PALETTE[3],
+}
+
+sns.set_theme(
+    context="notebook",
+    style="ticks",
+    palette="colorblind",
+    rc={
+        "axes.spines.right": False,
+        "axes.spines.top": False,
+        "axes.titlesize": "medium",
+        "figure.constrained_layout.use": True,
+        "figure.dpi": 100,
+        "legend.frameon": False,
+        "pdf.fonttype": 42,
+        "savefig.dpi": 150,
+        "svg.hashsalt": "corehead",
+    },
+)
+
+
+def save(figure: Figure, name: str, profile: str = "testbed") -> None:
+    """Write a figure as png and pdf to figures/ (the default profile) or figures/<profile>/.
+
+    The environment variable COREHEAD_OUTPUT takes the place of the repository, so that tests overwrite nothing.
+    """
+    folder = Path(os.environ.get("COREHEAD_OUTPUT", ROOT)) / "figures"
+    folder = folder if profile == "testbed" else folder / profile
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(folder / f"{name}.png", metadata={"Software": None})
+    figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None, "Producer": None, "Creator": None})
+
+
+# --- tokens
+
+
+def token_kinds(tagged: Tagged) -> np.ndarray:
+    """(L,) index into KINDS of every token; what comes later in KINDS wins, and target wins over all."""
+    kind = np.zeros(len(tagged.ids), int)
+    for i, name in enumerate(KINDS):
+        if name != "text":
+            kind[getattr(tagged, name)] = i
+    return kind
+
+
+def token_strip(ax: Axes, tagged: Tagged) -> None:
+    """All tokens of a sample as one strip, coloured by what they are."""
+    kind = token_kinds(tagged)
+    ax.imshow(kind[None], aspect="auto", cmap=ListedColormap(list(KINDS.values())), vmin=0, vmax=len(KINDS) - 1)
+    ax.set(yticks=[], xlabel="token")
+    sns.despine(ax=ax, left=True)
+    counts = {name: int((kind == i).sum()) for i, name in enumerate(KINDS)}
+    handles = [Patch(color=KINDS[name], label=f"{name} ({n})") for name, n in counts.items() if n]
+    ax.legend(handles=handles, ncols=len(handles), loc="lower center", bbox_to_anchor=(0.5, 1.0), fontsize="small")
+
+
+def _pixels(tagged: Tagged, medium: Medium, frame: int) -> np.ndarray:
+    parts = [p for m in tagged.sample.messages if isinstance(m["content"], list) for p in m["content"]]
+    value = [p[medium.kind] for p in parts if p.get("type") == medium.kind][medium.index]
+    if medium.kind == "video":
+        return np.asarray(value)[frame]
+    return np.asarray(to_image(value, tagged.sample.id, "image"))
+
+
+def _views(tagged: Tagged) -> list[tuple[Medium, int]]:
+    return [(m, int(v)) for m in tagged.image_grid for v in np.unique(m.view[~np.isnan(m.boxes[:, 0])])]
+
+
+def draw_view(ax: Axes, tagged: Tagged, medium: Medium, view: int, weight: np.ndarray | None = None) -> None:
+    """One picture with its tokens' cells: target cells lit, or all cells coloured by a weight in [0, 1].
+
+    Parameters
+    ----------
+    ax, tagged : where and what.
+    medium, view : which picture, and which view of it.
+    weight : (L,) over all tokens; None lights V*.
+    """
+    mine = (medium.view == view) & ~np.isnan(medium.boxes[:, 0])
+    tokens, boxes = medium.tokens[mine], medium.boxes[mine]
+    frame = int(medium.frames[mine][0, 0])
+    ax.imshow(_pixels(tagged, medium, frame), extent=(0, medium.size[2], medium.size[1], 0), alpha=0.55)
+    cells = [Rectangle((x1, y1), x2 - x1, y2 - y1) for x1, y1, x2, y2 in boxes]
+    lit = np.isin(tokens, tagged.target)
+    if weight is None:
+        ax.add_collection(PatchCollection(cells, facecolor="none", edgecolor="#777777", linewidth=0.35))
+    else:
+        shade = PatchCollection(cells, cmap="rocket_r", alpha=0.65, linewidth=0)
+        shade.set_array(weight[tokens])
+        shade.set_clim(0, 1)
+        ax.add_collection(shade)
+    face = (*KINDS["target"], 0.45) if weight is None else "none"
+    hit = [c for c, on in zip(cells, lit) if on]
+    ax.add_collection(PatchCollection(hit, facecolor=face, edgecolor=KINDS["target"], linewidth=1.5))
+    ax.set(xticks=[], yticks=[], xlim=(0, medium.size[2]), ylim=(medium.size[1], 0))
+    sns.despine(ax=ax, left=True, bottom=True)
+
+
+def _view_name(medium: Medium, view: int) -> str:
+    if medium.kind == "video":
+        first, last = medium.frames[medium.view == view][0]
+        return f"frame {first}" if last - first == 1 else f"frames {first}-{last - 1}"
+    return f"image {medium.index}" + ("" if medium.view.max() == 0 else f", view {view}")
+
+
+def show_tags(tagged: Tagged, width: float = 9.0, columns: int = 8) -> Figure:
+    """Every picture, page or frame of a sample with the cells of V* lit, and all its tokens as a strip below.
+
+    Parameters
+    ----------
+    tagged : a tagged sample with media.
+    width : inches.
+    columns : pictures in a row, at most.
+
+    Returns
+    -------
+    Figure
+    """
+    views = _views(tagged)
+    columns = max(1, min(columns, len(views)))
+    rows = -(-len(views) // columns)
+    ratio = max((m.size[1] / m.size[2] for m, _ in views), default=0)
+    picture = min(width / columns * ratio, 4.0)
+    figure = plt.figure(figsize=(width, rows * (picture + 0.3) + 1.1))
+    grid = figure.add_gridspec(rows + 1, columns, height_ratios=[*[picture + 0.3] * rows, 0.35])
+    for i, (medium, view) in enumerate(views):
+        ax = figure.add_subplot(grid[i // columns, i % columns])
+        draw_view(ax, tagged, medium, view)
+        ax.set_title(_view_name(medium, view), fontsize="small")
+    token_strip(figure.add_subplot(grid[rows, :]), tagged)
+    return figure
+
+
+def show_families(tagged: dict[str, Tagged], width: float = 10.0) -> Figure:
+    """The same picture and region in several families: a row a family, its views side by side, its strip below."""
+    views = {name: _views(t) for name, t in tagged.items()}
+    columns = max(map(len, views.values()))
+    figure = plt.figure(figsize=(width, len(tagged) * 3.6))
+    grid = figure.add_gridspec(2 * len(tagged), columns, height_ratios=[1, 0.1] * len(tagged))
+    for row, (name, t) in enumerate(tagged.items()):
+        for column, (medium, view) in enumerate(views[name]):
+            span = slice(column, None) if column == len(views[name]) - 1 else column
+            ax = figure.add_subplot(grid[2 * row, span])
+            draw_view(ax, t, medium, view)
+            n = int((medium.view == view).sum())
+            ax.set_title(f"{name}: {_view_name(medium, view)}, {n} tokens")
+        token_strip(figure.add_subplot(grid[2 * row + 1, :]), t)
+    return figure
+
+
+def show_text(tagged: Tagged, prompt: Prompt, width: float = 9.0, line: int = 68) -> Figure:
+    """A text prompt with every token's box coloured by what it is."""
+    figure, ax = plt.subplots(figsize=(width, 1.5))
+    kind, x, y = token_kinds(tagged), 0, 0
+    for place, (first, last) in zip(prompt.place, prompt.offsets):
+        text = prompt.text[first:last].strip()
+        if x + len(text) > line:
+            x, y = 0, y + 1
+        color = list(KINDS.values())[kind[place]]
+        ax.text(x, -y, text, family="monospace", fontsize="small", bbox=dict(facecolor=color, lw=0, pad=1.5))
+        x += len(text) + 1
+    ax.set(xlim=(0, line), ylim=(-y - 0.6, 0.9), xticks=[], yticks=[])
+    sns.despine(ax=ax, left=True, bottom=True)
+    return figure
+
+
+# --- the testbed
+
+
+def accuracies(tables: dict[str, pd.DataFrame], chance: dict[str, float] | None = None) -> Figure:
+    """Accuracy with intervals against size, one panel a domain (tables of `corehead.evaluation.accuracy`)."""
+    figure, axes = plt.subplots(1, len(tables), figsize=(2.3 * len(tables), 2.6), sharey=True)
+    for ax, (domain, table) in zip(axes, tables.items()):
+        error = [table.accuracy - table.low, table.high - table.accuracy]
+        style = dict(color=PALETTE[DOMAIN.get(domain, 7)], marker=MARKER.get(domain, "v"))
+        ax.errorbar(range(len(table)), table.accuracy, error, capsize=3, **style)
+        ax.set(title=domain.replace("_", " "), xlabel=table.index.name, ylim=(0, 1.03), xlim=(-0.5, len(table) - 0.5))
+        ax.set_xticks(range(len(table)), table.index)
+        if chance and domain in chance:
+            ax.axhline(chance[domain], ls=":", color="gray")
+    axes[0].set_ylabel("accuracy, test digits")
+    return figure
+
+
+# --- scores
+
+
+def head_maps(cores: dict[str, xr.DataArray], core: HeadSet | None = None, label: str = "RAM") -> Figure:
+    """Scores as maps layers x heads, one a domain; the heads of `core` are framed."""
+    figure, axes = plt.subplots(1, len(cores), figsize=(2.6 * len(cores) + 0.6, 2.6), sharey=True)
+    top = max(float(values.max()) for values in cores.values())
+    for ax, (name, values) in zip(np.atleast_1d(axes), cores.items()):
+        image = ax.imshow(values, cmap="rocket_r", vmin=0, vmax=top, aspect="auto")
+        for layer, head in core or ():
+            ax.add_patch(Rectangle((head - 0.5, layer - 0.5), 1, 1, fill=False, edgecolor=PALETTE[0], lw=1.6))
+        ax.set(title=name, xlabel="query head")
+    np.atleast_1d(axes)[0].set_ylabel("layer")
+    figure.colorbar(image, ax=axes, label=label)
+    return figure
+
+
+def sorted_curves(scores: dict[str, xr.DataArray], share: float = 0.5) -> tuple[Figure, pd.DataFrame]:
+    """Heads from best to worst: their score, and the positive mass that they hold together, with rho.
+
+    Parameters
+    ----------
+    scores : name -> (sample, layer, head).
+    share : of the mass, for rho.
+
+    Returns
+    -------
+    Figure, and a table: rho and its 95 % bootstrap interval over samples.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2))
+    rows = []
+    for name, values in scores.items():
+        values = values.dropna("sample").values
+        mean = values.mean(0)
+        low, high = mean_interval(values)
+        order = np.argsort(-mean, axis=None, kind="stable")
+        x = np.arange(1, len(order) + 1) / len(order)
+        style = dict(color=PALETTE[DOMAIN.get(name, 7)], marker=MARKER.get(name, "v"), markevery=0.08)
+        left.plot(x, mean.ravel()[order], label=name, **style)
+        left.fill_between(x, low.ravel()[order], high.ravel()[order], color=style["color"], alpha=0.2, lw=0)
+        mass = np.clip(mean.ravel()[order], 0, None).cumsum()
+        right.plot(x, mass / mass[-1], label=name, **style)
+        rng = np.random.default_rng(0)
+        again = rng.integers(len(values), size=(500, len(values)))
+        rhos = heads_for_share(np.stack([values[pick].mean(0) for pick in again]), share)
+        low, high = np.percentile(rhos, [2.5, 97.5])
+        rows.append({"domain": name, "rho": heads_for_share(mean, share), "low": low, "high": high})
+    right.axhline(share, ls=":", color="gray")
+    left.set(xlabel="share of heads, best first", ylabel="RAM", ylim=(0, None))
+    right.set(xlabel="share of heads, best first", ylabel="share of positive mass", ylim=(0, 1))
+    right.legend()
+    return figure, pd.DataFrame(rows).set_index("domain")
+
+
+def layer_profile(scores: dict[str, xr.DataArray]) -> Figure:
+    """Mean and best head of every layer, with 95 % bootstrap intervals over samples."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3), sharex=True)
+    for name, values in scores.items():
+        values = values.dropna("sample").values
+        best = values.mean(0).argmax(1)
+        for ax, per_layer in zip(axes, (values.mean(2), values[:, np.arange(len(best)), best])):
+            low, high = mean_interval(per_layer)
+            style = dict(color=PALETTE[DOMAIN.get(name, 7)], marker=MARKER.get(name, "v"))
+            ax.plot(per_layer.mean(0), label=name, **style)
+            ax.fill_between(range(len(low)), low, high, color=style["color"], alpha=0.2, lw=0)
+    axes[0].set(title="mean over heads", xlabel="layer", ylabel="RAM", ylim=(0, None))
+    axes[1].set(title="best head", xlabel="layer", ylim=(0, None))
+    axes[1].legend()
+    return figure
+
+
+def mass_split(table: pd.DataFrame) -> Figure:
+    """Where heads look: mass on target, other visual, text and sink (columns), stacked, a bar a row; entropy beside."""
+    parts = ["target", "other visual", "text", "sink"]
+    colours = [KINDS["target"], KINDS["visual"], KINDS["text"], "#7f7f7f"]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 0.42 * len(table) + 1.2), sharey=True, width_ratios=[2.2, 1])
+    y, start = np.arange(len(table)), np.zeros(len(table))
+    for part, colour, hatch in zip(parts, colours, ("", "//", "", "xx")):
+        left.barh(y, table[part], left=start, color=colour, label=part, hatch=hatch, edgecolor="white")
+        start += table[part].values
+    left.set_yticks(y, [" ".join(map(str, np.atleast_1d(i))) for i in table.index])
+    left.set(xlabel="attention mass", xlim=(0, 1))
+    left.invert_yaxis()
+    left.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0), fontsize="small")
+    error = [table.entropy - table.entropy_low, table.entropy_high - table.entropy]
+    right.errorbar(table.entropy, y, xerr=error, fmt="o", color="black", capsize=3)
+    right.set(xlabel="entropy (nats)", xlim=(0, None))
+    return figure
+
+
+def overlays(rows: list[tuple[str, Tagged, dict[str, np.ndarray]]]) -> Figure:
+    """Attention on the picture: a row a sample, a column a set of heads; weights (L,) over all tokens, V* framed."""
+    names = list(rows[0][2])
+    figure, axes = plt.subplots(len(rows), len(names), figsize=(2.2 * len(names), 2.4 * len(rows)), squeeze=False)
+    for line, (title, tagged, weights) in zip(axes, rows):
+        medium = max(tagged.image_grid, key=lambda m: np.isin(m.tokens, tagged.target).sum())
+        view = int(medium.view[np.isin(medium.tokens, tagged.target)][0])
+        for ax, name in zip(line, names):
+            draw_view(ax, tagged, medium, view, weights[name])
+            ax.set_title(name, fontsize="small")
+        line[0].set_ylabel(title, fontsize="small")
+    return figure

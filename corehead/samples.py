@@ -1,0 +1,97 @@
+"""What is asked, and where in the context the answer stands."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+
+class SampleError(ValueError):
+    """A sample that cannot be used as it is: the message names the sample, the field and the mend."""
+
+    def __init__(self, sample_id: str, where: str, problem: str, mend: str):
+        self.sample_id, self.where, self.problem, self.mend = sample_id, where, problem, mend
+        super().__init__(f"sample {sample_id!r}, {where}: {problem}. {mend}.")
+
+    def __reduce__(self):
+        return type(self), (self.sample_id, self.where, self.problem, self.mend)
+
+
+@dataclass(frozen=True)
+class Region:
+    """A rectangle of one image.
+
+    Parameters
+    ----------
+    image : index of the image in the order of the messages, from 0.
+    box : (x1, y1, x2, y2) in pixels of the image as given, half-open: the box of a whole image of
+        width w and height h is (0, 0, w, h).
+    """
+
+    image: int
+    box: tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class Pages:
+    """Whole images (the pages of a document), by their index in the order of the messages, from 0."""
+
+    pages: tuple[int, ...]
+
+    def __init__(self, pages: Sequence[int]):
+        object.__setattr__(self, "pages", tuple(int(p) for p in pages))
+
+
+@dataclass(frozen=True)
+class Frames:
+    """Whole frames of one video, as indices into the frames that are handed to the processor, from 0."""
+
+    video: int
+    frames: tuple[int, ...]
+
+    def __init__(self, video: int, frames: Sequence[int]):
+        object.__setattr__(self, "video", int(video))
+        object.__setattr__(self, "frames", tuple(int(f) for f in frames))
+
+
+@dataclass(frozen=True)
+class Tube:
+    """A box that moves through the frames of one video: ``{frame: (x1, y1, x2, y2)}``, pixels as in `Region`."""
+
+    video: int
+    boxes: Mapping[int, tuple[float, float, float, float]]
+
+
+@dataclass(frozen=True)
+class Span:
+    """A piece of the prompt's text, quoted exactly; it must stand there once."""
+
+    text: str
+
+
+Evidence = Region | Pages | Frames | Tube | Span
+
+
+@dataclass
+class Sample:
+    """One question with its context, its evidence and its answer.
+
+    Parameters
+    ----------
+    id : a name that is unique in a run; stores and error messages use it.
+    messages : chat messages as transformers' processors take them. An image part holds a PIL image, an array
+        (H, W, 3) uint8 or a path; a video part holds an array (T, H, W, 3) uint8 of frames already sampled,
+        with ``fps`` beside it (and ``frames_indices`` where the frames are not evenly 0, 1, 2 ...).
+    evidence : where the answer stands; several pieces count as their union.
+    answer : the text that the model should say; None where there is none.
+    question : the text of the question. None takes the last text part of the last user message.
+    meta : anything that should travel along into tables (strings and numbers).
+    """
+
+    id: str
+    messages: list[dict[str, Any]]
+    evidence: list[Evidence] = field(default_factory=list)
+    answer: str | None = None
+    question: str | None = None
+    meta: dict[str, Any] = field(default_factory=dict)

@@ -1,0 +1,424 @@
+"""Train a testbed MLLM from nothing: ``python -m corehead.testbed.train``.
+
+The vision tower first learns to see (linear probes), then the decoder learns one domain after the other, each from
+easy layouts to hard ones; mixing all domains from the first step stalls. Several questions stand behind one context in
+a training sequence, each attending to the context and to itself alone, at the positions it would have alone: a
+sequence of ten questions is exactly ten prompts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import platform
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .generator import COLOURS, MARKS, N_KEYS, STYLES, VOCABULARY, Scenes, data_hash, digits, draw, to_samples
+from .model import build_model, build_processor
+
+# Layouts of each domain, easy to hard; a domain moves on when its running accuracy passes ADVANCE.
+LEVELS: dict[str, list[dict[str, int]]] = {
+    "image": [dict(cells=c) for c in (4, 9, 16, 25)],
+    "text": [dict(cells=c) for c in (4, 8, 16)],
+    "majority": [dict(cells=c) for c in (9, 16)],
+    "count": [dict(cells=c) for c in (4, 9, 16)],
+    "text_only": [{}],
+    "document": [
+        dict(cells=1, pages=4),
+        *(dict(cells=2, pages=p) for p in (2, 3, 4)),
+        *(dict(cells=4, pages=p) for p in (2, 3, 4, 5, 6, 7, 8)),
+    ],
+    "video": [dict(cells=2, frames=4), dict(cells=4, frames=6), dict(cells=6, frames=8)],
+}
+ADVANCE, PASSED = 0.85, 0.93
+# Domains in the order in which they come in, with the accuracy that lets the next stage begin.
+STAGES: list[tuple[str, dict[str, float]]] = [
+    ("image", {"image": PASSED}),
+    ("text", {"text": PASSED, "majority": 0.8, "text_only": PASSED}),
+    ("video", {"video": PASSED}),
+    ("document", {"document": PASSED}),
+    ("count", {"count": 0.6}),
+]
+QUESTIONS = {"majority": 1, "count": 6}
+BATCH = {
+    "image": 32,
+    "text": 24,
+    "document": 24,
+    "heading": 24,
+    "video": 24,
+    "majority": 48,
+    "count": 32,
+    "text_only": 16,
+}
+
+
+@dataclass
+class Recipe:
+    """All that determines a training run."""
+
+    out: str = "data/testbed/qwen3vl-s"
+    layers: int = 8
+    heads: int = 16
+    kv_heads: int = 4
+    hidden: int = 128
+    intermediate: int = 384
+    head_dim: int = 16
+    seed: int = 0
+    lr: float = 2e-3
+    warmup: int = 60
+    probe_steps: int = 800
+    stage_steps: int = 2500
+    final_steps: int = 1000
+    weight_decay: float = 0.01
+    max_seconds: float = math.inf
+
+
+@cache
+def _layout(domain: str, items: tuple[tuple[str, int], ...]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Prefix ids (L,), their mrope positions (3, L) and the grid (1, 3) of one picture, by the real processor."""
+    layout = dict(items)
+    scene = draw(domain, np.random.default_rng(0), 1, **layout)
+    sample = to_samples(scene, "layout")[0]
+    processor = _processor()
+    text = processor.apply_chat_template(sample.messages, add_generation_prompt=True)
+    media = [part for part in sample.messages[0]["content"] if part["type"] != "text"]
+    if domain == "video":
+        frames = len(media[0]["video"])
+        meta = dict(fps=media[0]["fps"], total_num_frames=frames, frames_indices=list(range(frames)))
+        inputs = processor(text=[text], videos=[media[0]["video"]], video_metadata=[meta], return_tensors="pt")
+    else:
+        inputs = processor(text=[text], images=[part["image"] for part in media] or None, return_tensors="pt")
+    keep = len(inputs["input_ids"][0]) - scene.question.shape[-1]
+    image_grid, video_grid = inputs.get("image_grid_thw"), inputs.get("video_grid_thw")
+    if image_grid is None and video_grid is None:
+        positions = torch.arange(keep).expand(3, keep)
+    else:
+        positions, _ = _rope_model().get_rope_index(
+            inputs["input_ids"],
+            mm_token_type_ids=inputs["mm_token_type_ids"],
+            image_grid_thw=image_grid,
+            video_grid_thw=video_grid,
+        )
+        positions = positions[:, 0, :keep]
+    grid = image_grid[:1] if image_grid is not None else video_grid
+    return inputs["input_ids"][0, :keep], positions, grid
+
+
+_processor = cache(build_processor)
+
+
+@cache
+def _rope_model():
+    return build_model(layers=1, heads=1, kv_heads=1).model
+
+
+@dataclass
+class Batch:
+    """Tensors of one training step; L = prefix + Q * (Lq + 1).
+
+    Attributes
+    ----------
+    ids : (B, L); positions : (3, 1, L); mask : (1, 1, L, L) bool, True where a row may attend.
+    patches : (B * patches, 384) or None, with grid : (pictures, 3).
+    ask : (Q,) rows that predict the answers; answer : (B, Q).
+    """
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    mask: torch.Tensor
+    patches: torch.Tensor | None
+    grid: torch.Tensor | None
+    ask: torch.Tensor
+    answer: torch.Tensor
+
+    def to(self, device):
+        return Batch(*(None if v is None else v.to(device, non_blocking=True) for v in vars(self).values()))
+
+
+def batch_of(scenes: Scenes, layout: dict[str, int]) -> Batch:
+    """Tensorise scenes without PIL, chat template or processor (which a test holds it equal to)."""
+    prefix, prefix_positions, grid = _layout(scenes.domain, tuple(sorted(layout.items())))
+    b, q, lq = scenes.question.shape
+    n, length = len(prefix), lq + 1  # a question and its answer
+    ids = torch.empty(b, n + q * length, dtype=torch.long)
+    ids[:, :n] = torch.from_numpy(scenes.words) if scenes.words.shape[1] else prefix
+    ids[:, n:] = torch.from_numpy(np.concatenate([scenes.question, scenes.answer[..., None]], -1).reshape(b, -1))
+    start = int(prefix_positions.max()) + 1 if n else 0
+    positions = torch.cat([prefix_positions, (start + torch.arange(length)).repeat(q).expand(3, -1)], 1)
+    block = torch.cat([torch.full((n,), -1), torch.arange(q).repeat_interleave(length)])
+    mask = ((block == -1)[None] | (block[:, None] == block[None])).tril()
+    pictures = scenes.key.shape[1] // (2 if scenes.domain == "video" else 1)
+    if scenes.key.size:
+        patches = torch.from_numpy(scenes.patches())
+        grid = grid.repeat(b if scenes.domain == "video" else b * pictures, 1)
+    else:
+        patches = grid = None
+    ask = n + lq - 1 + length * torch.arange(q)
+    return Batch(ids, positions[:, None], mask[None, None], patches, grid, ask, torch.from_numpy(scenes.answer))
+
+
+def answer_logits(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """Logits (B, Q, 2, V): after each question, and after each answer (where the turn ends)."""
+    top = model.model
+    embeds = top.language_model.embed_tokens(batch.ids)
+    visual = deepstack = None
+    if batch.patches is not None:
+        seen = top.visual(batch.patches, grid_thw=batch.grid)
+        visual = (batch.ids == model.config.image_token_id) | (batch.ids == model.config.video_token_id)
+        embeds = embeds.masked_scatter(visual[..., None], seen.pooler_output.to(embeds.dtype))
+        deepstack = seen.deepstack_features
+    hidden = top.language_model(
+        inputs_embeds=embeds,
+        attention_mask=batch.mask,
+        position_ids=batch.positions.expand(3, len(embeds), -1),
+        visual_pos_masks=visual,
+        deepstack_visual_embeds=deepstack,
+        use_cache=False,
+    ).last_hidden_state
+    return model.lm_head(torch.stack([hidden[:, batch.ask], hidden[:, batch.ask + 1]], 2))
+
+
+def _probe_visual(model: nn.Module, recipe: Recipe, log) -> None:
+    """Teach the vision tower what a cell shows: linear probes on the merged tokens for glyph, colour and style.
+
+    A fourth probe asks every token of a page for the page's heading, which the tower's attention can bring there; so
+    the heading becomes one more property of a cell, and a document does not need a hop that a picture does not.
+    """
+    visual, device = model.model.visual, next(model.parameters()).device
+    sizes = dict(glyph=10 + len(MARKS), colour=len(COLOURS), style=len(STYLES), heading=len(MARKS))
+    heads = nn.ModuleDict({name: nn.Linear(recipe.hidden, size) for name, size in sizes.items()}).to(device)
+    glyph_class = torch.from_numpy(np.concatenate([digits()[1], 10 + np.arange(len(MARKS)), [-100]]))
+    optimiser = torch.optim.AdamW([*visual.parameters(), *heads.parameters()], lr=2e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, recipe.probe_steps)
+    rng = np.random.default_rng([recipe.seed, 1])
+    right: dict[str, list[float]] = {name: [] for name in sizes}
+    for step in range(recipe.probe_steps):
+        pages = step % 2 == 1
+        domain = "document" if pages else "image"
+        layout = dict(cells=(1, 2, 4)[step // 2 % 3], pages=4) if pages else dict(cells=(9, 16, 25)[step // 2 % 3])
+        scenes = draw(domain, rng, 20, **layout)
+        batch = batch_of(scenes, layout).to(device)
+        tokens = visual(batch.patches, grid_thw=batch.grid).pooler_output
+        key, glyph = (torch.from_numpy(x.reshape(-1)) for x in (scenes.key, scenes.glyph))
+        answers = dict(
+            glyph=glyph_class[glyph],
+            colour=torch.where(key < N_KEYS, key % len(COLOURS), -100),
+            style=torch.where(key < N_KEYS, key // len(COLOURS), -100),
+        )
+        if pages:  # the first cell of each page holds its mark
+            mark = torch.from_numpy(scenes.glyph[:, :, :1, :1] - len(digits()[1]) + 0 * scenes.glyph)
+            answers["heading"] = mark.reshape(-1)
+        loss = 0.0
+        for name, answer in answers.items():
+            answer = answer.to(device)
+            out = heads[name](tokens)
+            loss = loss + F.cross_entropy(out, answer)
+            asked = answer >= 0
+            right[name].append((out.argmax(-1) == answer)[asked].float().mean().item())
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+        if step % 50 == 49:
+            accuracy = {name: float(np.mean(values[-25:])) for name, values in right.items()}
+            what = " ".join(f"{name}:{a:.2f}" for name, a in accuracy.items())
+            log(step + 1, "vision", what, loss.item(), accuracy["glyph"], 0.0)
+
+
+@dataclass
+class Progress:
+    """Where a run stands; saved with every checkpoint."""
+
+    step: int = 0
+    stage: int = 0
+    stage_start: int = 0
+    seconds: float = 0.0
+    level: dict[str, int] = field(default_factory=dict)
+    accuracy: dict[str, float] = field(default_factory=dict)
+    seen: dict[str, int] = field(default_factory=dict)
+
+
+def _choose(rng, progress: Progress) -> tuple[str, dict[str, int]]:
+    """The domain and layout of a step: two thirds for what is being learnt, the rest keeps the older domains."""
+    done = [d for _, stage in STAGES[: progress.stage] for d in stage]
+    new = list(STAGES[progress.stage][1]) if progress.stage < len(STAGES) else []
+    pending = [d for d in new if _short(progress, d)] or new
+    if not new:
+        domain = str(rng.choice(done, p=_shares(done)))
+    else:
+        domain = str(rng.choice(pending if not done or rng.random() < 0.67 else done))
+    level = progress.level.get(domain, 0)
+    if rng.random() < 0.3:  # an easier layout now and then
+        level = int(rng.integers(level + 1))
+    return domain, LEVELS[domain][level]
+
+
+def _shares(domains) -> np.ndarray:
+    weight = np.array([{"document": 3.0, "image": 2.0, "video": 2.0, "text": 1.0}.get(d, 1.0) for d in domains])
+    return weight / weight.sum()
+
+
+def _short(progress: Progress, domain: str) -> bool:
+    last = progress.level.get(domain, 0) == len(LEVELS[domain]) - 1
+    goal = next(stage[domain] for _, stage in STAGES if domain in stage)
+    return not last or progress.accuracy.get(domain, 0.0) < goal or progress.seen.get(domain, 0) < 20
+
+
+def _note(progress: Progress, domain: str, layout: dict[str, int], accuracy: float) -> None:
+    """Update the running accuracy of a domain at its present level, and move it on when it is good enough."""
+    if layout != LEVELS[domain][progress.level.get(domain, 0)]:
+        return
+    seen = progress.seen[domain] = progress.seen.get(domain, 0) + 1
+    rate = max(0.08, 1 / seen)
+    progress.accuracy[domain] = (1 - rate) * progress.accuracy.get(domain, 0.0) + rate * accuracy
+    goal = min(ADVANCE, next(stage[domain] for _, stage in STAGES if domain in stage))
+    if seen >= 12 and progress.accuracy[domain] > goal and progress.level.get(domain, 0) < len(LEVELS[domain]) - 1:
+        progress.level[domain] = progress.level.get(domain, 0) + 1
+        progress.accuracy[domain], progress.seen[domain] = 0.0, 0
+
+
+def train(recipe: Recipe, device: str = "cpu", quiet: bool = False) -> nn.Module:
+    """Train, or go on training, the model of a recipe; the folder ``recipe.out`` gets everything.
+
+    A run that was interrupted goes on from its last checkpoint (every 100 steps) with the same random numbers.
+    """
+    out = Path(recipe.out)
+    out.mkdir(parents=True, exist_ok=True)
+    checkpoint, log_file = out / "checkpoint.pt", out / "training_log.csv"
+    model = build_model(
+        recipe.layers, recipe.heads, recipe.kv_heads, recipe.hidden, recipe.intermediate, recipe.head_dim, recipe.seed
+    ).to(device)
+    model.train()
+    decay = [p for p in model.parameters() if p.dim() > 1]
+    rest = [p for p in model.parameters() if p.dim() <= 1]
+    groups = [{"params": decay, "weight_decay": recipe.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    optimiser = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.98))
+    progress, rng = Progress(), np.random.default_rng([recipe.seed, 2])
+    began = time.perf_counter()
+
+    def log(step, stage, what, loss, accuracy, rate):
+        seconds = round(progress.seconds + time.perf_counter() - began, 1)
+        row = dict(step=step, stage=stage, what=what, loss=round(loss, 4), accuracy=round(accuracy, 4), lr=rate)
+        row["seconds"] = seconds
+        fresh = not log_file.exists()
+        with log_file.open("a", newline="") as f:
+            writer = csv.DictWriter(f, row.keys())
+            if fresh:
+                writer.writeheader()
+            writer.writerow(row)
+        if not quiet:
+            print(*row.values(), flush=True)
+
+    if checkpoint.exists():
+        state = torch.load(checkpoint, map_location=device, weights_only=False)
+        if state["recipe"] != asdict(recipe) | {"max_seconds": state["recipe"]["max_seconds"]}:
+            raise ValueError(f"{checkpoint} belongs to another recipe: remove it, or train into another folder")
+        model.load_state_dict(state["model"])
+        optimiser.load_state_dict(state["optimiser"])
+        rng.bit_generator.state = state["rng"]
+        progress = Progress(**state["progress"])
+        rows = log_file.read_text().splitlines()[: state["log_rows"]]
+        log_file.write_text("\n".join(rows) + "\n")
+    else:
+        log_file.unlink(missing_ok=True)
+        _probe_visual(model, recipe, log)
+
+    window: list[tuple[float, float]] = []
+    while True:
+        final = progress.stage == len(STAGES)
+        spent = progress.step - progress.stage_start
+        if final and spent >= recipe.final_steps:
+            break
+        rate = recipe.lr * min(1.0, (progress.step + 1) / recipe.warmup)
+        if final:
+            rate *= 0.02 + 0.98 * (1 + math.cos(math.pi * spent / recipe.final_steps)) / 2
+        for group in optimiser.param_groups:
+            group["lr"] = rate
+        domain, layout = _choose(rng, progress)
+        questions = QUESTIONS.get(domain, 12)
+        scenes = draw(domain, rng, BATCH[domain], questions=questions, **layout)
+        batch = batch_of(scenes, layout).to(device)
+        logits = answer_logits(model, batch)
+        end = torch.full_like(batch.answer, VOCABULARY["<|im_end|>"])
+        targets = torch.stack([batch.answer, end], 2)
+        loss = F.cross_entropy(logits[:, :, 0].flatten(0, 1), batch.answer.flatten())
+        total = loss + 0.1 * F.cross_entropy(logits[:, :, 1].flatten(0, 1), targets[:, :, 1].flatten())
+        optimiser.zero_grad()
+        total.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        accuracy = (logits[:, :, 0].argmax(-1) == batch.answer).float().mean().item()
+        if not math.isfinite(loss.item()):
+            raise FloatingPointError(f"loss is {loss.item()} at step {progress.step}: lower the rate")
+        _note(progress, domain, layout, accuracy)
+        progress.step += 1
+        window.append((loss.item(), accuracy))
+        if not final:
+            waiting = any(_short(progress, d) for d in STAGES[progress.stage][1])
+            if not waiting or progress.step - progress.stage_start >= recipe.stage_steps:
+                progress.stage, progress.stage_start = progress.stage + 1, progress.step
+        if progress.step % 25 == 0:
+            stage = STAGES[progress.stage][0] if progress.stage < len(STAGES) else "all"
+            what = " ".join(f"{d}@{progress.level.get(d, 0)}:{a:.2f}" for d, a in progress.accuracy.items())
+            log(progress.step, stage, what, *np.mean(window, 0).tolist(), round(rate, 6))
+            window.clear()
+        spent_seconds = progress.seconds + time.perf_counter() - began
+        stop = spent_seconds > recipe.max_seconds
+        if progress.step % 100 == 0 or stop:
+            state = dict(
+                model=model.state_dict(),
+                optimiser=optimiser.state_dict(),
+                rng=rng.bit_generator.state,
+                progress=asdict(progress) | {"seconds": spent_seconds},
+                recipe=asdict(recipe),
+                log_rows=len(log_file.read_text().splitlines()),
+            )
+            torch.save(state, checkpoint.with_suffix(".part"))
+            checkpoint.with_suffix(".part").replace(checkpoint)
+        if stop:
+            break
+    progress.seconds += time.perf_counter() - began
+    save(model, recipe, progress)
+    return model
+
+
+def save(model: nn.Module, recipe: Recipe, progress: Progress) -> None:
+    """Write weights, config, processor and a card that says how they came about."""
+    out = Path(recipe.out)
+    model.eval()
+    model.save_pretrained(out)
+    build_processor().save_pretrained(out)
+    card = dict(
+        command="python -m corehead.testbed.train " + " ".join(sys.argv[1:]),
+        recipe={k: v for k, v in asdict(recipe).items() if k not in ("out", "max_seconds")},
+        data_sha256=data_hash(),
+        steps=progress.step,
+        minutes=round(progress.seconds / 60, 1),
+        threads=torch.get_num_threads(),
+        machine=f"{platform.machine()}, {'GPU' if next(model.parameters()).is_cuda else 'CPU'}",
+        torch=torch.__version__,
+    )
+    (out / "training.json").write_text(json.dumps(card, indent=1) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name, value in asdict(Recipe()).items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
+    recipe = Recipe(**vars(parser.parse_args()))
+    train(recipe, "cuda" if torch.cuda.is_available() else "cpu")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,290 @@
+"""Scores against brute force: the full attention matrices of transformers' eager attention."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import FAMILIES, ask, film, image_part, picture, tiny, video_part
+
+import corehead as ch
+from corehead.attention import row_sums
+from corehead.scoring import QUERIES, null_sample
+
+EVERY = [*FAMILIES, "llama", "qwen3"]
+
+
+def samples_for(mllm, n=5) -> list[ch.Sample]:
+    """Images, pages, videos and spans, of different lengths; the first three share a context."""
+    if mllm.family.name == "text":
+        records = [f"key{i} is {i * i}. " for i in range(6)]
+        shared = [
+            ask("".join(records), id=f"t{i}", evidence=[ch.Span(f"key{i} is {i * i}.")], question=f"key{i}?")
+            for i in range(3)
+        ]
+        return [*shared, *(ask("".join(records[:i]), id=f"u{i}", evidence=[ch.Span("key0 is 0.")]) for i in (2, 3))]
+    image, second, video = picture(70, 110), picture(50, 60, seed=2), film(4, 60, 70)
+    shared = [
+        ask(image_part(image), "Page 1.", image_part(second), id=f"s{i}", question="Where is it" + "?" * i, evidence=e)
+        for i, e in enumerate([[ch.Region(0, (0, 0, 40, 40))], [ch.Pages([1])], [ch.Span("Page 1")]])
+    ]
+    alone = ask("Look: ", video_part(video), id="v", evidence=[ch.Tube(0, {1: (0, 0, 30, 30)})], answer="at the left")
+    # the question in front of the picture: nothing can be shared
+    reverse = ask(id="r", question="Is it there?", evidence=[ch.Region(0, (0, 0, 20, 20))])
+    reverse.messages[0]["content"].append(image_part(second))
+    return [*shared, alone, reverse][:n]
+
+
+def brute_force(mllm, tagged: ch.Tagged) -> dict[str, np.ndarray]:
+    """(query, layer, head) arrays from full attention matrices in float32."""
+    before = mllm.text_config._attn_implementation
+    mllm.text_config._attn_implementation = "eager"
+    try:
+        with torch.no_grad():
+            out = mllm.model(**{k: v for k, v in tagged.inputs.items() if torch.is_tensor(v)}, output_attentions=True)
+    finally:
+        mllm.text_config._attn_implementation = before
+    a = torch.stack(out.attentions)[:, 0].double().numpy()  # (layer, head, N, N)
+    text = np.setdiff1d(np.arange(1, a.shape[-1]), tagged.visual)
+    keys = dict(target=tagged.target, visual=tagged.visual, text=text, sink=np.array([0]))
+    rows = dict(question=tagged.question, last=np.array([tagged.last]), answer=tagged.answer)
+    found = {
+        name: np.stack([a[:, :, rows[q]][..., columns].sum(-1).mean(-1) for q in QUERIES])
+        for name, columns in keys.items()
+    }
+    entropy = -(a * np.log(np.clip(a, 1e-300, None))).sum(-1)
+    return found | {"entropy": np.stack([entropy[:, :, rows[q]].mean(-1) for q in QUERIES])}
+
+
+@pytest.mark.parametrize("family", EVERY)
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_equal_to_brute_force(family, batch_size):
+    mllm = tiny(family)
+    samples = samples_for(mllm)
+    scores = ch.score(mllm, samples, batch_size=batch_size, on_error="raise", progress=False)
+    assert list(scores.data.sample.values) == [s.id for s in samples]
+    for i, sample in enumerate(samples):
+        row = scores.data.isel(sample=i)
+        for name, expected in brute_force(mllm, mllm.tag(sample)).items():
+            np.testing.assert_allclose(row[name], expected, atol=1e-5, err_msg=f"{sample.id} {name}")
+        quoted = sample.messages[0]["content"][-2 if sample.id == "r" else -1]["text"]
+        blank = mllm.tag(null_sample(sample, quoted))
+        blank.target = mllm.tag(sample).target
+        if sample.id == "r":  # the question stands first: another one moves the context
+            blank.target = mllm.tag(ch.Sample("x", null_sample(sample, quoted).messages, sample.evidence)).target
+            continue
+        np.testing.assert_allclose(row.null_target, brute_force(mllm, blank)["target"], atol=1e-5)
+    total = scores.data.visual + scores.data.text + scores.data.sink
+    np.testing.assert_allclose(total, 1, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", EVERY)
+def test_batches_do_not_matter(family):
+    mllm = tiny(family)
+    samples = samples_for(mllm) + [
+        ask(*(s.messages[0]["content"][:-1]), id=f"{s.id}-again", evidence=s.evidence) for s in samples_for(mllm)[:3]
+    ]
+    one = ch.score(mllm, samples, batch_size=1, progress=False).data
+    for size in (3, 8):
+        other = ch.score(mllm, samples, batch_size=size, progress=False).data
+        for name in one.data_vars:
+            np.testing.assert_allclose(one[name], other[name], atol=1e-5)
+
+
+def test_rows_in_blocks_are_the_same_rows(monkeypatch):
+    """Reading a few rows at a time gives what reading them at once gives; masked keys get nothing."""
+    torch.manual_seed(0)
+    query, key = torch.randn(2, 6, 9, 8), torch.randn(2, 2, 33, 8)
+    groups, mask = torch.rand(2, 33, 3).round(), torch.rand(2, 9, 33) < 0.7
+    expected = (query @ key.repeat_interleave(3, 1).transpose(2, 3) / 8**0.5).masked_fill(~mask[:, None], -torch.inf)
+    expected = expected.softmax(-1)
+    for block in (1, 1000, 2**24):
+        monkeypatch.setattr("corehead.attention.BLOCK", block)
+        sums, entropy = row_sums(query, key, groups, mask, 8**-0.5)
+        torch.testing.assert_close(sums, torch.einsum("bhrn,bng->brhg", expected, groups))
+        torch.testing.assert_close(entropy, torch.special.entr(expected).sum(-1).transpose(1, 2))
+
+
+def test_the_model_is_left_as_it_was(mllm):
+    before = mllm.text_config._attn_implementation
+    inputs = mllm.tag(samples_for(mllm)[0]).inputs
+    with torch.no_grad():
+        logits = mllm.model(**inputs).logits
+        ch.score(mllm, samples_for(mllm), progress=False)
+        assert mllm.text_config._attn_implementation == before
+        assert torch.equal(mllm.model(**inputs).logits, logits)
+
+
+def test_variants_follow_their_formulas():
+    mllm = tiny("qwen3_vl")
+    scores = ch.score(mllm, samples_for(mllm), progress=False)
+    d = scores.data.sel(query="last")
+    assert np.allclose(scores.per_sample("ram", "last"), d.target)
+    mass = np.where(d.on_text, d.text.transpose(..., "sample"), d.visual.transpose(..., "sample"))
+    share = d.target.transpose(..., "sample").values / mass
+    assert np.allclose(scores.per_sample("share", "last").transpose(..., "sample"), share)
+    tokens = (d.n_target / d.n_context).values
+    assert np.allclose(scores.per_sample("lift", "last").transpose(..., "sample"), share / tokens)
+    assert np.allclose(scores.per_sample("calibrated", "last"), d.target - d.null_target)
+    assert scores.core("ram").shape == (mllm.n_layers, mllm.n_heads)
+    order = scores.rank("ram").order
+    assert scores.core("ram").values[tuple(order[0])] == scores.core("ram").values.max()
+    for bad in ("rams", "RAM"):
+        with pytest.raises(ValueError, match="'ram', 'share', 'lift', 'calibrated'"):
+            scores.per_sample(bad)
+    with pytest.raises(ValueError, match="'question', 'last', 'answer'"):
+        scores.per_sample("ram", "prompt")
+
+
+def test_bare_token_ids_need_no_processor():
+    mllm = ch.MLLM(tiny("llama").model)
+    ids = torch.arange(3, 23)[None]
+    tagged = ch.Tagged(
+        {"input_ids": ids, "attention_mask": torch.ones_like(ids)},
+        visual=np.empty(0, np.int64),
+        target=np.array([4, 5]),
+        question=np.array([17, 18]),
+        answer=np.empty(0, np.int64),
+        last=19,
+    )
+    scores = ch.score(mllm, [tagged], progress=False)
+    np.testing.assert_allclose(
+        scores.data.isel(sample=0).target[:2], brute_force(mllm, tagged)["target"][:2], atol=1e-5
+    )
+    assert np.isnan(scores.data.null_target).all() and np.isnan(scores.data.sel(query="answer").target).all()
+
+
+def test_a_bad_sample_is_recorded_and_the_others_are_done(mllm):
+    samples = samples_for(mllm, 4)
+    samples.insert(1, ask(image_part("nowhere.png"), id="bad"))
+    scores = ch.score(mllm, samples, progress=False)
+    assert list(scores.data.sample.values) == [s.id for s in samples if s.id != "bad"]
+    assert list(scores.failures["sample"]) == ["bad"] and "cannot be read" in scores.failures.reason[0]
+    with pytest.raises(ch.SampleError, match="'bad'"):
+        ch.score(mllm, samples, on_error="raise", progress=False)
+    with pytest.raises(ValueError, match="no sample could be scored"):
+        ch.score(mllm, [samples[1]], progress=False)
+    with pytest.raises(ValueError, match="two samples have the id"):
+        ch.score(mllm, [samples[0], samples[0]], progress=False)
+    with pytest.raises(ValueError, match="on_error"):
+        ch.score(mllm, samples, on_error="ignore")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_attention_that_is_not_finite_names_the_layer(value):
+    mllm = tiny("qwen3_vl")
+    weight = mllm.attentions[1].k_norm.weight
+    kept = weight.data.clone()
+    try:
+        weight.data[0] = value
+        with pytest.raises(ch.SampleError, match="layer 1 is not finite"):
+            ch.score(mllm, samples_for(mllm), on_error="raise", progress=False)
+    finally:
+        weight.data.copy_(kept)
+
+
+# --- stores: stopped runs, damaged parts, mixed-up configurations
+
+
+def assert_same(a: ch.HeadScores, b: ch.HeadScores):
+    assert list(a.data.sample.values) == list(b.data.sample.values)
+    for name in a.data.data_vars:
+        np.testing.assert_allclose(a.data[name], b.data[name], atol=1e-5)
+
+
+def test_a_run_that_was_stopped_goes_on(tmp_path):
+    mllm = tiny("qwen3_vl")
+    samples = samples_for(mllm)
+    whole = ch.score(mllm, samples, progress=False)
+    with pytest.raises(KeyboardInterrupt):
+        ch.score(mllm, interrupted(samples, 4), batch_size=1, store=tmp_path / "run", progress=False)
+    parts = sorted((tmp_path / "run").glob("part-*"))
+    assert parts
+    parts[-1].write_bytes(parts[-1].read_bytes()[:100])  # half-written
+    (tmp_path / "run" / "part-000009.parquet.writing").write_bytes(b"x")
+    with pytest.raises(ValueError, match="resume=True"):
+        ch.score(mllm, samples, store=tmp_path / "run", progress=False)
+    with pytest.warns(UserWarning, match="done again"):
+        again = ch.score(mllm, samples, store=tmp_path / "run", resume=True, progress=False)
+    assert_same(again, whole)
+    third = ch.score(mllm, samples, store=tmp_path / "run", resume=True, progress=False)
+    assert_same(third, whole)
+    assert not list((tmp_path / "run").glob("*.writing"))
+
+
+def interrupted(samples, after):
+    for i, sample in enumerate(samples):
+        if i == after:
+            raise KeyboardInterrupt
+        yield sample
+
+
+def test_configurations_do_not_mix(tmp_path):
+    mllm = tiny("qwen3_vl")
+    samples = samples_for(mllm)
+    ch.score(mllm, samples[:3], store=tmp_path, progress=False)
+    with pytest.raises(ValueError, match=r"another configuration.*options"):
+        ch.score(mllm, samples, null=False, store=tmp_path, resume=True, progress=False)
+    with pytest.raises(ValueError, match=r"another configuration.*model"):
+        ch.score(tiny("internvl"), samples_for(tiny("internvl")), store=tmp_path, resume=True, progress=False)
+    changed = samples_for(mllm)
+    changed[0].answer = "8"
+    with pytest.raises(ValueError, match="'s0' is not the one in the store"):
+        ch.score(mllm, changed, store=tmp_path, resume=True, progress=False)
+
+
+def test_two_runs_on_one_store(tmp_path):
+    from corehead.store import Store
+
+    with Store(tmp_path, {"a": 1}), pytest.raises(BlockingIOError, match="another run"):
+        Store(tmp_path, {"a": 1})
+    Store(tmp_path, {"a": 1})
+
+
+def test_a_store_that_cannot_be_written(tmp_path):
+    from corehead.store import Store
+
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="give another folder"):
+        Store(tmp_path / "file" / "run", {})
+
+
+KILLED = """
+import sys, time
+sys.path.insert(0, {tests!r})
+from conftest import tiny
+from test_scoring import samples_for
+import corehead as ch
+
+def slowly(samples):
+    for i, sample in enumerate(samples):
+        if i == 4:
+            open({flag!r}, "w").close()
+            time.sleep(60)
+        yield sample
+
+mllm = tiny("llama")
+ch.score(mllm, slowly(samples_for(mllm)), batch_size=1, store={store!r}, progress=False)
+"""
+
+
+def test_kill_minus_nine(tmp_path):
+    """A run that is killed keeps what it had finished, and the table is the same in the end."""
+    flag, store = tmp_path / "flag", tmp_path / "run"
+    code = KILLED.format(tests=str(Path(__file__).parent), flag=str(flag), store=str(store))
+    process = subprocess.Popen([sys.executable, "-c", code], env=os.environ)
+    deadline = time.time() + 120
+    while not flag.exists() and process.poll() is None and time.time() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    mllm = tiny("llama")
+    kept = {part: part.stat().st_mtime_ns for part in store.glob("part-*.parquet")}
+    resumed = ch.score(mllm, samples_for(mllm), batch_size=1, store=store, resume=True, progress=False)
+    assert kept and all(part.stat().st_mtime_ns == stamp for part, stamp in kept.items())
+    assert_same(resumed, ch.score(mllm, samples_for(mllm), progress=False))

