@@ -8,6 +8,7 @@ READY    := $(VENV)/.ready
 # notebooks of the default profile are committed where they lie; other profiles' go beside their results
 OUT      := $(if $(filter testbed,$(PROFILE)),notebooks,data/results/$(PROFILE))
 export HF_HUB_DISABLE_TELEMETRY := 1
+export HF_HUB_DISABLE_PROGRESS_BARS := 1
 
 help:  ## print this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14

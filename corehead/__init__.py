@@ -1,5 +1,6 @@
 """Find, prove and use the few attention heads through which a multimodal LLM looks things up."""
 
+from importlib import import_module as _import
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as _version
 
@@ -24,7 +25,7 @@ check_versions(_MINIMUM)
 
 from .evaluation import evaluate  # noqa: E402
 from .models import MLLM, load  # noqa: E402
-from .ranking import HeadRanking, HeadSet  # noqa: E402
+from .ranking import HeadRanking, HeadSet, heads_for_share  # noqa: E402
 from .samples import Frames, Pages, Region, Sample, SampleError, Span, Tube  # noqa: E402
 from .scoring import HeadScores, score  # noqa: E402
 from .tagging import Tagged  # noqa: E402
@@ -43,6 +44,14 @@ __all__ = [
     "Tagged",
     "Tube",
     "evaluate",
+    "heads_for_share",
     "load",
     "score",
 ]
+
+
+def __getattr__(name: str):
+    """``ch.plots`` sets a style and ``ch.testbed`` is not for everybody: both are imported when they are asked for."""
+    if name in ("plots", "testbed"):
+        return _import(f".{name}", __name__)
+    raise AttributeError(f"module 'corehead' has no attribute {name!r}")

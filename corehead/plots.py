@@ -82,15 +82,17 @@ def token_strip(ax: Axes, tagged: Tagged) -> None:
     ax.set(yticks=[], xlabel="token")
     sns.despine(ax=ax, left=True)
     counts = {name: int((kind == i).sum()) for i, name in enumerate(KINDS)}
-    handles = [Patch(color=KINDS[name], label=f"{name} ({n})") for name, n in counts.items() if n]
+    label = {"visual": "other visual", "target": "V*"}
+    handles = [Patch(color=KINDS[name], label=f"{label.get(name, name)} ({n})") for name, n in counts.items() if n]
     ax.legend(handles=handles, ncols=len(handles), loc="lower center", bbox_to_anchor=(0.5, 1.0), fontsize="small")
 
 
-def _pixels(tagged: Tagged, medium: Medium, frame: int) -> np.ndarray:
+def _pixels(tagged: Tagged, medium: Medium, frames: tuple[int, int]) -> np.ndarray:
+    """The picture behind a view; of a pair of frames their mean, which is about what a token of the pair sees."""
     parts = [p for m in tagged.sample.messages if isinstance(m["content"], list) for p in m["content"]]
     value = [p[medium.kind] for p in parts if p.get("type") == medium.kind][medium.index]
     if medium.kind == "video":
-        return np.asarray(value)[frame]
+        return np.asarray(value)[slice(*frames)].mean(0).astype(np.uint8)
     return np.asarray(to_image(value, tagged.sample.id, "image"))
 
 
@@ -99,7 +101,7 @@ def _views(tagged: Tagged) -> list[tuple[Medium, int]]:
 
 
 def draw_view(ax: Axes, tagged: Tagged, medium: Medium, view: int, weight: np.ndarray | None = None) -> None:
-    """One picture with its tokens' cells: target cells lit, or all cells coloured by a weight in [0, 1].
+    """One picture with its tokens' cells: target cells lit, or all cells as blue as their weight in [0, 1] is large.
 
     Parameters
     ----------
@@ -109,17 +111,16 @@ def draw_view(ax: Axes, tagged: Tagged, medium: Medium, view: int, weight: np.nd
     """
     mine = (medium.view == view) & ~np.isnan(medium.boxes[:, 0])
     tokens, boxes = medium.tokens[mine], medium.boxes[mine]
-    frame = int(medium.frames[mine][0, 0])
-    ax.imshow(_pixels(tagged, medium, frame), extent=(0, medium.size[2], medium.size[1], 0), alpha=0.55)
+    ax.imshow(
+        _pixels(tagged, medium, medium.frames[mine][0]), extent=(0, medium.size[2], medium.size[1], 0), alpha=0.55
+    )
     cells = [Rectangle((x1, y1), x2 - x1, y2 - y1) for x1, y1, x2, y2 in boxes]
     lit = np.isin(tokens, tagged.target)
     if weight is None:
         ax.add_collection(PatchCollection(cells, facecolor="none", edgecolor="#777777", linewidth=0.35))
     else:
-        shade = PatchCollection(cells, cmap="rocket_r", alpha=0.65, linewidth=0)
-        shade.set_array(weight[tokens])
-        shade.set_clim(0, 1)
-        ax.add_collection(shade)
+        shade = [(*PALETTE[0], 0.8 * w) for w in np.clip(weight[tokens], 0, 1)]
+        ax.add_collection(PatchCollection(cells, facecolor=shade, linewidth=0))
     face = (*KINDS["target"], 0.45) if weight is None else "none"
     hit = [c for c, on in zip(cells, lit) if on]
     ax.add_collection(PatchCollection(hit, facecolor=face, edgecolor=KINDS["target"], linewidth=1.5))
@@ -151,9 +152,9 @@ def show_tags(tagged: Tagged, width: float = 9.0, columns: int = 8) -> Figure:
     columns = max(1, min(columns, len(views)))
     rows = -(-len(views) // columns)
     ratio = max((m.size[1] / m.size[2] for m, _ in views), default=0)
-    picture = min(width / columns * ratio, 4.0)
-    figure = plt.figure(figsize=(width, rows * (picture + 0.3) + 1.1))
-    grid = figure.add_gridspec(rows + 1, columns, height_ratios=[*[picture + 0.3] * rows, 0.35])
+    picture = min(width / columns * ratio, 3.0)
+    figure = plt.figure(figsize=(width, rows * (picture + 0.5) + 1.1))
+    grid = figure.add_gridspec(rows + 1, columns, height_ratios=[*[picture + 0.5] * rows, 0.35])
     for i, (medium, view) in enumerate(views):
         ax = figure.add_subplot(grid[i // columns, i % columns])
         draw_view(ax, tagged, medium, view)
@@ -179,7 +180,7 @@ def show_families(tagged: dict[str, Tagged], width: float = 10.0) -> Figure:
     return figure
 
 
-def show_text(tagged: Tagged, prompt: Prompt, width: float = 9.0, line: int = 68) -> Figure:
+def show_text(tagged: Tagged, prompt: Prompt, width: float = 9.0, line: int = 96) -> Figure:
     """A text prompt with every token's box coloured by what it is."""
     figure, ax = plt.subplots(figsize=(width, 1.5))
     kind, x, y = token_kinds(tagged), 0, 0
@@ -202,7 +203,7 @@ def accuracies(tables: dict[str, pd.DataFrame], chance: dict[str, float] | None 
     """Accuracy with intervals against size, one panel a domain (tables of `corehead.evaluation.accuracy`)."""
     figure, axes = plt.subplots(1, len(tables), figsize=(2.3 * len(tables), 2.6), sharey=True)
     for ax, (domain, table) in zip(axes, tables.items()):
-        error = [table.accuracy - table.low, table.high - table.accuracy]
+        error = np.clip([table.accuracy - table.low, table.high - table.accuracy], 0, None)
         style = dict(color=PALETTE[DOMAIN.get(domain, 7)], marker=MARKER.get(domain, "v"))
         ax.errorbar(range(len(table)), table.accuracy, error, capsize=3, **style)
         ax.set(title=domain.replace("_", " "), xlabel=table.index.name, ylim=(0, 1.03), xlim=(-0.5, len(table) - 0.5))
@@ -304,12 +305,16 @@ def mass_split(table: pd.DataFrame) -> Figure:
 
 
 def overlays(rows: list[tuple[str, Tagged, dict[str, np.ndarray]]]) -> Figure:
-    """Attention on the picture: a row a sample, a column a set of heads; weights (L,) over all tokens, V* framed."""
+    """Attention on the picture: a row a sample, a column a set of heads; weights (L,) over all tokens, V* framed.
+
+    Of several pages or frames, the one where the first set of heads puts most weight on V*.
+    """
     names = list(rows[0][2])
     figure, axes = plt.subplots(len(rows), len(names), figsize=(2.2 * len(names), 2.4 * len(rows)), squeeze=False)
     for line, (title, tagged, weights) in zip(axes, rows):
-        medium = max(tagged.image_grid, key=lambda m: np.isin(m.tokens, tagged.target).sum())
-        view = int(medium.view[np.isin(medium.tokens, tagged.target)][0])
+        first = np.zeros(len(tagged.ids))
+        first[tagged.target] = weights[names[0]][tagged.target]
+        medium, view = max(_views(tagged), key=lambda v: first[v[0].tokens[v[0].view == v[1]]].sum())
         for ax, name in zip(line, names):
             draw_view(ax, tagged, medium, view, weights[name])
             ax.set_title(name, fontsize="small")

@@ -14,7 +14,7 @@ import copy
 import json
 import platform
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +35,7 @@ QUERIES = ("question", "last", "answer")
 SUMS = ("target", "visual", "text", "sink")
 VARIANTS = ("ram", "share", "lift", "calibrated")
 NULL = "N/A"
+MOST = 32  # questions behind one context in one chunk
 
 
 @dataclass
@@ -48,6 +49,8 @@ class HeadScores:
         part of visual or text); ``entropy``: mean over the rows, in nats; ``null_target``, ``null_context``: the mass
         that the same context gets when the question is "N/A". Coordinates on sample: ``n_target``, ``n_context``
         (tokens of the target's modality), ``on_text`` (the target is text).
+        The attribute ``provenance`` is JSON: model, revision, a digest of weights and configuration, versions,
+        processor settings, options, and a digest of the samples.
     failures : DataFrame (sample, reason) of what was skipped.
     """
 
@@ -120,22 +123,21 @@ class _Block:
 
 @dataclass
 class _Context:
-    """A prefix and the blocks behind it; without a prefix there is one block, which may hold media."""
+    """A prefix and the blocks behind it; without a prefix, one sample, and each block is a whole sequence."""
 
     prefix: Tagged | None  # inputs cut to the prefix
     blocks: list[_Block]
     members: list[Tagged]
 
-    def key(self, k: int):
-        """How a block is found again: the sample that it belongs to, or the ids of a null block."""
-        block = self.blocks[k]
-        return ("null", *block.ids) if block.null else block.owner
+    def block_of(self, owner: int) -> int:
+        """The block that asks a sample's question."""
+        return next(k for k, b in enumerate(self.blocks) if b.owner == owner and not b.null)
 
-    def null_of(self, owner: int) -> list:
-        """Key of the null block that serves a sample, if there is one."""
-        answer = self.members[owner].ids[self.members[owner].answer]
-        keys = [self.key(k) for k, b in enumerate(self.blocks) if b.null]
-        return [k for k, b in zip(keys, (b for b in self.blocks if b.null)) if np.array_equal(b.answer, answer)]
+    def null_of(self, owner: int) -> int | None:
+        """The block with the null question and the sample's answer, if there is one."""
+        answer = self.blocks[self.block_of(owner)].answer
+        same = (k for k, b in enumerate(self.blocks) if b.null and np.array_equal(b.answer, answer))
+        return next(same, None)
 
 
 def score(
@@ -194,7 +196,7 @@ def score(
                 raise ValueError(f"two samples have the id {name!r}: ids must differ")
             seen.add(name)
             order.append(name)
-            mark = digest(sample) if store is not None else ""
+            mark = digest(sample if isinstance(sample, Sample) else [sample.ids, sample.target])
             if name in rows:
                 if rows[name]["digest"] != mark:
                     raise ValueError(f"sample {name!r} is not the one in the store: it has another content")
@@ -220,26 +222,55 @@ def score(
         reason = failures[0]["reason"] if failures else "there are no samples"
         raise ValueError(f"no sample could be scored; the first: {reason}")
     table = pd.DataFrame(failures, columns=["sample", "reason"])
-    return HeadScores(_dataset(found, keep.provenance), table)
+    data = digest([[row["sample"], row["digest"]] for row in found])
+    return HeadScores(_dataset(found, keep.provenance | {"data": data}), table)
+
+
+@torch.inference_mode()
+def attention_map(mllm: MLLM, tagged: Tagged, query: str = "last") -> np.ndarray:
+    """Where every head's rows look, for pictures of a few heads on one sample.
+
+    Parameters
+    ----------
+    mllm, tagged : the model and one tagged sample.
+    query : "question", "last" or "answer": the mean over these rows.
+
+    Returns
+    -------
+    (L, H, N) float32, attention weights over all tokens
+    """
+    rows = _rows(tagged, 0)[query]
+    groups = torch.eye(len(tagged.ids))[None]
+    with reading(mllm, torch.from_numpy(rows).to(mllm.device), groups.to(mllm.device)) as reader:
+        _forward(mllm, to_model(tagged.inputs, mllm), use_cache=False)
+    return torch.stack([reader.sums[i][0].mean(0).cpu() for i in range(mllm.n_layers)]).numpy()
 
 
 def provenance(mllm: MLLM, **options) -> dict:
     """What determines a table of scores: the model, its weights and preprocessing, the versions, the options."""
     weights = {name: p.detach().flatten()[:8].float().tolist() for name, p in mllm.model.named_parameters()}
-    settings = mllm.processor.to_json_string() if hasattr(mllm.processor, "to_json_string") else repr(mllm.processor)
+    settings = mllm.processor.to_json_string() if hasattr(mllm.processor, "to_json_string") else "{}"
     return dict(
         model=mllm.source,
         revision=mllm.revision,
         architecture=mllm.model.config.model_type,
         dtype=str(mllm.model.dtype),
         weights=digest(weights),
-        config=digest(mllm.model.config.to_json_string()),
-        processor=digest(settings),
+        config=digest(_settings(mllm.model.config.to_dict())),
+        processor=json.loads(settings),
         python=platform.python_version(),
         torch=torch.__version__,
         transformers=transformers.__version__,
         options=options,
     )
+
+
+def _settings(config):
+    """A configuration without what saving and loading write into it."""
+    if isinstance(config, dict):
+        volatile = {"architectures", "dtype", "transformers_version", "_name_or_path"}
+        return {str(k): _settings(v) for k, v in config.items() if k not in volatile}
+    return config
 
 
 def _id(sample: Sample | Tagged, index: int) -> str:
@@ -259,7 +290,7 @@ def null_sample(sample: Sample, question: str) -> Sample:
                 head, _, tail = parts[p]["text"].rpartition(question)
                 parts[p] = {**parts[p], "text": head + NULL + tail}
                 messages[m] = {**messages[m], "content": parts}
-                return Sample(sample.id, messages, [], sample.answer, NULL, sample.meta)
+                return replace(sample, messages=messages, question=NULL)
     raise SampleError(sample.id, "question", f"{question!r} is in no message", "Quote it as it stands there")
 
 
@@ -279,34 +310,31 @@ def _batches(mllm, stream, batch_size, null, fail, marks) -> Iterator[list[_Cont
 def _groups(mllm, stream, null, fail, marks) -> Iterator[list[tuple[Tagged, Tagged | None]]]:
     """Runs of samples on one context: (tagged, tagged with the null question) pairs."""
     group: list[tuple[Tagged, Tagged | None]] = []
-    like, before = None, None
+    like: Prompt | None = None  # the last sample's
+    before = ""  # its text in front of the question
     for sample, name, mark in stream:
         marks[name] = mark
         if isinstance(sample, Tagged):
-            tagged = sample if sample.sample is not None else _named(sample, name)
-            key, pair = object(), (tagged, None)
+            pair, joins, like = (sample if sample.sample is not None else _named(sample, name), None), False, None
         else:
             try:
                 prompt = Prompt(mllm, sample, like=like)
                 begin, end = prompt.find_question()
                 tagged, blank = prompt.tag(), None
                 if null:
-                    empty = Prompt(mllm, null_sample(sample, prompt.text[begin:end]), like=prompt)
-                    blank = empty.tag()
-                pair = (tagged, blank)
+                    empty = null_sample(sample, prompt.text[begin:end])
+                    blank = Prompt(mllm, empty, like=prompt).tag()
             except SampleError as error:
                 fail(error)
                 continue
-            key = (like is not None and prompt.shares) or not prompt.raw, prompt.text[:begin]
-            if not key[0] or key[1] != before:
-                key = object()
-            like, before = prompt, prompt.text[:begin]
-        if isinstance(key, tuple) and group:
-            group.append(pair)
-        else:
+            same_media = like is not None and (prompt.shares or not (prompt.raw or like.raw))
+            joins = same_media and prompt.text[:begin] == before
+            pair, like, before = (tagged, blank), prompt, prompt.text[:begin]
+        if not joins or len(group) == MOST:
             if group:
                 yield group
-            group = [pair]
+            group = []
+        group.append(pair)
     if group:
         yield group
 
@@ -364,9 +392,9 @@ def _run(mllm: MLLM, batch: list[_Context]) -> Iterator[dict | SampleError]:
         found = _run_shared(mllm, batch) if batch[0].prefix is not None else _run_alone(mllm, batch)
     for context in batch:
         for owner, tagged in enumerate(context.members):
-            own = found[id(context), owner]
-            blank = next((found[id(context), k] for k in context.null_of(owner)), None)
-            yield _table_row(tagged, owner if context.prefix is not None else 0, own, blank)
+            own, blank = context.block_of(owner), context.null_of(owner)
+            null = None if blank is None else found[id(context), blank]
+            yield _table_row(tagged, owner, found[id(context), own], null)
 
 
 def _run_shared(mllm: MLLM, batch: list[_Context]) -> dict:
@@ -410,7 +438,7 @@ def _run_shared(mllm: MLLM, batch: list[_Context]) -> dict:
         groups[c, pad:, 1] = 1 - groups[c, pad:, 0]
         groups[c, pad, :3] = torch.tensor([0.0, 0.0, 1.0])
         for j, tagged in enumerate(context.members):
-            own = next(k for k, b in enumerate(context.blocks) if b.owner == j and not b.null)
+            own = context.block_of(j)
             inner = tagged.target >= len(context.prefix.ids)
             groups[c, pad + tagged.target[~inner], 3 + j] = 1
             groups[c, width + starts[c, own] + tagged.target[inner] - len(context.prefix.ids), 3 + j] = 1
@@ -422,7 +450,7 @@ def _run_shared(mllm: MLLM, batch: list[_Context]) -> dict:
     feed = dict(input_ids=ids, position_ids=chunk, attention_mask=mask)
     feed = {k: v.to(device) for k, v in feed.items()} | dict(past_key_values=prefill.past_key_values)
     read = _read(mllm, feed, groups, wanted)
-    return {(id(batch[c]), batch[c].key(k)): value for (c, k), value in read.items()}
+    return {(id(batch[c]), k): value for (c, k), value in read.items()}
 
 
 def _run_alone(mllm: MLLM, batch: list[_Context]) -> dict:
@@ -440,11 +468,11 @@ def _run_alone(mllm: MLLM, batch: list[_Context]) -> dict:
         groups[j, t.visual, 0] = 1
         groups[j, pad:, 1] = 1 - groups[j, pad:, 0]
         groups[j, pad, :3] = torch.tensor([0.0, 0.0, 1.0])
-        groups[j, context.members[0].target + (width - len(t.ids)), 3] = 1
+        groups[j, t.target, 3] = 1
         wanted[j, 0] = {q: pad + r for q, r in context.blocks[k].rows.items()}
     feed = to_model(inputs, mllm) | dict(position_ids=positions.to(mllm.device))
     read = _read(mllm, feed, groups, wanted)
-    return {(id(jobs[j][0]), jobs[j][0].key(jobs[j][1])): value for (j, _), value in read.items()}
+    return {(id(jobs[j][0]), jobs[j][1]): value for (j, _), value in read.items()}
 
 
 def _read(mllm: MLLM, feed: dict, groups: torch.Tensor, wanted: dict) -> dict:

@@ -118,7 +118,7 @@ def collate(tagged: list[Tagged], pad: int) -> tuple[dict[str, torch.Tensor], li
         elif name == "pixel_values" and rows[0].dim() == 5:  # anyres: (1, crops, 3, S, S), crops padded
             crops = max(row.shape[1] for row in rows)
             rows = [torch.nn.functional.pad(row, (0, 0) * 3 + (0, crops - row.shape[1])) for row in rows]
-        out[name] = torch.cat(rows)
+        out[name] = rows[0] if len(rows) == 1 else torch.cat(rows)  # pictures are large: no needless copy
     return out, [t.shifted(by) for t, by in zip(tagged, shifts, strict=True)]
 
 

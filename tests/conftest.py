@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 
 import corehead as ch
-from corehead.testbed import tiny as build
+from corehead import testbed
 
 FAMILIES = ("qwen3_vl", "internvl", "llava_onevision")
-tiny = cache(build.tiny)
+tiny = cache(testbed.tiny)
 
 
 @pytest.fixture(params=FAMILIES)

@@ -1,5 +1,6 @@
-"""Digit-needle data and the tiny MLLMs that are trained on it."""
+"""Digit-needle data, the tiny MLLMs that are trained on it, and random ones of every family."""
 
 from .generator import samples
+from .tiny import tiny
 
-__all__ = ["samples"]
+__all__ = ["samples", "tiny"]

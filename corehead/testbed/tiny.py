@@ -69,7 +69,7 @@ def template(image: str, video: str) -> str:
     return TEMPLATE.replace("IMAGE", image).replace("VIDEO", video)
 
 
-def _qwen3_vl(real_tiles: bool, tokenizer=None):
+def _qwen3_vl(real_tiles: bool, tokenizer=None, text=None):
     tokenizer = tokenizer or byte_tokenizer("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
     options = dict(
         patch_size=16,
@@ -83,16 +83,19 @@ def _qwen3_vl(real_tiles: bool, tokenizer=None):
     processor = Qwen3VLProcessor(Qwen2VLImageProcessor(**options), tokenizer, video, chat_template=template(*QWEN))
     names = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
     image, video, start, end = tokenizer.convert_tokens_to_ids(list(names))
-    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1], "mrope_interleaved": True}
+    text = dict(TEXT, head_dim=8) | (text or {})
+    third = text["head_dim"] // 2 // 3
+    sections = [text["head_dim"] // 2 - 2 * third, third, third]
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": sections, "mrope_interleaved": True}
     config = Qwen3VLConfig(
-        text_config=dict(TEXT, vocab_size=len(tokenizer), head_dim=8, rope_parameters=rope),
+        text_config=dict(text, vocab_size=len(tokenizer), rope_parameters=rope),
         vision_config=dict(
             depth=2,
             hidden_size=32,
             intermediate_size=48,
             num_heads=2,
             patch_size=16,
-            out_hidden_size=48,
+            out_hidden_size=text["hidden_size"],
             num_position_embeddings=64,
             deepstack_visual_indexes=[0, 1],
         ),
@@ -198,7 +201,7 @@ def tiny(family: str, *, real_tiles: bool = False, seed: int = 0, **options) -> 
     family : "qwen3_vl", "internvl", "llava_onevision", "llama" or "qwen3".
     real_tiles : image tiles and patches of the released checkpoints; otherwise small ones, for speed.
     seed : of the weights. Query and key weights are large, so that attention is far from uniform.
-    **options : tokenizer= for qwen3_vl.
+    **options : for qwen3_vl alone, tokenizer= another one, text= what to change in the decoder's configuration.
 
     Returns
     -------

@@ -13,7 +13,6 @@ import csv
 import json
 import math
 import platform
-import sys
 import time
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -193,7 +192,8 @@ def _probe_visual(model: nn.Module, recipe: Recipe, log) -> None:
     """Teach the vision tower what a cell shows: linear probes on the merged tokens for glyph, colour and style.
 
     A fourth probe asks every token of a page for the page's heading, which the tower's attention can bring there; so
-    the heading becomes one more property of a cell, and a document does not need a hop that a picture does not.
+    the heading becomes one more property of a cell, and a document does not need a hop that a picture does not. Then
+    the tower is frozen, for pictures alone would make it forget the headings; its deepstack branch goes on learning.
     """
     visual, device = model.model.visual, next(model.parameters()).device
     sizes = dict(glyph=10 + len(MARKS), colour=len(COLOURS), style=len(STYLES), heading=len(MARKS))
@@ -300,8 +300,11 @@ def train(recipe: Recipe, device: str = "cpu", quiet: bool = False) -> nn.Module
         recipe.layers, recipe.heads, recipe.kv_heads, recipe.hidden, recipe.intermediate, recipe.head_dim, recipe.seed
     ).to(device)
     model.train()
-    decay = [p for p in model.parameters() if p.dim() > 1]
-    rest = [p for p in model.parameters() if p.dim() <= 1]
+    visual = model.model.visual
+    frozen = {*visual.parameters()} - {*visual.deepstack_merger_list.parameters()}
+    trained = [p for p in model.parameters() if p not in frozen]
+    decay = [p for p in trained if p.dim() > 1]
+    rest = [p for p in trained if p.dim() <= 1]
     groups = [{"params": decay, "weight_decay": recipe.weight_decay}, {"params": rest, "weight_decay": 0.0}]
     optimiser = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.98))
     progress, rng = Progress(), np.random.default_rng([recipe.seed, 2])
@@ -311,7 +314,7 @@ def train(recipe: Recipe, device: str = "cpu", quiet: bool = False) -> nn.Module
         seconds = round(progress.seconds + time.perf_counter() - began, 1)
         row = dict(step=step, stage=stage, what=what, loss=round(loss, 4), accuracy=round(accuracy, 4), lr=rate)
         row["seconds"] = seconds
-        fresh = not log_file.exists()
+        fresh = not log_file.exists() or not log_file.stat().st_size
         with log_file.open("a", newline="") as f:
             writer = csv.DictWriter(f, row.keys())
             if fresh:
@@ -320,6 +323,7 @@ def train(recipe: Recipe, device: str = "cpu", quiet: bool = False) -> nn.Module
         if not quiet:
             print(*row.values(), flush=True)
 
+    window: list[tuple[float, float]] = []  # loss and accuracy since the last row of the log
     if checkpoint.exists():
         state = torch.load(checkpoint, map_location=device, weights_only=False)
         if state["recipe"] != asdict(recipe) | {"max_seconds": state["recipe"]["max_seconds"]}:
@@ -328,13 +332,15 @@ def train(recipe: Recipe, device: str = "cpu", quiet: bool = False) -> nn.Module
         optimiser.load_state_dict(state["optimiser"])
         rng.bit_generator.state = state["rng"]
         progress = Progress(**state["progress"])
-        rows = log_file.read_text().splitlines()[: state["log_rows"]]
-        log_file.write_text("\n".join(rows) + "\n")
+        log_file.write_text(state["log"])
+        window = state["window"]
     else:
         log_file.unlink(missing_ok=True)
         _probe_visual(model, recipe, log)
+    for p in frozen:
+        p.requires_grad_(False)
 
-    window: list[tuple[float, float]] = []
+    stop = False
     while True:
         final = progress.stage == len(STAGES)
         spent = progress.step - progress.stage_start
@@ -356,7 +362,7 @@ def train(recipe: Recipe, device: str = "cpu", quiet: bool = False) -> nn.Module
         total = loss + 0.1 * F.cross_entropy(logits[:, :, 1].flatten(0, 1), targets[:, :, 1].flatten())
         optimiser.zero_grad()
         total.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(trained, 1.0)
         optimiser.step()
         accuracy = (logits[:, :, 0].argmax(-1) == batch.answer).float().mean().item()
         if not math.isfinite(loss.item()):
@@ -382,7 +388,8 @@ def train(recipe: Recipe, device: str = "cpu", quiet: bool = False) -> nn.Module
                 rng=rng.bit_generator.state,
                 progress=asdict(progress) | {"seconds": spent_seconds},
                 recipe=asdict(recipe),
-                log_rows=len(log_file.read_text().splitlines()),
+                window=window,
+                log=log_file.read_text() if log_file.exists() else "",
             )
             torch.save(state, checkpoint.with_suffix(".part"))
             checkpoint.with_suffix(".part").replace(checkpoint)
@@ -390,6 +397,8 @@ def train(recipe: Recipe, device: str = "cpu", quiet: bool = False) -> nn.Module
             break
     progress.seconds += time.perf_counter() - began
     save(model, recipe, progress)
+    if not stop:
+        checkpoint.unlink(missing_ok=True)
     return model
 
 
@@ -399,9 +408,11 @@ def save(model: nn.Module, recipe: Recipe, progress: Progress) -> None:
     model.eval()
     model.save_pretrained(out)
     build_processor().save_pretrained(out)
+    settings = {k: v for k, v in asdict(recipe).items() if k not in ("out", "max_seconds")}
+    changed = [f"--{k.replace('_', '-')} {v}" for k, v in settings.items() if v != getattr(Recipe, k)]
     card = dict(
-        command="python -m corehead.testbed.train " + " ".join(sys.argv[1:]),
-        recipe={k: v for k, v in asdict(recipe).items() if k not in ("out", "max_seconds")},
+        command=" ".join(["python -m corehead.testbed.train", f"--out data/testbed/{out.name}", *changed]),
+        recipe=settings,
         data_sha256=data_hash(),
         steps=progress.step,
         minutes=round(progress.seconds / 60, 1),

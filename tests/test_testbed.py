@@ -1,0 +1,204 @@
+"""The generator, its fast path, the shipped model and its training."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import corehead as ch
+from corehead.testbed import samples
+from corehead.testbed.generator import SPLITS, data_hash, digits, draw, to_samples
+from corehead.testbed.model import build_model, build_processor
+from corehead.testbed.train import LEVELS, Recipe, answer_logits, batch_of, train
+
+FOLDER = Path(__file__).parent.parent / "data/testbed/qwen3vl-s"
+SMALL = dict(layers=2, heads=4, kv_heads=2, hidden=32, intermediate=48, head_dim=8)
+
+
+@pytest.fixture(scope="module")
+def shipped() -> ch.MLLM:
+    return ch.load(FOLDER)
+
+
+def every_layout():
+    return [(domain, layout) for domain, levels in LEVELS.items() for layout in (levels[0], levels[-1])]
+
+
+@pytest.mark.parametrize("domain,layout", every_layout())
+def test_fast_path_gives_the_same_ids_pixels_and_positions(domain, layout):
+    """A training sequence is, question by question, what the real processor makes of the samples."""
+    scenes = draw(domain, np.random.default_rng(3), 2, questions=3, **layout)
+    batch, mllm = batch_of(scenes, layout), ch.MLLM(build_model(**SMALL), build_processor())
+    length = scenes.question.shape[2] + 1
+    before = batch.ids.shape[1] - 3 * length
+    for i, sample in enumerate(to_samples(scenes, "x")):
+        b, q = divmod(i, 3)
+        tagged = mllm.tag(sample)
+        own = [*range(before), *range(before + q * length, before + (q + 1) * length)]
+        assert np.array_equal(batch.ids[b, own], tagged.ids)
+        assert torch.equal(
+            batch.positions[:, 0, own], mllm.family.positions(mllm, tagged.inputs).reshape(-1, len(own)).expand(3, -1)
+        )
+        assert torch.equal(batch.mask[0, 0][own][:, own], torch.ones(len(own), len(own), dtype=torch.bool).tril())
+        outside = np.setdiff1d(np.arange(batch.ids.shape[1]), own)
+        assert not batch.mask[0, 0][own[before:]][:, outside].any()
+        name = {"video": "pixel_values_videos"}.get(domain, "pixel_values")
+        if batch.patches is not None:
+            mine = batch.patches.view(2, -1, 384)[b]
+            torch.testing.assert_close(mine, tagged.inputs[name], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("domain", ["image", "document", "video", "text"])
+def test_training_logits_are_the_model_s(domain):
+    layout = LEVELS[domain][1]
+    scenes = draw(domain, np.random.default_rng(5), 2, questions=2, **layout)
+    mllm = ch.MLLM(build_model(**SMALL).eval(), build_processor())
+    with torch.no_grad():
+        fast = answer_logits(mllm.model, batch_of(scenes, layout))
+        for i, sample in enumerate(to_samples(scenes, "x")):
+            tagged = mllm.tag(sample)
+            logits = mllm.model(**tagged.inputs).logits[0, tagged.last :]
+            torch.testing.assert_close(fast[i // 2, i % 2], logits, atol=1e-4, rtol=1e-4)
+
+
+def test_splits_share_no_handwriting():
+    used = {split: set(range(*bounds)) for split, bounds in SPLITS.items()}
+    assert not used["train"] & used["validation"] and not (used["train"] | used["validation"]) & used["test"]
+    assert set.union(*used.values()) == set(range(1797))
+    for split, bounds in SPLITS.items():
+        for domain in ("image", "document", "video", "majority"):
+            glyph = draw(domain, np.random.default_rng(0), 20, split=split).glyph
+            mine = glyph[glyph < 1797]
+            assert mine.min() >= bounds[0] and mine.max() < bounds[1]
+
+
+@pytest.mark.parametrize("domain", ["image", "document", "video", "text"])
+def test_the_answer_stands_in_the_evidence_alone(domain):
+    scenes = draw(domain, np.random.default_rng(1), 50, split="test", questions=4)
+    labels = digits()[1]
+    for b in range(50):
+        for q in range(4):
+            if domain == "text":
+                words = scenes.words[b][scenes.target[b, q]]
+                assert list(words[:2]) == list(scenes.question[b, q, 1:]) and words[2] == scenes.answer[b, q]
+                continue
+            hit = scenes.target[b, q]
+            assert (labels[scenes.glyph[b][hit]] == scenes.answer[b, q] - 8).all()  # "0" is word 8
+            assert len(set(scenes.key[b][hit])) == 1
+            same = scenes.key[b] == scenes.key[b][hit][0]
+            if domain == "document":  # the same key on every other page too
+                assert same.sum() == 8 and hit.sum() == 1
+            else:
+                assert np.array_equal(same, hit)
+
+
+def test_context_tasks_are_right():
+    scenes = draw("majority", np.random.default_rng(2), 200)
+    colour = scenes.key.reshape(200, -1) % 8
+    counts = (colour[..., None] == np.arange(8)).sum(1)
+    best = np.sort(counts)[:, ::-1]
+    assert (best[:, 0] > best[:, 1]).all()
+    names = np.array([s.answer for s in to_samples(scenes, "x")])
+    from corehead.testbed.generator import COLOURS
+
+    assert (names == np.array(list(COLOURS))[counts.argmax(1)]).all()
+    scenes = draw("count", np.random.default_rng(2), 200, questions=2)
+    for i, sample in enumerate(to_samples(scenes, "x")):
+        wanted = list(COLOURS).index(sample.question.split()[1])
+        assert int(sample.answer) == (scenes.key[i // 2] % 8 == wanted).sum() or scenes.key[i // 2].size > 9
+
+
+def test_samples_are_seeded_and_bad_requests_are_named():
+    from corehead.store import digest
+
+    again = [digest(samples("document", n=3, seed=s)[2]) for s in (0, 0, 1)]
+    assert again[0] == again[1] != again[2]
+    assert len({s.id for s in samples("video", n=6, questions=3)}) == 6
+    assert samples("image", n=2, questions=2)[0].messages[0]["content"][0]["image"] is not None
+    assert len(data_hash()) == 64
+    for bad in (dict(domain="images"), dict(split="dev"), dict(n=5, questions=2), dict(evidence="box"), dict(cells=7)):
+        with pytest.raises(ValueError):
+            samples(**{"domain": "image", "n": 4} | bad)
+    with pytest.raises(ValueError, match="at most as many pages"):
+        samples("document", pages=13)
+    with pytest.raises(ValueError, match="even number of frames"):
+        samples("video", frames=5)
+
+
+def test_shared_questions_share_their_picture():
+    pair = samples("image", n=4, questions=2)
+    pictures = [s.messages[0]["content"][0]["image"] for s in pair]
+    assert pictures[0] is pictures[1] and pictures[1] is not pictures[2]
+
+
+def test_the_shipped_model_loads_without_corehead(shipped):
+    model = AutoModelForImageTextToText.from_pretrained(FOLDER)
+    processor = AutoProcessor.from_pretrained(FOLDER)
+    assert type(model).__name__ == "Qwen3VLForConditionalGeneration" and type(processor).__name__ == "Qwen3VLProcessor"
+    sample = samples("image", n=1)[0]
+    inputs = processor.apply_chat_template(
+        sample.messages, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
+    )
+    assert torch.equal(inputs["input_ids"][0], torch.from_numpy(shipped.tag(sample).ids[:-1]))
+    out = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    assert processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip().isdigit()
+    assert (FOLDER / "model.safetensors").stat().st_size <= 12 * 2**20
+    assert shipped.n_layers * shipped.n_heads >= 96 and shipped.n_kv_heads < shipped.n_heads
+
+
+def test_the_shipped_model_has_its_papers(shipped):
+    card = json.loads((FOLDER / "training.json").read_text())
+    assert card["data_sha256"] == data_hash()
+    assert {"command", "recipe", "steps", "minutes", "torch"} <= card.keys() and "seed" in card["recipe"]
+    log = pd.read_csv(FOLDER / "training_log.csv")
+    assert card["steps"] - 25 < log.step.iloc[-1] <= card["steps"] and log.loss.iloc[-1] < 0.5
+
+
+@pytest.mark.parametrize(
+    "domain,layout",
+    [("image", dict(cells=16)), ("document", dict(pages=8)), ("video", dict(frames=8)), ("text", dict(cells=16))],
+)
+def test_the_shipped_model_answers_on_digits_it_never_saw(shipped, domain, layout):
+    results = ch.evaluate(shipped, samples(domain, "validation", 300, **layout), progress=False)
+    assert results.correct.mean() >= 0.88  # 0.90 on the test split, in notebook 2; this is another draw
+    assert (results.correct == (results.prediction == results.answer)).all()
+    assert ((results.margin > 0) == results.correct).all() and (results.logprob <= 0).all()
+
+
+def test_evaluation_does_not_depend_on_the_batch(shipped):
+    asked = [s for d in ("image", "document", "video", "text") for s in samples(d, n=3)]
+    one, many = (ch.evaluate(shipped, asked, batch_size=size, progress=False) for size in (1, 12))
+    np.testing.assert_allclose(one.logprob, many.logprob, atol=1e-4)
+    asked[0].answer = None
+    with pytest.raises(ch.SampleError, match="answer"):
+        ch.evaluate(shipped, asked[:1], progress=False)
+
+
+def test_thirty_steps_of_training(tmp_path):
+    """From a fixed seed the loss falls; a run that was interrupted ends as one that was not."""
+    recipe = dict(SMALL, probe_steps=30, stage_steps=6, final_steps=0, warmup=5)  # five stages of six steps
+    layout = LEVELS["image"][0]
+    batch = batch_of(draw("image", np.random.default_rng(0), 32, questions=8, **layout), layout)
+
+    def loss(model):
+        with torch.no_grad():
+            logits = answer_logits(model, batch)[:, :, 0]
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.answer.flatten()).item()
+
+    whole = train(Recipe(out=str(tmp_path / "a"), **recipe), quiet=True)
+    assert json.loads((tmp_path / "a" / "training.json").read_text())["steps"] == 30
+    assert loss(whole) < loss(build_model(**SMALL)) - 1
+
+    train(Recipe(out=str(tmp_path / "b"), max_seconds=0.0, **recipe), quiet=True)
+    assert json.loads((tmp_path / "b" / "training.json").read_text())["steps"] == 1
+    with pytest.raises(ValueError, match="another recipe"):
+        train(Recipe(out=str(tmp_path / "b"), **recipe | {"seed": 1}), quiet=True)
+    resumed = train(Recipe(out=str(tmp_path / "b"), **recipe), quiet=True)
+    for a, b in zip(whole.parameters(), resumed.parameters()):
+        torch.testing.assert_close(a, b)
+    logs = [pd.read_csv(tmp_path / run / "training_log.csv").drop(columns="seconds") for run in "ab"]
+    pd.testing.assert_frame_equal(*logs)
