@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -19,7 +20,8 @@ from transformers.masking_utils import sdpa_mask
 from .models import MLLM
 
 NAME = "corehead"
-BLOCK = 2**24  # attention weights (float32) held at once while rows are read
+# attention weights (float32) held at once while rows are read: what stays in a CPU's cache, what keeps a GPU busy
+BLOCK = {"cpu": 2**18, "cuda": 2**26}
 
 
 @dataclass
@@ -69,25 +71,25 @@ def row_sums(
     entropy : (B, R, H) float32, nats.
     """
     b, h, r, d = query.shape
-    hkv, n = key.shape[1:3]
-    q = query.float().reshape(b, hkv, h // hkv, r, d)
+    hkv, n, g = *key.shape[1:3], groups.shape[-1]
+    q = (query.float() * scaling).reshape(b, hkv, h // hkv, r, d)
     k = key.float().transpose(-1, -2)  # (B, Hkv, D, N)
-    sums = torch.empty(b, hkv, h // hkv, r, groups.shape[-1], device=query.device)
+    columns = torch.cat([groups, torch.ones_like(groups[..., :1])], -1)  # the last column sums the whole row
+    sums = torch.empty(b, hkv, h // hkv, r, g + 1, device=query.device)
     entropy = torch.empty(b, hkv, h // hkv, r, device=query.device)
-    step = max(1, BLOCK // (b * h * n))
+    step = max(1, BLOCK.get(query.device.type, 2**24) // (b * h * n))
     for i in range(0, r, step):
         rows = slice(i, i + step)
-        part = q[:, :, :, rows].reshape(b, hkv, -1, d)
-        logits = (part @ k).view(b, hkv, h // hkv, -1, n).mul_(scaling)
-        hidden = ~mask[:, None, None, rows]
-        logits.masked_fill_(hidden, -torch.inf)
+        logits = (q[:, :, :, rows].reshape(b, hkv, -1, d) @ k).view(b, hkv, h // hkv, -1, n)
+        # finite, so that a masked key adds exactly 0 to the entropy: 0 * -1e30, where 0 * -inf is NaN
+        logits.masked_fill_(~mask[:, None, None, rows], -1e30)
         logits -= logits.amax(-1, keepdim=True)
-        total = logits.logsumexp(-1)
-        weights = (logits - total[..., None]).exp_()
-        sums[:, :, :, rows] = (weights.flatten(1, 3) @ groups).view(*weights.shape[:-1], -1)
-        # entropy = log Z - sum p * logit; a masked key has p = 0 and must not give 0 * -inf
-        entropy[:, :, :, rows] = total - (weights * logits.masked_fill_(hidden, 0.0)).sum(-1)
-    return sums.flatten(1, 2).transpose(1, 2), entropy.flatten(1, 2).transpose(1, 2)
+        weights = logits.exp()
+        part = (weights.flatten(1, 3) @ columns).view(*weights.shape[:-1], g + 1)
+        total = part[..., -1]  # partition function Z of each row
+        sums[:, :, :, rows] = part / total[..., None]
+        entropy[:, :, :, rows] = total.log() - weights.mul_(logits).sum(-1) / total
+    return sums[..., :g].flatten(1, 2).transpose(1, 2), entropy.flatten(1, 2).transpose(1, 2)
 
 
 def attention_forward(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
@@ -104,6 +106,13 @@ def attention_forward(module, query, key, value, attention_mask, dropout=0.0, sc
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         sums, entropy = row_sums(query[:, :, rows], key, reader.groups, mask, scale)
         reader.sums[module.layer_idx], reader.entropy[module.layer_idx] = sums, entropy
+    if attention_mask is not None and attention_mask.shape[1] == 1 and query.shape[2] < key.shape[2]:
+        # a short chunk behind a cache: the query heads of a KV head become rows, so that the cache is not repeated
+        b, h, r, d = query.shape
+        packed = query.reshape(b, key.shape[1], -1, d)
+        mask = attention_mask[..., : key.shape[2]].repeat(1, 1, h // key.shape[1], 1)
+        out = scaled_dot_product_attention(packed, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
+        return out.view(b, h, r, -1).transpose(1, 2).contiguous(), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
 
 

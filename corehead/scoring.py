@@ -98,13 +98,6 @@ class HeadScores:
             raise ValueError(f"no sample has a {variant!r} score for query={query!r}: give evidence (and answers)")
         return HeadRanking(core.values, name=f"{variant}/{query}")
 
-    def select(self, **where) -> HeadScores:
-        """The samples whose coordinates have these values, as in ``scores.select(domain="image")``."""
-        keep = np.ones(self.data.sizes["sample"], bool)
-        for name, value in where.items():
-            keep &= self.data[name].values == value
-        return HeadScores(self.data.isel(sample=keep), self.failures)
-
 
 @dataclass
 class _Block:
@@ -187,6 +180,7 @@ def score(
         if on_error == "raise":
             raise error
         failures.append({"sample": error.sample_id, "reason": str(error)})
+        bar.update()
 
     def fresh():
         seen = set()
@@ -208,15 +202,14 @@ def score(
     marks: dict[str, str] = {}
     with keep, tqdm(total=total, desc="scoring", unit="sample", disable=not progress) as bar:
         for batch in _batches(mllm, fresh(), batch_size, null, fail, marks):
-            done = []
-            for row in _run(mllm, batch):
-                if isinstance(row, SampleError):
-                    fail(row)
-                else:
-                    done.append(row | {"digest": marks[row["sample"]]})
+            finished = list(_run(mllm, batch))
+            done = [r | {"digest": marks[r["sample"]]} for r in finished if not isinstance(r, SampleError)]
             keep.append(done)
             rows.update((row["sample"], row) for row in done)
-            bar.update(sum(len(c.members) for c in batch))
+            bar.update(len(done))
+            for error in finished:
+                if isinstance(error, SampleError):
+                    fail(error)
     found = [rows[name] for name in order if name in rows]
     if not found:
         reason = failures[0]["reason"] if failures else "there are no samples"
@@ -255,8 +248,8 @@ def provenance(mllm: MLLM, **options) -> dict:
         revision=mllm.revision,
         architecture=mllm.model.config.model_type,
         dtype=str(mllm.model.dtype),
-        weights=digest(weights),
-        config=digest(_settings(mllm.model.config.to_dict())),
+        weights=digest(json.dumps(weights)),
+        config=digest(json.dumps(_settings(mllm.model.config.to_dict()), sort_keys=True, default=str)),
         processor=json.loads(settings),
         python=platform.python_version(),
         torch=torch.__version__,

@@ -155,6 +155,10 @@ def to_image(value: Any, sample_id: str, where: str) -> Image.Image:
     )
 
 
+def _join(parts: list[dict]) -> str:
+    return "".join(part["text"] for part in parts)
+
+
 class Prompt:
     """A rendered and processed sample: text, ids, geometry, and the way from characters to tokens.
 
@@ -249,7 +253,9 @@ class Prompt:
                     self.kinds.append(kind)
                     self.where.append(where)
                     if kind == "video":
-                        self.metadata.append((part.get("fps", 1.0), part.get("frames_indices")))
+                        indices = part.get("frames_indices")
+                        indices = None if indices is None else [int(i) for i in indices]
+                        self.metadata.append((part.get("fps", 1.0), indices))
                 else:
                     self._fail(where, f"unknown type {kind!r}", "Take 'text', 'image' or 'video'")
         if self.raw and not self.mllm.family.visual_ids(self.mllm.model.config):
@@ -288,11 +294,11 @@ class Prompt:
         processor = self.mllm.processor
         if processor is None:
             raise ValueError("this MLLM was made without a processor, so it cannot tag: pass processor=")
-        if getattr(processor, "chat_template", None) is None:  # a base model: the text as it stands
-            parts = (
-                [m["content"]] if isinstance(m["content"], str) else [c["text"] for c in m["content"]] for m in messages
-            )
-            return "".join(text for part in parts for text in part)
+        if processor is self.mllm.tokenizer:  # templates of plain language models take strings, not parts
+            joined = (m["content"] if isinstance(m["content"], str) else _join(m["content"]) for m in messages)
+            messages = [{**m, "content": text} for m, text in zip(messages, joined)]
+            if getattr(processor, "chat_template", None) is None:  # a base model: the text as it stands
+                return "".join(m["content"] for m in messages)
         try:
             return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # jinja raises what the template's author chose
@@ -307,7 +313,7 @@ class Prompt:
         if self.videos:
             meta = []
             for video, (fps, indices) in zip(self.videos, self.metadata, strict=True):
-                indices = [int(i) for i in (range(len(video)) if indices is None else indices)]
+                indices = list(range(len(video))) if indices is None else indices
                 size = dict(height=video.shape[1], width=video.shape[2])
                 meta.append(dict(fps=fps, frames_indices=indices, total_num_frames=max(indices) + 1, **size))
             media |= dict(videos=self.videos, video_metadata=meta, do_sample_frames=False)
@@ -522,6 +528,8 @@ def _by_markers(prompt: Prompt) -> np.ndarray:
             quoted = piece.split(MARKERS[1])[0]
             if quoted in {s.text for s in spans}:
                 target.append(prompt.text_tokens(len(before), len(before) + len(quoted)))
+        if len(target) != 1 + len(spans):
+            prompt._fail("evidence", "its spans overlap, so that markers cannot wrap them", "Take 'geometry'")
     return np.unique(np.concatenate(target))
 
 

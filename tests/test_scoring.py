@@ -13,7 +13,7 @@ import torch
 from conftest import FAMILIES, ask, film, image_part, picture, tiny, video_part
 
 import corehead as ch
-from corehead.attention import row_sums
+from corehead.attention import BLOCK, row_sums
 from corehead.scoring import QUERIES, null_sample
 
 EVERY = [*FAMILIES, "llama", "qwen3"]
@@ -101,7 +101,7 @@ def test_rows_in_blocks_are_the_same_rows(monkeypatch):
     expected = (query @ key.repeat_interleave(3, 1).transpose(2, 3) / 8**0.5).masked_fill(~mask[:, None], -torch.inf)
     expected = expected.softmax(-1)
     for block in (1, 1000, 2**24):
-        monkeypatch.setattr("corehead.attention.BLOCK", block)
+        monkeypatch.setitem(BLOCK, "cpu", block)
         sums, entropy = row_sums(query, key, groups, mask, 8**-0.5)
         torch.testing.assert_close(sums, torch.einsum("bhrn,bng->brhg", expected, groups))
         torch.testing.assert_close(entropy, torch.special.entr(expected).sum(-1).transpose(1, 2))

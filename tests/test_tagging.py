@@ -374,6 +374,25 @@ def test_other_bad_samples(mllm):
         mllm.tag(ask(image, evidence=[ch.Region(0, BOX)]), "markers")
 
 
+def test_overlapping_spans_are_one_target_but_markers_refuse_them():
+    mllm = tiny("llama")
+    sample = ask("alpha is 5, beta is 7. ", evidence=[ch.Span("alpha is 5, beta"), ch.Span("beta is 7")])
+    tagged = mllm.tag(sample)
+    assert mllm.tokenizer.decode(tagged.ids[tagged.target]) == "alpha is 5, beta is 7"
+    with pytest.raises(ch.SampleError, match="overlap"):
+        mllm.tag(sample, "markers")
+
+
+def test_messages_of_strings_and_base_models_without_a_template():
+    whole = "alpha is 5. What is it?"
+    sample = ch.Sample("s", [{"role": "user", "content": whole}], [ch.Span("alpha is 5")], question="What is it?")
+    for family in ("llama", "qwen3"):
+        mllm = tiny(family)
+        tagged = mllm.tag(sample)
+        assert mllm.tokenizer.decode(tagged.ids[tagged.target]) == "alpha is 5"
+        assert ("user" in mllm.tokenizer.decode(tagged.ids)) == (family == "llama")
+
+
 def test_a_prompt_cut_by_truncation_is_noticed(mllm, monkeypatch):
     whole = Prompt._process
 
