@@ -60,7 +60,8 @@ def changed_tokens(mllm, a: ch.Tagged, b: ch.Tagged) -> np.ndarray:
         out.append(np.flatnonzero(a.ids == config.image_token_id)[torch.cat(list(features)).amax(-1).detach() > 0])
     if "pixel_values_videos" in change:
         features = top.get_video_features(change["pixel_values_videos"]).pooler_output.flatten(0, 1)
-        out.append(np.flatnonzero(a.ids == config.video_token_id)[features.amax(-1).detach().numpy() > 0])
+        tokens = np.flatnonzero(a.ids == config.video_token_id)[: len(features)]  # 5.17 adds the newline slot later
+        out.append(tokens[features.amax(-1).detach().numpy() > 0])
     return np.concatenate(out)
 
 
