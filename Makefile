@@ -23,13 +23,13 @@ $(READY): pyproject.toml
 
 reproduce: $(READY)  ## run the notebooks end to end and rewrite figures/
 	@test $(PROFILE) = testbed -o -f notebooks/params/$(PROFILE).yaml || { echo "no profile notebooks/params/$(PROFILE).yaml" >&2; exit 2; }
-	@mkdir -p $(OUT)
+	@mkdir -p $(OUT) data/cache
 	@set -e; for n in $(NOTEBOOKS); do \
 	  echo "== $$n ($(PROFILE))"; \
-	  $(BIN)/python -m papermill notebooks/$$n.ipynb $(OUT)/$$n.partial.ipynb --cwd notebooks \
+	  $(BIN)/python -m papermill notebooks/$$n.ipynb data/cache/$$n.ipynb --cwd notebooks \
 	    $(if $(filter testbed,$(PROFILE)),,-f notebooks/params/$(PROFILE).yaml) --execution-timeout 7200 --no-progress-bar --log-level WARNING; \
-	  $(BIN)/python -m corehead.notebooks clean $(OUT)/$$n.partial.ipynb; \
-	  mv $(OUT)/$$n.partial.ipynb $(OUT)/$$n.ipynb; \
+	  $(BIN)/python -m corehead.notebooks clean data/cache/$$n.ipynb; \
+	  mv data/cache/$$n.ipynb $(OUT)/$$n.ipynb; \
 	done
 
 test: $(READY)  ## unit tests, then the notebooks against their committed outputs
@@ -50,7 +50,6 @@ bench: $(READY)  ## time scoring against plain forward passes; rewrites data/res
 clean:  ## remove caches and half-written files
 	rm -rf data/cache .pytest_cache .hypothesis .ruff_cache build *.egg-info
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
-	rm -f notebooks/*.partial.ipynb
 
 .PHONY: help setup reproduce test lint testbed bench clean
 .DEFAULT_GOAL := help

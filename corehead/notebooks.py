@@ -17,8 +17,6 @@ def clean(path: str | Path) -> None:
     kept = []
     for cell in notebook["cells"]:
         tags = cell["metadata"].get("tags", [])
-        if "injected-parameters" in tags:  # the default profile repeats the parameters cell
-            continue
         tags = [tag for tag in tags if not tag.startswith("papermill")]
         cell["metadata"] = {"tags": tags} if tags else {}
         if cell["cell_type"] == "code":
