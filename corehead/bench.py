@@ -85,7 +85,7 @@ def memory_mib(name: str) -> float:
 def measure_memory(way: str, tokens: int) -> float:
     """Peak memory in MiB above the loaded model, in a fresh process; NaN if it was killed for it."""
     code = f"from corehead import bench; bench.print_memory({way!r}, {tokens})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     return json.loads(done.stdout) if done.returncode == 0 else float("nan")
 
 

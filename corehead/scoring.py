@@ -10,7 +10,6 @@ computed once; each question on it, and the same context with the question "N/A"
 
 from __future__ import annotations
 
-import copy
 import json
 import platform
 from collections.abc import Iterable, Iterator
@@ -274,7 +273,7 @@ def _id(sample: Sample | Tagged, index: int) -> str:
 
 def null_sample(sample: Sample, question: str) -> Sample:
     """The same sample with its question replaced by "N/A"."""
-    messages = copy.copy(sample.messages)
+    messages = list(sample.messages)
     for m in reversed(range(len(messages))):
         content = messages[m]["content"]
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
@@ -333,9 +332,7 @@ def _groups(mllm, stream, null, fail, marks) -> Iterator[list[tuple[Tagged, Tagg
 
 
 def _named(tagged: Tagged, name: str) -> Tagged:
-    named = copy.copy(tagged)
-    named.sample = Sample(name, [])
-    return named
+    return replace(tagged, sample=Sample(name, []))
 
 
 def _contexts(mllm, group) -> list[_Context]:
@@ -396,13 +393,7 @@ def _run_shared(mllm: MLLM, batch: list[_Context]) -> dict:
     inputs, prefixes = collate([c.prefix for c in batch], pad_id(mllm))
     before, width = inputs["attention_mask"].bool(), inputs["input_ids"].shape[1]
     places = [mllm.family.positions(mllm, c.blocks[0].tagged.inputs)[..., 0, :].cpu() for c in batch]
-    positions = torch.stack(
-        [
-            torch.nn.functional.pad(place[..., : len(c.prefix.ids)], (width - len(c.prefix.ids), 0))
-            for c, place in zip(batch, places)
-        ],
-        -2,
-    )
+    positions = _pad_left([p[..., : len(c.prefix.ids)] for c, p in zip(batch, places)], width)
     prefill = _forward(mllm, to_model(inputs, mllm) | dict(position_ids=positions.to(device)), use_cache=True)
 
     size = max(sum(len(b.ids) for b in c.blocks) for c in batch)
@@ -427,9 +418,7 @@ def _run_shared(mllm: MLLM, batch: list[_Context]) -> dict:
     groups = torch.zeros(len(batch), width + size, 3 + n_targets)
     for c, (context, prefix) in enumerate(zip(batch, prefixes)):
         pad = width - len(context.prefix.ids)
-        groups[c, prefix.visual, 0] = 1
-        groups[c, pad:, 1] = 1 - groups[c, pad:, 0]
-        groups[c, pad, :3] = torch.tensor([0.0, 0.0, 1.0])
+        _mark_kinds(groups[c], prefix.visual, pad)
         for j, tagged in enumerate(context.members):
             own = context.block_of(j)
             inner = tagged.target >= len(context.prefix.ids)
@@ -453,19 +442,29 @@ def _run_alone(mllm: MLLM, batch: list[_Context]) -> dict:
     inputs, moved = collate(sequences, pad_id(mllm))
     width = inputs["input_ids"].shape[1]
     places = [mllm.family.positions(mllm, t.inputs)[..., 0, :].cpu() for t in sequences]
-    positions = torch.stack([torch.nn.functional.pad(p, (width - p.shape[-1], 0)) for p in places], -2)
+    positions = _pad_left(places, width)
     groups = torch.zeros(len(jobs), width, 4)
     wanted = {}
     for j, ((context, k), t) in enumerate(zip(jobs, moved)):
         pad = width - len(t.ids)
-        groups[j, t.visual, 0] = 1
-        groups[j, pad:, 1] = 1 - groups[j, pad:, 0]
-        groups[j, pad, :3] = torch.tensor([0.0, 0.0, 1.0])
+        _mark_kinds(groups[j], t.visual, pad)
         groups[j, t.target, 3] = 1
         wanted[j, 0] = {q: pad + r for q, r in context.blocks[k].rows.items()}
     feed = to_model(inputs, mllm) | dict(position_ids=positions.to(mllm.device))
     read = _read(mllm, feed, groups, wanted)
     return {(id(jobs[j][0]), jobs[j][1]): value for (j, _), value in read.items()}
+
+
+def _pad_left(places: list[torch.Tensor], width: int) -> torch.Tensor:
+    """Position ids (L,) or (3, L) each to one batch (B, width) or (3, B, width)."""
+    return torch.stack([torch.nn.functional.pad(p, (width - p.shape[-1], 0)) for p in places], -2)
+
+
+def _mark_kinds(groups: torch.Tensor, visual: np.ndarray, pad: int) -> None:
+    """Fill the first columns of (N, G): visual, text and sink (the first token, which is neither)."""
+    groups[visual, 0] = 1
+    groups[pad:, 1] = 1 - groups[pad:, 0]
+    groups[pad, :3] = torch.tensor([0.0, 0.0, 1.0])
 
 
 def _read(mllm: MLLM, feed: dict, groups: torch.Tensor, wanted: dict) -> dict:
