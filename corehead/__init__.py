@@ -23,15 +23,17 @@ def check_versions(minimum: dict[str, str]) -> None:
 
 check_versions(_MINIMUM)
 
+from .ablation import Ablation, ablate  # noqa: E402
 from .evaluation import evaluate  # noqa: E402
 from .models import MLLM, load  # noqa: E402
-from .ranking import HeadRanking, HeadSet, heads_for_share  # noqa: E402
+from .ranking import HeadRanking, HeadSet, heads_for_share, random_heads  # noqa: E402
 from .samples import Frames, Pages, Region, Sample, SampleError, Span, Tube  # noqa: E402
 from .scoring import HeadScores, score  # noqa: E402
 from .tagging import Tagged  # noqa: E402
 
 __all__ = [
     "MLLM",
+    "Ablation",
     "Frames",
     "HeadRanking",
     "HeadScores",
@@ -43,9 +45,11 @@ __all__ = [
     "Span",
     "Tagged",
     "Tube",
+    "ablate",
     "evaluate",
     "heads_for_share",
     "load",
+    "random_heads",
     "score",
 ]
 

@@ -1,13 +1,16 @@
-"""The one attention function that corehead registers with transformers: it runs SDPA and reads rows on the side.
+"""The one attention function that corehead registers with transformers: SDPA that can be read and edited.
 
 Rows are read where the queries and the keys are at hand, after norm and rotary embedding: for the chosen query rows
 alone, in float32, grouped over the KV heads, and reduced at once to sums over token groups. Nothing of size N x N
 exists at any time; reading |Q| rows of H heads over N keys takes O(H |Q| N) memory, a block of rows at a time.
+
+Heads are edited at the same place: in their queries, in the edges of single rows, or in their outputs, which is the
+input of o_proj. Every row of a batch can have its own set of heads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -18,10 +21,157 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from .models import MLLM
+from .tagging import Tagged
 
 NAME = "corehead"
 # attention weights (float32) held at once while rows are read: what stays in a CPU's cache, what keeps a GPU busy
 BLOCK = {"cpu": 2**18, "cuda": 2**26}
+
+
+@dataclass
+class Layout:
+    """What the tokens of a batch are, by their position among the keys (padding and cached tokens included).
+
+    Attributes
+    ----------
+    targets : (B, G, N) bool, sets of evidence tokens V*, one for each question of a batch row.
+    asks : (B, N) int64, which of the G sets a token looks for; -1 for none. Tokens from N on, which a model writes
+        itself, look for the first set.
+    decoded : (B, N) bool, the tokens of an answer, which a model would write itself; those from N on are decoded too.
+    names : B names of what the rows are about.
+    last : (B,) int64, position of the last token of the prompt; None where a row holds several questions.
+    """
+
+    targets: torch.Tensor
+    asks: torch.Tensor
+    decoded: torch.Tensor
+    names: list[str]
+    last: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, tagged: list[Tagged]) -> Layout:
+        """Of samples as a batch padded on the left to the longest."""
+        n = max(len(t.ids) for t in tagged)
+        targets = torch.zeros(len(tagged), 1, n, dtype=torch.bool)
+        asks, decoded = torch.full((len(tagged), n), -1), torch.zeros(len(tagged), n, dtype=torch.bool)
+        for b, t in enumerate(tagged):
+            pad = n - len(t.ids)
+            targets[b, 0, pad + t.target] = True
+            asks[b, pad + t.asking()] = 0
+            decoded[b, pad + t.answer] = True
+        last = torch.tensor([n - len(t.ids) + t.last for t in tagged])
+        return cls(targets, asks, decoded, ["" if t.sample is None else t.sample.id for t in tagged], last)
+
+    def tile(self, times: int) -> Layout:
+        """The batch, `times` times over."""
+        last = None if self.last is None else self.last.repeat(times)
+        wide = self.targets.repeat(times, 1, 1), self.asks.repeat(times, 1), self.decoded.repeat(times, 1)
+        return Layout(*wide, self.names * times, last)
+
+    def fit(self, batch: int) -> Layout:
+        """The layout of `batch` rows: as it is, or each row several times in a row (beams, returned sequences)."""
+        if batch == len(self.names):
+            return self
+        if batch % len(self.names):
+            raise ValueError(f"{len(self.names)} samples are laid out, but {batch} rows run: give the samples that run")
+        rows = torch.arange(len(self.names)).repeat_interleave(batch // len(self.names))
+        last = None if self.last is None else self.last[rows]
+        return Layout(self.targets[rows], self.asks[rows], self.decoded[rows], [self.names[i] for i in rows], last)
+
+    def seek(self, positions: torch.Tensor) -> torch.Tensor:
+        """(B, R) int64, `asks` of the tokens at R positions, those beyond the layout included."""
+        inside = self.asks[:, positions.clamp(max=self.asks.shape[1] - 1)]
+        return torch.where(positions < self.asks.shape[1], inside, 0)
+
+    def is_decoded(self, positions: torch.Tensor) -> torch.Tensor:
+        """(B, R) bool."""
+        inside = self.decoded[:, positions.clamp(max=self.decoded.shape[1] - 1)]
+        return inside | (positions >= self.decoded.shape[1])
+
+    def edges(self, seek: torch.Tensor, n: int) -> torch.Tensor:
+        """(B, R, n) bool, edges from rows to the keys of the set that they look for."""
+        found = self.targets.gather(1, seek.clamp(min=0)[..., None].expand(-1, -1, self.targets.shape[2]))
+        return torch.nn.functional.pad(found & (seek >= 0)[..., None], (0, max(0, n - found.shape[-1])))[..., :n]
+
+
+@dataclass
+class Call:
+    """One call of the attention function.
+
+    Attributes
+    ----------
+    first : position of the first query row among the keys; n : keys; rows : query rows; batch : batch rows.
+    mask : as transformers hands it over.
+    """
+
+    batch: int
+    first: int
+    rows: int
+    n: int
+    mask: torch.Tensor | None
+    device: torch.device
+    layout: Layout | None
+
+    def positions(self) -> torch.Tensor:
+        return torch.arange(self.first, self.n)
+
+    def decoded(self) -> torch.Tensor:
+        """(B or 1, R) bool. Without a layout, a single row behind a cache is decoding and all else is prefill."""
+        if self.layout is None:
+            return torch.full((1, self.rows), self.rows == 1 and self.n > 1)
+        return self.layout.is_decoded(self.positions())
+
+    def allowed(self, rows: torch.Tensor) -> torch.Tensor:
+        """(B or 1, R, N) bool, where rows of this call may attend."""
+        if self.mask is None:
+            return (torch.arange(self.n, device=self.device) <= (self.first + rows)[:, None])[None]
+        mask = self.mask[:, 0, rows, : self.n]
+        return mask if mask.dtype == torch.bool else mask == 0
+
+
+@dataclass
+class Edit:
+    """What is done to some heads of one layer.
+
+    Attributes
+    ----------
+    mode : "zero", "mean" and "resample" replace the heads' outputs; "scale" multiplies them; "uniform" takes away
+        their queries; "knockout" takes away the edges from rows that ask to what they ask for.
+    heads : (B or 1, H) bool.
+    phase : "both", "prefill" or "decode": which rows.
+    values : mean: (H, D). resample: called with a `Call`, gives (B, R, H, D). scale: (B or 1, H) factors.
+    """
+
+    mode: str
+    heads: torch.Tensor
+    phase: str = "both"
+    values: torch.Tensor | Callable[[Call], torch.Tensor] | None = None
+
+    def where(self, call: Call) -> torch.Tensor:
+        """(B or 1, R or 1, H) bool: which rows of which heads."""
+        if self.phase == "both":
+            return self.heads[:, None]
+        rows = call.decoded().to(self.heads.device)
+        return self.heads[:, None] & (rows if self.phase == "decode" else ~rows)[..., None]
+
+    def output(self, call: Call, out: torch.Tensor) -> torch.Tensor:
+        """Edit the outputs (B, R, H, D)."""
+        if self.mode == "scale":
+            return out * self.values[:, None, :, None]
+        where = self.where(call)[..., None]
+        if self.mode == "zero":
+            return out.masked_fill(where, 0)
+        values = self.values if self.mode == "mean" else self.values(call)
+        return torch.where(where, values.to(out.dtype), out)
+
+    def cut(self, call: Call, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Edges (B, R, N) bool that are cut for the given rows of the call, and (B, R, H) bool, of which heads."""
+        if call.layout is None:
+            raise ValueError("knockout must know V*: pass tagged=, or run corehead's evaluate or score inside")
+        seek = call.layout.seek(call.first + rows.cpu())
+        where = self.where(call)
+        where = where if where.shape[1] == 1 else where[:, rows]
+        return call.layout.edges(seek, call.n).to(call.device), where & (seek >= 0).to(call.device)[..., None]
 
 
 @dataclass
@@ -44,8 +194,22 @@ class RowReader:
     sums: dict[int, torch.Tensor] = field(default_factory=dict)
     entropy: dict[int, torch.Tensor] = field(default_factory=dict)
 
+    def __call__(self, layer: int, call: Call, query, key, value, out, scaling: float, edits: list[Edit]) -> None:
+        allowed = call.allowed(self.rows)
+        query = query[:, :, self.rows]
+        sums, entropy = row_sums(query, key, self.groups, allowed, scaling)
+        for edit in edits:
+            if edit.mode == "knockout":
+                edges, where = edit.cut(call, self.rows)
+                fewer, less = row_sums(query, key, self.groups, allowed & ~edges, scaling)
+                sums, entropy = torch.where(where[..., None], fewer, sums), torch.where(where, less, entropy)
+        self.sums[layer], self.entropy[layer] = sums, entropy
 
-_READERS: dict[int, RowReader] = {}  # by id of the attention module
+
+# by id of the attention module
+_EDITS: dict[int, list[Edit]] = {}
+_WATCHERS: dict[int, list[Callable]] = {}
+_LAYOUTS: dict[int, Layout] = {}
 
 
 def row_sums(
@@ -92,28 +256,66 @@ def row_sums(
     return sums[..., :g].flatten(1, 2).transpose(1, 2), entropy.flatten(1, 2).transpose(1, 2)
 
 
-def attention_forward(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
-    """SDPA, as transformers runs it; where a reader waits for this module, its rows are read first."""
-    reader = _READERS.get(id(module))
-    if reader is not None:
-        rows, n, length = reader.rows, key.shape[2], query.shape[2]
-        if attention_mask is None:
-            mask = torch.arange(n, device=query.device) <= (n - length + rows)[:, None]
-            mask = mask[None]
-        else:
-            mask = attention_mask[:, 0, rows, :n]
-            mask = mask if mask.dtype == torch.bool else mask == 0
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        sums, entropy = row_sums(query[:, :, rows], key, reader.groups, mask, scale)
-        reader.sums[module.layer_idx], reader.entropy[module.layer_idx] = sums, entropy
+def _knock_out(edit: Edit, call: Call, query, key, value, out, scaling: float) -> torch.Tensor:
+    """Give rows that ask the output that they would have without the edges to what they ask for, renormalised."""
+    rows = torch.arange(call.rows)
+    rows = rows[(call.layout.seek(call.first + rows) >= 0).any(0)] if call.layout is not None else rows
+    if not len(rows):
+        return out
+    edges, where = edit.cut(call, rows)
+    heads = edit.heads.any(0).nonzero()[:, 0]  # those that any batch row edits
+    group = query.shape[1] // key.shape[1]
+    k, v = key[:, heads // group].float(), value[:, heads // group].float()  # (B, h, N, D)
+    allowed = (call.allowed(rows.to(call.device)) & ~edges)[:, None]
+    out = out.clone()
+    step = max(1, BLOCK.get(call.device.type, 2**24) // (len(query) * len(heads) * call.n))
+    for i in range(0, len(rows), step):
+        part = rows[i : i + step]
+        q = query[:, heads][:, :, part].float() * scaling
+        weights = (q @ k.transpose(-1, -2)).masked_fill(~allowed[:, :, i : i + step], -torch.inf).softmax(-1)
+        new = (weights @ v).transpose(1, 2).to(out.dtype)  # (B, r, h, D)
+        at = slice(None), part[:, None], heads[None]
+        out[at] = torch.where(where[:, i : i + step][..., heads, None], new, out[at])
+    return out
+
+
+def _sdpa(module, query, key, value, attention_mask, dropout, scaling, **kwargs):
+    """Scaled dot-product attention, as transformers runs it; (B, R, H, D)."""
     if attention_mask is not None and attention_mask.shape[1] == 1 and query.shape[2] < key.shape[2]:
         # a short chunk behind a cache: the query heads of a KV head become rows, so that the cache is not repeated
         b, h, r, d = query.shape
         packed = query.reshape(b, key.shape[1], -1, d)
         mask = attention_mask[..., : key.shape[2]].repeat(1, 1, h // key.shape[1], 1)
         out = scaled_dot_product_attention(packed, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
-        return out.view(b, h, r, -1).transpose(1, 2).contiguous(), None
-    return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+        return out.view(b, h, r, -1).transpose(1, 2).contiguous()
+    return sdpa_attention_forward(
+        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+    )[0]
+
+
+def attention_forward(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
+    """SDPA with the edits and the readers that wait for this module."""
+    edits, watchers = _EDITS.get(id(module), ()), _WATCHERS.get(id(module), ())
+    if not edits and not watchers:
+        return _sdpa(module, query, key, value, attention_mask, dropout, scaling, **kwargs), None
+    (b, _, r, d), n = query.shape, key.shape[2]
+    scale = d**-0.5 if scaling is None else scaling
+    layout = _LAYOUTS.get(id(module))
+    layout = layout if layout is None else layout.fit(b)
+    call = Call(b, n - r, r, n, attention_mask, query.device, layout)
+    for edit in edits:
+        if edit.mode == "uniform":
+            query = query.masked_fill(edit.where(call).transpose(1, 2)[..., None], 0)
+    out = _sdpa(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    for edit in edits:
+        if edit.mode == "knockout":
+            out = _knock_out(edit, call, query, key, value, out, scale)
+    for edit in edits:
+        if edit.mode not in ("uniform", "knockout"):
+            out = edit.output(call, out)
+    for watch in watchers:
+        watch(module.layer_idx, call, query, key, value, out, scale, edits)
+    return out, None
 
 
 AttentionInterface.register(NAME, attention_forward)
@@ -139,6 +341,53 @@ def own_attention(mllm: MLLM) -> Iterator[None]:
 
 
 @contextmanager
+def _installed(mllm: MLLM, table: dict[int, list], items: Mapping[int, object]) -> Iterator[None]:
+    """Append items, by layer, to a table of what waits for the attention modules; take them out again on exit."""
+    with own_attention(mllm):
+        mine = [(table.setdefault(id(mllm.attentions[layer]), []), item) for layer, item in items.items()]
+        for queue, item in mine:
+            queue.append(item)
+        try:
+            yield
+        finally:
+            for queue, item in mine:
+                del queue[next(i for i, other in enumerate(queue) if other is item)]
+
+
+def watching(mllm: MLLM, watcher: Callable):
+    """Call ``watcher(layer, call, query, key, value, out, scaling, edits)`` in every decoder layer.
+
+    query (B, H, R, D), key and value (B, Hkv, N, D), out (B, R, H, D), all as edited.
+    """
+    return _installed(mllm, _WATCHERS, dict.fromkeys(range(mllm.n_layers), watcher))
+
+
+def editing(mllm: MLLM, edits: Mapping[int, Edit]):
+    """Apply edits, one a layer, behind those that are there already."""
+    return _installed(mllm, _EDITS, edits)
+
+
+def edited(mllm: MLLM, mode: str | None = None) -> bool:
+    """Whether edits (of a mode) are in force."""
+    return any(mode in (None, e.mode) for module in mllm.attentions for e in _EDITS.get(id(module), ()))
+
+
+@contextmanager
+def laid_out(mllm: MLLM, layout: Layout) -> Iterator[None]:
+    """Tell edits what the tokens are of what runs inside; the innermost layout counts."""
+    before = {id(module): _LAYOUTS.get(id(module)) for module in mllm.attentions}
+    _LAYOUTS.update(dict.fromkeys(before, layout))
+    try:
+        yield
+    finally:
+        for module, old in before.items():
+            if old is None:
+                del _LAYOUTS[module]
+            else:
+                _LAYOUTS[module] = old
+
+
+@contextmanager
 def reading(mllm: MLLM, rows: torch.Tensor, groups: torch.Tensor) -> Iterator[RowReader]:
     """Read rows in every decoder layer during the forward pass inside.
 
@@ -153,12 +402,5 @@ def reading(mllm: MLLM, rows: torch.Tensor, groups: torch.Tensor) -> Iterator[Ro
     RowReader, filled once the model has run
     """
     reader = RowReader(rows, groups)
-    modules = mllm.attentions
-    with own_attention(mllm):
-        for module in modules:
-            _READERS[id(module)] = reader
-        try:
-            yield reader
-        finally:
-            for module in modules:
-                del _READERS[id(module)]
+    with watching(mllm, reader):
+        yield reader

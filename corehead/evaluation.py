@@ -1,71 +1,258 @@
-"""What a model answers: one row a sample."""
+"""What a model answers, under any number of ablations: one row a sample and condition."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Mapping
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 from tqdm.auto import tqdm
+from transformers import DynamicCache
 
-from .attention import own_attention
+from .ablation import Ablation, edits_of
+from .attention import edited, editing, laid_out, own_attention
+from .contexts import Context, Packed, batches, pack
 from .models import MLLM
 from .samples import Sample, SampleError
-from .stats import proportion_interval
-from .tagging import collate, pad_id, to_model
+from .scoring import provenance
+from .stats import mean_interval, proportion_interval
+from .store import Store, digest
+from .tagging import Tagged
+
+# tokens in one forward pass over several conditions: what stays in a CPU's cache, what keeps a GPU busy
+TOKENS = {"cpu": 2**12, "cuda": 2**16}
+METRICS = ("correct", "logprob", "margin")
 
 
-@torch.inference_mode()
-def evaluate(mllm: MLLM, samples: Sequence[Sample], *, batch_size: int = 32, progress: bool = True) -> pd.DataFrame:
-    """Compare the model's greedy answer with the expected one.
+def evaluate(
+    mllm: MLLM,
+    samples: Iterable[Sample | Tagged],
+    conditions: Mapping[Hashable, Ablation | None] | None = None,
+    *,
+    batch_size: int = 32,
+    store: str | Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Compare the model's greedy answer with the expected one, intact or under many ablations.
+
+    All conditions run over the same batches: media are read, tagged and seen by the vision tower once; questions on one
+    context share its prefill, and so do all conditions that do not touch the context; conditions run side by side as
+    batch rows. Conditions with the same heads run once.
 
     Parameters
     ----------
     mllm : the model.
-    samples : with answers.
-    batch_size : samples that run at once, padded on the left.
+    samples : with answers. Those that follow each other on one context share it, as in `score`.
+    conditions : name -> `Ablation`, or None for the intact model. Without it, the model as it is.
+    batch_size : contexts that run at once, padded on the left.
+    store : a folder that keeps every finished batch; None keeps nothing. It holds any samples and conditions of one
+        model, so that what another run has done is not done again.
+    resume : go on with what the store has. Without it a store that is not empty is an error.
     progress : show a bar with the time left.
 
     Returns
     -------
-    DataFrame, one row a sample in the order given: sample, the columns of its `meta`, answer, prediction (the likeliest
-    token at each place of the answer, the ones before it given), correct (all of them right), logprob (of the whole
-    answer, nats), margin (first token: logit of the answer less the best other logit).
+    DataFrame, one row a condition and sample in the order given: the condition (a named tuple gives one column a
+        field, any other name the column "condition"), sample, context (the first sample on the same context), the
+        columns of its `meta`, answer, prediction (the likeliest token at each place of the answer, the ones before it
+        given), correct (all of them right), logprob (of the whole answer, nats), margin (first token: logit of the
+        answer less the best other logit).
 
     Raises
     ------
-    SampleError : a sample cannot be tagged, or has no answer.
+    SampleError : a sample cannot be tagged, or has no answer; what was finished before is in the store.
+    ValueError : two samples have one id; heads of another geometry; the store belongs to another model, or is used
+        inside `ablate`.
     """
-    rows = []
-    for i in tqdm(range(0, len(samples), batch_size), desc="evaluating", unit="batch", disable=not progress):
-        batch = [mllm.tag(sample) for sample in samples[i : i + batch_size]]
-        for tagged in batch:
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: take at least 1")
+    if store is not None and edited(mllm):
+        raise ValueError("a store inside ablate() would not say so: pass the ablation as one of conditions=")
+    names = {None: None} if conditions is None else dict(conditions)
+    keys = {name: "" if ablation is None else ablation.key for name, ablation in names.items()}
+    unique = {keys[name]: ablation for name, ablation in names.items()}
+    for ablation in unique.values():
+        if ablation is not None:
+            ablation.heads.check((mllm.n_layers, mllm.n_heads))
+    keep = Store(store, provenance(mllm, table="answers"), resume=resume)
+    rows = {(row["sample"], row["ablation"]): row for row in keep.rows}
+    marks: dict[str, str] = {}
+    given: dict[str, Sample] = {}
+
+    def fresh():
+        for i, item in enumerate(samples):
+            sample = item.sample or Sample(str(i), []) if isinstance(item, Tagged) else item
+            if sample.id in given:
+                raise ValueError(f"two samples have the id {sample.id!r}: ids must differ")
+            given[sample.id] = sample
+            marks[sample.id] = digest([item.ids, item.target] if isinstance(item, Tagged) else item)
+            done = [rows[sample.id, key] for key in unique if (sample.id, key) in rows]
+            if any(row["digest"] != marks[sample.id] for row in done):
+                raise ValueError(f"sample {sample.id!r} is not the one in the store: it has another content")
+            if len(done) < len(unique):
+                yield item
+            else:
+                bar.update(len(unique))
+
+    total = len(samples) * len(unique) if hasattr(samples, "__len__") else None
+    with keep, tqdm(total=total, desc="evaluating", unit="answer", disable=not progress) as bar:
+        for batch in batches(mllm, fresh(), batch_size):
+            ids = [t.sample.id for context in batch for t in context.members]
+            todo = {key: a for key, a in unique.items() if any((name, key) not in rows for name in ids)}
+            found = [row | {"digest": marks[row["sample"]]} for row in _run(mllm, batch, todo, bar)]
+            keep.append(found)
+            rows.update(((row["sample"], row["ablation"]), row) for row in found)
+    out = []
+    for name, key in keys.items():
+        label = name._asdict() if hasattr(name, "_asdict") else {} if conditions is None else {"condition": name}
+        for sample in given.values():
+            row = rows[sample.id, key]
+            head = {"sample": sample.id, "context": row["context"], **sample.meta, "answer": row["answer"]}
+            out.append({**label, **head, "prediction": row["prediction"], **{m: row[m] for m in METRICS}})
+    return pd.DataFrame(out)
+
+
+@torch.inference_mode()
+def _run(mllm: MLLM, batch: list[Context], todo: dict[str, Ablation | None], bar: tqdm) -> list[dict]:
+    """Answers of a batch of contexts under every ablation, a row each."""
+    for context in batch:
+        for tagged in context.members:
             if len(tagged.answer) == 0:
                 raise SampleError(tagged.sample.id, "answer", "is missing", "Give the text that the model should say")
-        inputs, _ = collate(batch, pad_id(mllm))
-        keep = 1 + max(len(tagged.answer) for tagged in batch)
+    rows, decoded = [], {}
+    kinds = {key: () if a is None else a.kind for key, a in todo.items()}
+    feeds: dict[bool, _Feed] = {}
+    for kind in dict.fromkeys(kinds.values()):
+        alone = "resample" in kind or edited(mllm, "resample")  # must know the sample of a batch row
+        if alone not in feeds:
+            feeds[alone] = _Feed(mllm, pack(mllm, batch, alone))
+        feed, same = feeds[alone], [key for key in todo if kinds[key] == kind]
+        for i in range(0, len(same), feed.width):
+            part = same[i : i + feed.width]
+            for key, hidden in zip(part, feed.run([todo[key] for key in part])):
+                for tagged, context, answers in feed.answers(hidden):
+                    best = tuple(answers.pop("best"))
+                    if best not in decoded:
+                        decoded[best] = mllm.tokenizer.decode(best).strip() if mllm.processor else str(best)
+                    label = dict(sample=tagged.sample.id, context=context, ablation=key)
+                    rows.append(label | dict(answer=tagged.sample.answer or "", prediction=decoded[best]) | answers)
+            bar.update(len(part) * sum(len(context.members) for context in batch))
+    return rows
+
+
+class _Decoded(Exception):
+    """Raised where the decoder would begin."""
+
+
+class _Feed:
+    """What the decoder is fed for a batch, kept, so that many conditions run over it.
+
+    Attributes
+    ----------
+    width : conditions that run side by side.
+    """
+
+    def __init__(self, mllm: MLLM, packed: Packed):
+        self.mllm, self.packed = mllm, packed
+        self.decoder = mllm.family.decoder(mllm.model)
+        if packed.prefix is None:
+            self.prefix, self.chunk = None, self._embed(packed.feed)
+        else:
+            self.prefix = self._embed(packed.prefix)
+            embeds = mllm.model.get_input_embeddings()(packed.feed["input_ids"])
+            self.chunk = packed.feed | dict(inputs_embeds=embeds)
+            del self.chunk["input_ids"]
+        self._intact = None  # cache of the untouched prefix
+        self.asked = [
+            (c, k, b) for c, context in enumerate(packed.contexts) for k, b in enumerate(context.blocks) if not b.null
+        ]
+        spans = [b.tagged.last + np.arange(len(b.tagged.answer)) for _, _, b in self.asked]
+        self.lengths = [len(span) for span in spans]
+        self.at = (
+            np.repeat([packed.places[c, k][0] for c, k, _ in self.asked], self.lengths),
+            np.concatenate([packed.rows(c, k, span) for (c, k, _), span in zip(self.asked, spans)]),
+        )
+        n_rows, size = packed.feed["input_ids"].shape
+        self.width = max(1, TOKENS.get(mllm.device.type, 2**14) // (n_rows * (packed.before + size)))
+
+    def _embed(self, inputs: dict) -> dict:
+        """What the decoder gets for the model's inputs: embeddings with the visual features in, masks, positions."""
+        caught = {}
+
+        def stop(module, args, kwargs):
+            caught.update({k: v for k, v in kwargs.items() if v is not None})
+            raise _Decoded
+
+        handle = self.decoder.register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            self.mllm.model(**inputs, use_cache=False)
+        except _Decoded:
+            pass
+        finally:
+            handle.remove()
+        return {k: v for k, v in caught.items() if k not in ("use_cache", "past_key_values")}
+
+    def _decode(self, feed: dict, times: int, cache: DynamicCache | None, use_cache: bool):
+        """Run the decoder over the batch, `times` times over."""
+        wide = {}
+        for name, value in feed.items():
+            if torch.is_tensor(value):
+                if name == "position_ids":  # (B, N) or (3, B, N)
+                    value = value.repeat(*[1] * (value.dim() - 2), times, 1)
+                elif value.dim():
+                    value = value.repeat(times, *[1] * (value.dim() - 1))
+            elif name == "deepstack_visual_embeds":
+                value = [v.repeat(times, 1) for v in value]
+            wide[name] = value
+        return self.decoder(**wide, past_key_values=cache, use_cache=use_cache)
+
+    def run(self, ablations: list[Ablation | None]) -> torch.Tensor:
+        """Final hidden states of the rows that predict answers, (conditions, rows, hidden)."""
+        mllm, times, n_rows = self.mllm, len(ablations), len(self.packed.feed["input_ids"])
+        edits = edits_of(mllm, ablations, n_rows) if ablations[0] is not None else {}
         with own_attention(mllm):
-            logits = mllm.model(**to_model(inputs, mllm), logits_to_keep=keep).logits.float().cpu()
-        for tagged, row in zip(batch, logits):
-            n = len(tagged.answer)
-            answer = torch.from_numpy(tagged.ids[tagged.answer])
-            predicting = row[-n - 1 : -1]
-            first = predicting[0].clone()
-            first[answer[0]] = -torch.inf
-            best = predicting.argmax(-1)
-            rows.append(
-                {
-                    "sample": tagged.sample.id,
-                    **tagged.sample.meta,
-                    "answer": tagged.sample.answer,
-                    "prediction": mllm.tokenizer.decode(best).strip(),
-                    "correct": bool((best == answer).all()),
-                    "logprob": float(predicting.log_softmax(-1)[torch.arange(n), answer].sum()),
-                    "margin": float(predicting[0, answer[0]] - first.max()),
-                }
+            cache = None
+            spared = ablations[0] is None or ablations[0].spares_context
+            if self.prefix is not None and spared:
+                cache = self._repeat(times)
+            with laid_out(mllm, self.packed.layout.tile(times)), editing(mllm, edits):
+                if self.prefix is not None and not spared:
+                    cache = self._decode(self.prefix, times, None, True).past_key_values
+                hidden = self._decode(self.chunk, times, cache, cache is not None).last_hidden_state
+        return hidden.view(times, n_rows, *hidden.shape[1:])[:, self.at[0], self.at[1]]
+
+    def _repeat(self, times: int) -> DynamicCache:
+        """A cache of the intact prefix for every condition."""
+        if self._intact is None:
+            with laid_out(self.mllm, self.packed.layout):
+                self._intact = self._decode(self.prefix, 1, None, True).past_key_values
+        cache = DynamicCache(config=self.mllm.text_config)
+        for i, layer in enumerate(self._intact.layers):
+            cache.update(layer.keys.repeat(times, 1, 1, 1), layer.values.repeat(times, 1, 1, 1), i)
+        return cache
+
+    def answers(self, hidden: torch.Tensor):
+        """What hidden states (rows, hidden) of one condition say: (tagged, context, answer) for each sample."""
+        logits = self.mllm.model.get_output_embeddings()(hidden).float().cpu()
+        ids = torch.from_numpy(np.concatenate([b.answer for _, _, b in self.asked]))
+        own = logits.gather(1, ids[:, None])[:, 0]
+        logprob = (own - logits.logsumexp(1)).split(self.lengths)
+        best = logits.argmax(1)
+        rivals = logits.scatter(1, ids[:, None], -torch.inf).amax(1)
+        margin = (own - rivals).split(self.lengths)
+        right = (best == ids).split(self.lengths)
+        for (c, _, block), *found in zip(self.asked, best.split(self.lengths), right, logprob, margin):
+            tokens, correct, log, first = found
+            yield (
+                block.tagged,
+                self.packed.contexts[c].name,
+                dict(
+                    best=tokens.tolist(), correct=bool(correct.all()), logprob=float(log.sum()), margin=float(first[0])
+                ),
             )
-    return pd.DataFrame(rows)
 
 
 def accuracy(results: pd.DataFrame, by: str | list[str]) -> pd.DataFrame:
@@ -76,4 +263,25 @@ def accuracy(results: pd.DataFrame, by: str | list[str]) -> pd.DataFrame:
         return pd.Series({"n": len(group), "accuracy": group.mean(), "low": low, "high": high})
 
     table = results.groupby(by, sort=False)["correct"].apply(one).unstack()
+    return table.astype({"n": np.int64})
+
+
+def summary(results: pd.DataFrame, by: str | list[str], metrics: Iterable[str] = METRICS) -> pd.DataFrame:
+    """Means with 95 % bootstrap intervals, resampling contexts, for each group of rows.
+
+    Returns
+    -------
+    DataFrame : a row a group; n and, for each metric, its mean and ``metric_low``, ``metric_high``.
+    """
+    metrics = list(metrics)
+
+    def one(group: pd.DataFrame) -> pd.Series:
+        values = group[metrics].to_numpy(float)
+        low, high = mean_interval(values, groups=group["context"].to_numpy())
+        row = {"n": len(group)}
+        for i, metric in enumerate(metrics):
+            row |= {metric: values[:, i].mean(), f"{metric}_low": low[i], f"{metric}_high": high[i]}
+        return pd.Series(row)
+
+    table = results.groupby(by, sort=False)[[*metrics, "context"]].apply(one)
     return table.astype({"n": np.int64})

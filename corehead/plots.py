@@ -320,3 +320,230 @@ def overlays(rows: list[tuple[str, Tagged, dict[str, np.ndarray]]]) -> Figure:
             ax.set_title(name, fontsize="small")
         line[0].set_ylabel(title, fontsize="small")
     return figure
+
+
+# --- stability
+
+
+def agreement_curves(table: pd.DataFrame, chance: dict[str, float], lines: str = "domain") -> Figure:
+    """How rankings agree against the number of samples, one panel a measure.
+
+    Parameters
+    ----------
+    table : columns n, a column named by `lines`, and for each measure of `chance` its mean and measure_low, _high.
+    chance : measure -> expected value, drawn dotted.
+    lines : what tells lines apart.
+    """
+    figure, axes = plt.subplots(1, len(chance), figsize=(3.4 * len(chance), 3.1), sharex=True)
+    for ax, (measure, level) in zip(np.atleast_1d(axes), chance.items()):
+        for i, (name, part) in enumerate(table.groupby(lines, sort=False)):
+            style = _style(name, i)
+            ax.plot(part.n, part[measure], label=name, **style)
+            ax.fill_between(part.n, part[f"{measure}_low"], part[f"{measure}_high"], color=style["color"], alpha=0.15)
+        ax.axhline(level, ls=":", color="gray")
+        ax.set(xscale="log", xlabel="samples", title=measure, ylim=(min(-0.05, level - 0.05), 1.02))
+    ticks = sorted(table.n.unique())
+    np.atleast_1d(axes)[0].set_xticks(ticks, ticks, rotation=60)
+    np.atleast_1d(axes)[0].minorticks_off()
+    np.atleast_1d(axes)[-1].legend(fontsize="small")
+    return figure
+
+
+def matrices(tables: dict[str, pd.DataFrame], label: str, low: float = 0.0) -> Figure:
+    """Square tables as annotated heat maps side by side, on one scale from `low` to 1."""
+    sizes = [len(t) for t in tables.values()]
+    widths = [0.55 * n + 1.2 for n in sizes]
+    figure, axes = plt.subplots(
+        1, len(tables), figsize=(sum(widths) + 0.8, 0.55 * max(sizes) + 1.6), width_ratios=widths, squeeze=False
+    )
+    for i, (ax, (name, table)) in enumerate(zip(axes[0], tables.items())):
+        sns.heatmap(
+            table.astype(float),
+            ax=ax,
+            vmin=low,
+            vmax=1,
+            cmap="crest",
+            annot=True,
+            fmt=".2f",
+            annot_kws={"size": 8},
+            square=True,
+            cbar=i == len(tables) - 1,
+            cbar_kws={"label": label, "shrink": 0.8},
+        )
+        ax.set(title=name, xlabel="", ylabel="")
+        ax.tick_params(length=0)
+        ax.set_yticklabels(ax.get_yticklabels(), rotation=0)
+        ax.set_xticklabels(ax.get_xticklabels(), rotation=60 if sizes[i] > 4 else 0)
+    return figure
+
+
+def length_curves(table: pd.DataFrame) -> Figure:
+    """Scores against context length, one panel a domain: columns domain, size, heads, score, low, high."""
+    domains = list(dict.fromkeys(table.domain))
+    figure, axes = plt.subplots(1, len(domains), figsize=(2.5 * len(domains) + 0.6, 2.9), sharey=True)
+    for ax, domain in zip(axes, domains):
+        for i, (name, part) in enumerate(table[table.domain == domain].groupby("heads", sort=False)):
+            error = np.clip([part.score - part.low, part.high - part.score], 0, None)
+            ax.errorbar(range(len(part)), part.score, error, label=name, capsize=3, **_style(name, i))
+            ax.set_xticks(range(len(part)), part["size"])
+        ax.set(title=domain, xlabel=table[table.domain == domain].what.iloc[0], ylim=(0, None))
+    axes[0].set_ylabel("score")
+    axes[-1].legend(fontsize="small")
+    return figure
+
+
+def universal_map(table: pd.DataFrame, shape: tuple[int, int]) -> Figure:
+    """In how many domains each head is on top, as a map layers x heads (table of `corehead.ranking.universal`)."""
+    count = np.zeros(shape, int)
+    count[table["layer"], table["head"]] = table["domains"]
+    most = table.shape[1] - 3
+    figure, ax = plt.subplots(figsize=(5.6, 3.2))
+    colours = ["#f2f2f2", *sns.color_palette("crest", most)]
+    image = ax.imshow(count, cmap=ListedColormap(colours), vmin=-0.5, vmax=most + 0.5, aspect="auto")
+    for layer, head in zip(table["layer"], table["head"]):
+        ax.text(head, layer, count[layer, head], ha="center", va="center", color="white", fontsize="small")
+    ax.set(xlabel="query head", ylabel="layer")
+    figure.colorbar(image, ax=ax, label="domains", ticks=range(most + 1))
+    return figure
+
+
+# --- ablation
+
+METRIC = {"correct": "accuracy", "logprob": "log-probability (nats)", "margin": "margin (logits)"}
+CURVE = {  # colour, marker and line of what is ablated
+    "top": (PALETTE[3], "o", "-"),
+    "bottom": (PALETTE[0], "v", "-"),
+    "random": (PALETTE[7], "s", "--"),
+    "layer": (PALETTE[2], "D", ":"),
+}
+
+
+def _style(name: str, i: int) -> dict:
+    """Colour, marker and line style of a line: by its name where that has one, else by its place."""
+    if name in CURVE:
+        return dict(zip(("color", "marker", "ls"), CURVE[name]))
+    if name in DOMAIN:
+        return dict(color=PALETTE[DOMAIN[name]], marker=MARKER[name])
+    markers, lines = "osv^DPX*<>", ("-", "--", ":", "-.")
+    return dict(color=PALETTE[i % 10], marker=markers[i % 10], ls=lines[i // 3 % 4])
+
+
+def ablation_curves(
+    table: pd.DataFrame,
+    metric: str = "correct",
+    *,
+    panels: str = "task",
+    lines: str = "heads",
+    intact: pd.Series | None = None,
+    chance: dict[str, float] | None = None,
+    mark: float | None = None,
+    level: float | None = None,
+    xlabel: str = "heads ablated (%)",
+    columns: int = 4,
+) -> Figure:
+    """A metric against the share of heads, one panel a task, one line for each way to choose the heads.
+
+    Parameters
+    ----------
+    table : of `corehead.evaluation.summary`, with columns share, `panels` and `lines`.
+    metric : "correct", "logprob" or "margin".
+    panels, lines : columns that tell panels and lines apart.
+    intact : the metric without ablation by panel, drawn as the point at 0.
+    chance : panel -> level, drawn dotted.
+    mark : a share, drawn as a vertical line.
+    level : a value of the metric, drawn dashed.
+    """
+    names = list(dict.fromkeys(table[panels]))
+    rows = -(-len(names) // columns)
+    columns = min(columns, len(names))
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(2.7 * columns + 0.8, 2.6 * rows + 0.4), sharey=metric == "correct", squeeze=False
+    )
+    for ax, name in zip(axes.flat, names):
+        for i, (line, part) in enumerate(table[table[panels] == name].groupby(lines, sort=False)):
+            style = _style(line, i)
+            x, y = 100 * part.share.to_numpy(), part[metric].to_numpy()
+            ax.fill_between(x, part[f"{metric}_low"], part[f"{metric}_high"], color=style["color"], alpha=0.18, lw=0)
+            if intact is not None:
+                x, y = np.append(0, x), np.append(intact[name], y)
+            ax.plot(x, y, label=line, markersize=4, **style)
+        if chance and name in chance and metric == "correct":
+            ax.axhline(chance[name], ls=":", color="gray")
+        if mark is not None:
+            ax.axvline(100 * mark, color="black", lw=0.8, alpha=0.5)
+        if level is not None:
+            ax.axhline(level, ls="--", color="black", lw=0.8)
+        ax.set(title=name.replace("_", " "), xlabel=xlabel)
+        if metric == "correct":
+            ax.set_ylim(0, 1.03)
+    for ax in axes.flat[len(names) :]:
+        ax.axis("off")
+    for ax in axes[:, 0]:
+        ax.set_ylabel(METRIC[metric])
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    if len(names) < rows * columns:
+        axes.flat[-1].legend(handles, labels, loc="center", fontsize="small")
+    else:
+        figure.legend(handles, labels, loc="outside upper center", ncols=6, fontsize="small")
+    return figure
+
+
+def dots(table: pd.DataFrame, value: str, *, rows: str, panels: str, xlabel: str, zero: bool = True) -> Figure:
+    """Values with intervals (columns value, value_low, value_high) as dots, one panel a task, a line a row."""
+    names, lines = list(dict.fromkeys(table[panels])), list(dict.fromkeys(table[rows]))
+    figure, axes = plt.subplots(
+        1, len(names), figsize=(1.7 * len(names) + 1.9, 0.3 * len(lines) + 1.2), sharey=True, sharex=True, squeeze=False
+    )
+    for ax, name in zip(axes[0], names):
+        part = table[table[panels] == name].set_index(rows).loc[lines]
+        error = np.clip([part[value] - part[f"{value}_low"], part[f"{value}_high"] - part[value]], 0, None)
+        ax.errorbar(part[value], range(len(lines)), xerr=error, fmt="o", color=PALETTE[0], capsize=2, markersize=4)
+        if zero:
+            ax.axvline(0, color="gray", lw=0.8)
+        ax.set(title=name.replace("_", " "), xlabel=xlabel)
+    axes[0, 0].set_yticks(range(len(lines)), lines)
+    axes[0, 0].invert_yaxis()
+    return figure
+
+
+# --- controls
+
+
+def selectivity(table: pd.DataFrame) -> Figure:
+    """What each ranking's top heads carry: damage to retrieval against damage to the rest, and the difference.
+
+    Parameters
+    ----------
+    table : a row a ranking (index), best first; columns retrieval, rest and selectivity, each with _low and _high.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 0.34 * len(table) + 1.4), sharey=True, width_ratios=[1.5, 1])
+    y = np.arange(len(table))
+    left.hlines(y, table.rest, table.retrieval, color="#bbbbbb", lw=2.5, zorder=1)
+    for name, colour, marker in (("retrieval", PALETTE[3], "o"), ("rest", PALETTE[0], "s")):
+        error = np.clip([table[name] - table[f"{name}_low"], table[f"{name}_high"] - table[name]], 0, None)
+        left.errorbar(table[name], y, xerr=error, fmt=marker, color=colour, capsize=2, label=name)
+    low, high = table.selectivity - table.selectivity_low, table.selectivity_high - table.selectivity
+    right.barh(y, table.selectivity, color=[PALETTE[3] if v > 0 else PALETTE[0] for v in table.selectivity], alpha=0.75)
+    right.errorbar(table.selectivity, y, xerr=np.clip([low, high], 0, None), fmt="none", color="black", capsize=2)
+    for ax in (left, right):
+        ax.axvline(0, color="gray", lw=0.8)
+    left.set(xlabel="accuracy lost")
+    left.set_yticks(y, table.index)
+    left.invert_yaxis()
+    left.legend(ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    right.set(xlabel="selectivity: retrieval less the rest")
+    return figure
+
+
+def tournament(table: pd.DataFrame, value: str, label: str) -> Figure:
+    """Score variants x query sets: a value in each cell with its interval (columns variant, query, value)."""
+    wide = {end: table.pivot(index="variant", columns="query", values=f"{value}{end}") for end in ("", "_low", "_high")}
+    order = [list(dict.fromkeys(table[axis])) for axis in ("variant", "query")]
+    wide = {end: part.loc[order[0], order[1]] for end, part in wide.items()}
+    text = wide[""].map("{:.2f}".format) + "\n[" + wide["_low"].map("{:.2f}".format)
+    text = text + ", " + wide["_high"].map("{:.2f}".format) + "]"
+    figure, ax = plt.subplots(figsize=(5.4, 3.4))
+    sns.heatmap(wide[""], ax=ax, annot=text, fmt="", cmap="rocket_r", vmin=0, cbar_kws={"label": label})
+    ax.set(xlabel="query rows Q", ylabel="variant")
+    ax.tick_params(length=0)
+    return figure

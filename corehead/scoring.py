@@ -23,18 +23,17 @@ import transformers
 import xarray as xr
 from tqdm.auto import tqdm
 
-from .attention import own_attention, reading
+from .attention import Layout, edited, laid_out, own_attention, reading
+from .contexts import Context, Packed, batches, behind_prefix, forward, pack
 from .models import MLLM
 from .ranking import HeadRanking
 from .samples import Sample, SampleError
 from .store import Store, digest
-from .tagging import PER_TOKEN, Prompt, Tagged, collate, pad_id, to_model
+from .tagging import Tagged, to_model
 
 QUERIES = ("question", "last", "answer")
 SUMS = ("target", "visual", "text", "sink")
 VARIANTS = ("ram", "share", "lift", "calibrated")
-NULL = "N/A"
-MOST = 32  # questions behind one context in one chunk
 
 
 @dataclass
@@ -47,7 +46,8 @@ class HeadScores:
         over the query rows, in [0, 1] (visual + text + sink = 1; sink is the first token of the prompt, and target is
         part of visual or text); ``entropy``: mean over the rows, in nats; ``null_target``, ``null_context``: the mass
         that the same context gets when the question is "N/A". Coordinates on sample: ``n_target``, ``n_context``
-        (tokens of the target's modality), ``on_text`` (the target is text).
+        (tokens of the target's modality), ``on_text`` (the target is text), ``depth`` (where V* stands on average, from
+        0, the start of the prompt, to 1, its end).
         The attribute ``provenance`` is JSON: model, revision, a digest of weights and configuration, versions,
         processor settings, options, and a digest of the samples.
     failures : DataFrame (sample, reason) of what was skipped.
@@ -98,40 +98,6 @@ class HeadScores:
         return HeadRanking(core.values, name=f"{variant}/{query}")
 
 
-@dataclass
-class _Block:
-    """One question behind a context: token ids, positions, rows to read and what they are for."""
-
-    ids: np.ndarray
-    rows: dict[str, np.ndarray]  # query set -> rows within the block
-    owner: int  # which sample of the context; of a null block, one of those that it serves
-    null: bool
-    tagged: Tagged  # the full sequence
-
-    @property
-    def answer(self) -> np.ndarray:
-        return self.tagged.ids[self.tagged.answer]
-
-
-@dataclass
-class _Context:
-    """A prefix and the blocks behind it; without a prefix, one sample, and each block is a whole sequence."""
-
-    prefix: Tagged | None  # inputs cut to the prefix
-    blocks: list[_Block]
-    members: list[Tagged]
-
-    def block_of(self, owner: int) -> int:
-        """The block that asks a sample's question."""
-        return next(k for k, b in enumerate(self.blocks) if b.owner == owner and not b.null)
-
-    def null_of(self, owner: int) -> int | None:
-        """The block with the null question and the sample's answer, if there is one."""
-        answer = self.blocks[self.block_of(owner)].answer
-        same = (k for k, b in enumerate(self.blocks) if b.null and np.array_equal(b.answer, answer))
-        return next(same, None)
-
-
 def score(
     mllm: MLLM,
     samples: Iterable[Sample | Tagged],
@@ -170,9 +136,12 @@ def score(
         raise ValueError(f"on_error={on_error!r}: take 'record' or 'raise'")
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: take at least 1")
+    if store is not None and edited(mllm):
+        raise ValueError("a store inside ablate() would not say so: score without one")
     keep = Store(store, provenance(mllm, null=null), resume=resume)
     rows: dict[str, dict] = {row["sample"]: row for row in keep.rows}
     order: list[str] = []
+    marks: dict[str, str] = {}  # digests of the samples that run
     failures: list[dict] = []
 
     def fail(error: SampleError):
@@ -195,12 +164,13 @@ def score(
                     raise ValueError(f"sample {name!r} is not the one in the store: it has another content")
                 bar.update()
                 continue
-            yield sample, name, mark
+            marks[name] = mark
+            unnamed = isinstance(sample, Tagged) and sample.sample is None
+            yield replace(sample, sample=Sample(name, [])) if unnamed else sample
 
     total = len(samples) if hasattr(samples, "__len__") else None
-    marks: dict[str, str] = {}
     with keep, tqdm(total=total, desc="scoring", unit="sample", disable=not progress) as bar:
-        for batch in _batches(mllm, fresh(), batch_size, null, fail, marks):
+        for batch in batches(mllm, fresh(), batch_size, null=null, fail=fail):
             finished = list(_run(mllm, batch))
             done = [r | {"digest": marks[r["sample"]]} for r in finished if not isinstance(r, SampleError)]
             keep.append(done)
@@ -231,10 +201,11 @@ def attention_map(mllm: MLLM, tagged: Tagged, query: str = "last") -> np.ndarray
     -------
     (L, H, N) float32, attention weights over all tokens
     """
-    rows = _rows(tagged, 0)[query]
+    rows = {"question": tagged.question, "last": np.array([tagged.last]), "answer": tagged.answer}[query]
     groups = torch.eye(len(tagged.ids))[None]
-    with reading(mllm, torch.from_numpy(rows).to(mllm.device), groups.to(mllm.device)) as reader:
-        _forward(mllm, to_model(tagged.inputs, mllm), use_cache=False)
+    own = laid_out(mllm, Layout.of([tagged]))
+    with own, reading(mllm, torch.from_numpy(rows).to(mllm.device), groups.to(mllm.device)) as reader:
+        forward(mllm, to_model(tagged.inputs, mllm))
     return torch.stack([reader.sums[i][0].mean(0).cpu() for i in range(mllm.n_layers)]).numpy()
 
 
@@ -271,221 +242,47 @@ def _id(sample: Sample | Tagged, index: int) -> str:
     return sample.id
 
 
-def null_sample(sample: Sample, question: str) -> Sample:
-    """The same sample with its question replaced by "N/A"."""
-    messages = list(sample.messages)
-    for m in reversed(range(len(messages))):
-        content = messages[m]["content"]
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
-        for p in reversed(range(len(parts))):
-            if question in parts[p].get("text", ""):
-                head, _, tail = parts[p]["text"].rpartition(question)
-                parts[p] = {**parts[p], "text": head + NULL + tail}
-                messages[m] = {**messages[m], "content": parts}
-                return replace(sample, messages=messages, question=NULL)
-    raise SampleError(sample.id, "question", f"{question!r} is in no message", "Quote it as it stands there")
-
-
-def _batches(mllm, stream, batch_size, null, fail, marks) -> Iterator[list[_Context]]:
-    """Contexts in batches, those with a prefix apart from those without."""
-    waiting: dict[bool, list[_Context]] = {True: [], False: []}
-    for group in _groups(mllm, stream, null, fail, marks):
-        for context in _contexts(mllm, group):
-            queue = waiting[context.prefix is not None]
-            queue.append(context)
-            if len(queue) == batch_size:
-                yield queue
-                waiting[context.prefix is not None] = []
-    yield from (queue for queue in waiting.values() if queue)
-
-
-def _groups(mllm, stream, null, fail, marks) -> Iterator[list[tuple[Tagged, Tagged | None]]]:
-    """Runs of samples on one context: (tagged, tagged with the null question) pairs."""
-    group: list[tuple[Tagged, Tagged | None]] = []
-    like: Prompt | None = None  # the last sample's
-    before = ""  # its text in front of the question
-    for sample, name, mark in stream:
-        marks[name] = mark
-        if isinstance(sample, Tagged):
-            pair, joins, like = (sample if sample.sample is not None else _named(sample, name), None), False, None
-        else:
-            try:
-                prompt = Prompt(mllm, sample, like=like)
-                begin, end = prompt.find_question()
-                tagged, blank = prompt.tag(), None
-                if null:
-                    empty = null_sample(sample, prompt.text[begin:end])
-                    blank = Prompt(mllm, empty, like=prompt).tag()
-            except SampleError as error:
-                fail(error)
-                continue
-            same_media = like is not None and (prompt.shares or not (prompt.raw or like.raw))
-            joins = same_media and prompt.text[:begin] == before
-            pair, like, before = (tagged, blank), prompt, prompt.text[:begin]
-        if not joins or len(group) == MOST:
-            if group:
-                yield group
-            group = []
-        group.append(pair)
-    if group:
-        yield group
-
-
-def _named(tagged: Tagged, name: str) -> Tagged:
-    return replace(tagged, sample=Sample(name, []))
-
-
-def _contexts(mllm, group) -> list[_Context]:
-    """Cut a group into the prefix that all its sequences share and a block for each; without a prefix, one each."""
-    every = [t for pair in group for t in pair if t is not None]
-    shared = min(int(t.question[0]) if len(t.question) else t.last for t in every)
-    for t in every[1:]:
-        n = min(shared, len(t.ids))
-        differ = np.flatnonzero(every[0].ids[:n] != t.ids[:n])
-        shared = int(differ[0]) if len(differ) else n
-    if any(len(t.visual) and t.visual[-1] >= shared for t in every):
-        shared = 0
-    blocks: dict[tuple, _Block] = {}
-    for owner, pair in enumerate(group):
-        for t in pair:
-            if t is None:
-                continue
-            ids, blank = t.ids[shared:], t is pair[1]
-            # null blocks that are the same token for token run once
-            block = _Block(ids, _rows(t, shared), owner, blank, t)
-            blocks[("null", *ids) if blank and shared else (blank, owner)] = block
-    if shared:
-        inputs = {k: v[:, :shared] if k in PER_TOKEN else v for k, v in every[0].inputs.items() if torch.is_tensor(v)}
-        prefix = Tagged(inputs, every[0].visual, np.empty(0), np.empty(0), np.empty(0), shared - 1)
-        return [_Context(prefix, list(blocks.values()), [t for t, _ in group])]
-    out = []
-    for owner, (tagged, _) in enumerate(group):  # each sequence runs alone: its block is the whole of it
-        own = [b for b in blocks.values() if b.owner == owner]
-        for block in own:
-            block.owner = 0
-        out.append(_Context(None, own, [tagged]))
-    return out
-
-
-def _rows(tagged: Tagged, shared: int) -> dict[str, np.ndarray]:
-    return {
-        "question": tagged.question - shared,
-        "last": np.array([tagged.last - shared]),
-        "answer": tagged.answer - shared,
-    }
-
-
 @torch.inference_mode()
-def _run(mllm: MLLM, batch: list[_Context]) -> Iterator[dict | SampleError]:
+def _run(mllm: MLLM, batch: list[Context]) -> Iterator[dict | SampleError]:
     """Run a batch of contexts and yield a table row a sample."""
-    with own_attention(mllm):
-        found = _run_shared(mllm, batch) if batch[0].prefix is not None else _run_alone(mllm, batch)
-    for context in batch:
+    packed = pack(mllm, batch, alone=edited(mllm, "resample"))
+    with own_attention(mllm), laid_out(mllm, packed.layout):
+        found = _read(mllm, behind_prefix(mllm, packed), packed)
+    for c, context in enumerate(packed.contexts):
         for owner, tagged in enumerate(context.members):
-            own, blank = context.block_of(owner), context.null_of(owner)
-            null = None if blank is None else found[id(context), blank]
-            yield _table_row(tagged, owner, found[id(context), own], null)
+            blank = context.null_of(owner)
+            null = None if blank is None else found[c, blank]
+            yield _table_row(tagged, owner, found[c, context.block_of(owner)], null)
 
 
-def _run_shared(mllm: MLLM, batch: list[_Context]) -> dict:
-    """Prefill the prefixes once, then run all blocks behind them as one chunk in which they do not see each other."""
-    device = mllm.device
-    inputs, prefixes = collate([c.prefix for c in batch], pad_id(mllm))
-    before, width = inputs["attention_mask"].bool(), inputs["input_ids"].shape[1]
-    places = [mllm.family.positions(mllm, c.blocks[0].tagged.inputs)[..., 0, :].cpu() for c in batch]
-    positions = _pad_left([p[..., : len(c.prefix.ids)] for c, p in zip(batch, places)], width)
-    prefill = _forward(mllm, to_model(inputs, mllm) | dict(position_ids=positions.to(device)), use_cache=True)
+def _read(mllm: MLLM, feed: dict, packed: Packed) -> dict:
+    """Feed the model, reading rows; per block and query set the mean over its rows: (L, H, G) sums, (L, H) entropy.
 
-    size = max(sum(len(b.ids) for b in c.blocks) for c in batch)
-    ids = torch.full((len(batch), size), pad_id(mllm))
-    chunk = torch.zeros(*positions.shape[:-1], size, dtype=torch.long)
-    block_of = torch.full((len(batch), size), -1)
-    starts: dict[tuple[int, int], int] = {}
-    for c, (context, place) in enumerate(zip(batch, places)):
-        at = 0
-        for k, block in enumerate(context.blocks):
-            end = at + len(block.ids)
-            ids[c, at:end] = torch.from_numpy(block.ids)
-            # behind the prefix there is text alone, so that positions go on one by one
-            chunk[..., c, at:end] = place[..., len(context.prefix.ids)][..., None] + torch.arange(end - at)
-            block_of[c, at:end] = k
-            starts[c, k] = at
-            at = end
-    inside = (block_of[:, :, None] == block_of[:, None, :]).tril()
-    mask = torch.cat([before[:, None].expand(-1, size, -1), inside], 2)[:, None]
-
-    n_targets = max(len(c.members) for c in batch)
-    groups = torch.zeros(len(batch), width + size, 3 + n_targets)
-    for c, (context, prefix) in enumerate(zip(batch, prefixes)):
-        pad = width - len(context.prefix.ids)
-        _mark_kinds(groups[c], prefix.visual, pad)
-        for j, tagged in enumerate(context.members):
-            own = context.block_of(j)
-            inner = tagged.target >= len(context.prefix.ids)
-            groups[c, pad + tagged.target[~inner], 3 + j] = 1
-            groups[c, width + starts[c, own] + tagged.target[inner] - len(context.prefix.ids), 3 + j] = 1
-    wanted = {
-        (c, k): {q: starts[c, k] + r for q, r in block.rows.items()}
-        for c, context in enumerate(batch)
-        for k, block in enumerate(context.blocks)
-    }
-    feed = dict(input_ids=ids, position_ids=chunk, attention_mask=mask)
-    feed = {k: v.to(device) for k, v in feed.items()} | dict(past_key_values=prefill.past_key_values)
-    read = _read(mllm, feed, groups, wanted)
-    return {(id(batch[c]), k): value for (c, k), value in read.items()}
-
-
-def _run_alone(mllm: MLLM, batch: list[_Context]) -> dict:
-    """Run sequences that share nothing, each with its own media, as one batch padded on the left."""
-    jobs = [(context, k) for context in batch for k in range(len(context.blocks))]
-    sequences = [context.blocks[k].tagged for context, k in jobs]
-    inputs, moved = collate(sequences, pad_id(mllm))
-    width = inputs["input_ids"].shape[1]
-    places = [mllm.family.positions(mllm, t.inputs)[..., 0, :].cpu() for t in sequences]
-    positions = _pad_left(places, width)
-    groups = torch.zeros(len(jobs), width, 4)
+    Groups of keys: visual, text, sink (the first token, which is neither), then the targets.
+    """
+    groups = torch.cat([torch.zeros(*packed.layout.asks.shape, 3), packed.layout.targets.transpose(1, 2)], 2)
     wanted = {}
-    for j, ((context, k), t) in enumerate(zip(jobs, moved)):
-        pad = width - len(t.ids)
-        _mark_kinds(groups[j], t.visual, pad)
-        groups[j, t.target, 3] = 1
-        wanted[j, 0] = {q: pad + r for q, r in context.blocks[k].rows.items()}
-    feed = to_model(inputs, mllm) | dict(position_ids=positions.to(mllm.device))
-    read = _read(mllm, feed, groups, wanted)
-    return {(id(jobs[j][0]), jobs[j][1]): value for (j, _), value in read.items()}
-
-
-def _pad_left(places: list[torch.Tensor], width: int) -> torch.Tensor:
-    """Position ids (L,) or (3, L) each to one batch (B, width) or (3, B, width)."""
-    return torch.stack([torch.nn.functional.pad(p, (width - p.shape[-1], 0)) for p in places], -2)
-
-
-def _mark_kinds(groups: torch.Tensor, visual: np.ndarray, pad: int) -> None:
-    """Fill the first columns of (N, G): visual, text and sink (the first token, which is neither)."""
-    groups[visual, 0] = 1
-    groups[pad:, 1] = 1 - groups[pad:, 0]
-    groups[pad, :3] = torch.tensor([0.0, 0.0, 1.0])
-
-
-def _read(mllm: MLLM, feed: dict, groups: torch.Tensor, wanted: dict) -> dict:
-    """Feed the model, reading rows; per block and query set the mean over its rows: (L, H, G) sums, (L, H) entropy."""
+    for (c, k), (row, pad, start) in packed.places.items():
+        tagged = packed.contexts[c].blocks[k].tagged
+        first = pad if packed.before else start
+        groups[row, packed.keys(c, k, tagged.visual), 0] = 1
+        groups[row, first:, 1] = 1 - groups[row, first:, 0]
+        groups[row, first, :3] = torch.tensor([0.0, 0.0, 1.0])
+        sets = {"question": tagged.question, "last": np.array([tagged.last]), "answer": tagged.answer}
+        wanted[c, k] = {query: packed.rows(c, k, tokens) for query, tokens in sets.items()}
     rows = np.unique(np.concatenate([r for sets in wanted.values() for r in sets.values()]))
     with reading(mllm, torch.from_numpy(rows).to(mllm.device), groups.to(mllm.device)) as reader:
-        _forward(mllm, feed, use_cache="past_key_values" in feed)
+        forward(mllm, feed)
     sums = torch.stack([reader.sums[i].cpu() for i in range(mllm.n_layers)]).numpy()  # (L, B, R, H, G)
     entropy = torch.stack([reader.entropy[i].cpu() for i in range(mllm.n_layers)]).numpy()
     out = {}
-    for (b, k), sets in wanted.items():
-        out[b, k] = {}
+    for job, sets in wanted.items():
+        out[job], b = {}, packed.places[job][0]
         for query, r in sets.items():
             if len(r):
                 at = np.searchsorted(rows, r)
-                out[b, k][query] = sums[:, b, at].mean(1), entropy[:, b, at].mean(1)
+                out[job][query] = sums[:, b, at].mean(1), entropy[:, b, at].mean(1)
     return out
-
-
-def _forward(mllm: MLLM, feed: dict, use_cache: bool):
-    return mllm.model(**feed, use_cache=use_cache, logits_to_keep=1)
 
 
 def _table_row(tagged: Tagged, column: int, own: dict, blank: dict | None) -> dict | SampleError:
@@ -516,6 +313,7 @@ def _table_row(tagged: Tagged, column: int, own: dict, blank: dict | None) -> di
         "n_target": len(tagged.target),
         "n_context": context,
         "on_text": bool(on_text),
+        "depth": float(tagged.target.mean() / tagged.last) if len(tagged.target) else float("nan"),
         "meta": tagged.sample.meta,
         **out,
     }
@@ -528,7 +326,7 @@ def _dataset(rows: list[dict], attributes: dict) -> xr.Dataset:
     coords = {
         "query": list(QUERIES),
         "sample": [r["sample"] for r in rows],
-        **{k: ("sample", [r[k] for r in rows]) for k in ("n_target", "n_context", "on_text")},
+        **{k: ("sample", [r[k] for r in rows]) for k in ("n_target", "n_context", "on_text", "depth")},
         **{k: ("sample", [r["meta"].get(k) for r in rows]) for k in meta},
     }
     return xr.Dataset(data, coords, {"provenance": json.dumps(attributes)})

@@ -53,6 +53,11 @@ class Tagged:
         """(L,) int64 token ids."""
         return self.inputs["input_ids"][0].numpy()
 
+    def asking(self) -> np.ndarray:
+        """Tokens that may look for the evidence: the question's, and all behind question and context."""
+        end = max(int(part[-1]) for part in (self.visual, self.target, self.question, [-1]) if len(part))
+        return np.union1d(np.setdiff1d(self.question, self.target), np.arange(end + 1, len(self.ids)))
+
     def shifted(self, by: int) -> Tagged:
         """The same tokens in a row that has `by` tokens of padding on the left."""
         move = {name: getattr(self, name) + by for name in ("visual", "target", "question", "answer", "last")}

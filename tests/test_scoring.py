@@ -14,7 +14,8 @@ from conftest import FAMILIES, ask, film, image_part, picture, tiny, video_part
 
 import corehead as ch
 from corehead.attention import BLOCK, row_sums
-from corehead.scoring import QUERIES, null_sample
+from corehead.contexts import null_sample
+from corehead.scoring import QUERIES
 
 EVERY = [*FAMILIES, "llama", "qwen3"]
 
