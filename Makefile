@@ -35,7 +35,7 @@ reproduce: $(READY)  ## run the notebooks end to end and rewrite figures/
 test: $(READY)  ## unit tests, then the notebooks against their committed outputs
 	$(BIN)/python -m pytest tests
 	COREHEAD_OUTPUT=$$(mktemp -d) $(BIN)/python -m pytest --nbval --nbval-sanitize-with notebooks/sanitize.cfg \
-	  --nbval-cell-timeout 600 notebooks
+	  --nbval-cell-timeout 1800 notebooks
 
 lint: $(READY)  ## ruff
 	$(BIN)/ruff check .
@@ -44,7 +44,7 @@ lint: $(READY)  ## ruff
 testbed: $(READY)  ## train the testbed again from nothing, or go on after an interruption
 	$(BIN)/python -m corehead.testbed.train --out data/testbed/qwen3vl-s
 
-bench: $(READY)  ## time scoring against plain forward passes; rewrites data/results/bench
+bench: $(READY)  ## time scoring and ablation; rewrites data/results/bench
 	$(BIN)/python -m corehead.bench
 
 clean:  ## remove caches and half-written files

@@ -23,7 +23,7 @@ from .store import digest
 from .tagging import Tagged, to_model
 
 MODES = ("zero", "mean", "resample", "knockout", "uniform")
-PHASES = ("both", "prefill", "decode")
+PHASES = ("both", "prefill", "decode", "context", "question")
 
 
 class Reference:
@@ -99,7 +99,8 @@ class Ablation:
         context) to V* are cut and the rest of the row renormalised, so that retrieval alone goes. "uniform": their
         queries are 0, so that they attend to all tokens alike (older practice, for comparison; it is no removal).
     phase : "prefill": the prompt's tokens; "decode": the answer's, which a model writes itself; or "both". The first
-        token of an answer is predicted by the last token of the prompt, so by prefill.
+        token of an answer is predicted by the last token of the prompt, so by prefill. Across that line: "question",
+        all tokens that ask, as above, and "context", all others.
     reference : `Reference` or samples, for "mean" and "resample".
 
     Raises
@@ -138,7 +139,7 @@ class Ablation:
     @property
     def spares_context(self) -> bool:
         """No token in front of the question is touched."""
-        return self.mode == "knockout" or self.phase == "decode"
+        return self.mode == "knockout" or self.phase in ("decode", "question")
 
 
 class _Donors:
@@ -212,8 +213,8 @@ def ablate(
     heads, mode, phase : see `Ablation`.
     reference : samples for "mean" and "resample"; a `Reference` is computed once for many ablations.
     tagged : what will run, for "knockout" outside `evaluate` and `score`: the samples of the batch in its order,
-        tagged as they are fed (for ``generate()``: without an answer). It also tells prefill and decode apart where an
-        answer is fed along.
+        tagged as they are fed (for ``generate()``: without an answer). It also tells the phases apart: "context" and
+        "question" need it, "prefill" and "decode" where an answer is fed along.
 
     Raises
     ------

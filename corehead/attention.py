@@ -24,6 +24,7 @@ from .models import MLLM
 from .tagging import Tagged
 
 NAME = "corehead"
+_UNKNOWN = "pass tagged=, or run corehead's evaluate or score inside"
 # attention weights (float32) held at once while rows are read: what stays in a CPU's cache, what keeps a GPU busy
 BLOCK = {"cpu": 2**18, "cuda": 2**26}
 
@@ -115,11 +116,18 @@ class Call:
     def positions(self) -> torch.Tensor:
         return torch.arange(self.first, self.n)
 
-    def decoded(self) -> torch.Tensor:
+    def in_phase(self, phase: str) -> torch.Tensor:
         """(B or 1, R) bool. Without a layout, a single row behind a cache is decoding and all else is prefill."""
+        if phase in ("context", "question"):
+            if self.layout is None:
+                raise ValueError(f"phase={phase!r} must know the question: {_UNKNOWN}")
+            asks = self.layout.seek(self.positions()) >= 0
+            return asks if phase == "question" else ~asks
         if self.layout is None:
-            return torch.full((1, self.rows), self.rows == 1 and self.n > 1)
-        return self.layout.is_decoded(self.positions())
+            decoded = torch.full((1, self.rows), self.rows == 1 and self.n > 1)
+        else:
+            decoded = self.layout.is_decoded(self.positions())
+        return decoded if phase == "decode" else ~decoded
 
     def allowed(self, rows: torch.Tensor) -> torch.Tensor:
         """(B or 1, R, N) bool, where rows of this call may attend."""
@@ -138,7 +146,7 @@ class Edit:
     mode : "zero", "mean" and "resample" replace the heads' outputs; "scale" multiplies them; "uniform" takes away
         their queries; "knockout" takes away the edges from rows that ask to what they ask for.
     heads : (B or 1, H) bool.
-    phase : "both", "prefill" or "decode": which rows.
+    phase : "both", "prefill", "decode", "context" or "question": which rows.
     values : mean: (H, D). resample: called with a `Call`, gives (B, R, H, D). scale: (B or 1, H) factors.
     """
 
@@ -151,8 +159,7 @@ class Edit:
         """(B or 1, R or 1, H) bool: which rows of which heads."""
         if self.phase == "both":
             return self.heads[:, None]
-        rows = call.decoded().to(self.heads.device)
-        return self.heads[:, None] & (rows if self.phase == "decode" else ~rows)[..., None]
+        return self.heads[:, None] & call.in_phase(self.phase).to(self.heads.device)[..., None]
 
     def output(self, call: Call, out: torch.Tensor) -> torch.Tensor:
         """Edit the outputs (B, R, H, D)."""
@@ -167,7 +174,7 @@ class Edit:
     def cut(self, call: Call, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Edges (B, R, N) bool that are cut for the given rows of the call, and (B, R, H) bool, of which heads."""
         if call.layout is None:
-            raise ValueError("knockout must know V*: pass tagged=, or run corehead's evaluate or score inside")
+            raise ValueError(f"knockout must know V*: {_UNKNOWN}")
         seek = call.layout.seek(call.first + rows.cpu())
         where = self.where(call)
         where = where if where.shape[1] == 1 else where[:, rows]

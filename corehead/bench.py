@@ -1,9 +1,13 @@
-"""What scoring costs beside a plain forward pass: ``python -m corehead.bench`` writes data/results/bench/.
+"""What scoring and ablation cost: ``python -m corehead.bench`` writes data/results/bench/.
 
-A random-weight Qwen3-VL reads pages of 256 visual tokens and a question. Side by side, in one process and in turn: a
-plain forward pass (SDPA), scoring one question (with its null question), scoring eight questions on the same pages,
-and eager attention with `output_attentions=True`, which is how attention rows are read elsewhere. All include the
-processor's work. Times are medians; peak memory is each way's own, in a process of its own, above the loaded model.
+*Scoring*, beside a plain forward pass. A random-weight Qwen3-VL reads pages of 256 visual tokens and a question. Side
+by side, in one process and in turn: a plain forward pass (SDPA), scoring one question (with its null question), scoring
+eight questions on the same pages, and eager attention with `output_attentions=True`, which is how attention rows are
+read elsewhere. All include the processor's work. Times are medians; peak memory is each way's own, in a process of its
+own, above the loaded model.
+
+*Ablation*: conditions per second over the same samples, all conditions in one call of `evaluate`, one call for each
+condition, and a plain forward pass for each question and condition; on the testbed and on the same random weights.
 """
 
 from __future__ import annotations
@@ -23,10 +27,14 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .models import MLLM
+from .ablation import Ablation, ablate
+from .evaluation import evaluate
+from .models import MLLM, load
+from .ranking import HeadRanking
 from .samples import Pages, Sample
 from .scoring import score
-from .tagging import to_model
+from .tagging import collate, pad_id, to_model
+from .testbed.generator import samples
 from .testbed.tiny import tiny
 
 GEOMETRY = dict(
@@ -115,15 +123,60 @@ def measure_times(tokens: int, repeats: int) -> dict[str, list[float]]:
     return times
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", default="data/results/bench")
-    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
-    parser.add_argument("--repeats", type=int, default=15, help="up to 2048 tokens; fewer, in proportion, beyond")
-    options = parser.parse_args()
+def by_hand(mllm: MLLM, asked: list[Sample], ablations: list[Ablation]) -> None:
+    """Answers under every ablation by full forward passes that share nothing."""
+    for ablation in ablations:
+        for i in range(0, len(asked), 32):
+            batch = [mllm.tag(sample) for sample in asked[i : i + 32]]
+            inputs = to_model(collate(batch, pad_id(mllm))[0], mllm)
+            with ablate(mllm, ablation.heads, ablation.mode, tagged=batch), torch.inference_mode():
+                mllm.model(**inputs, logits_to_keep=2)
+
+
+def one_by_one(mllm: MLLM, asked: list[Sample], ablations: list[Ablation]) -> None:
+    """One call of `evaluate` for each ablation."""
+    for ablation in ablations:
+        evaluate(mllm, asked, {"ablated": ablation}, progress=False)
+
+
+def together(mllm: MLLM, asked: list[Sample], ablations: list[Ablation]) -> None:
+    """One call of `evaluate` for all."""
+    evaluate(mllm, asked, dict(enumerate(ablations)), progress=False)
+
+
+def ablation_rows(testbed: str | None, conditions: int, repeats: int, tokens: int = 512) -> list[dict]:
+    """Conditions per second of the three ways, in turn, the median of `repeats`."""
+    models = {f"random weights, {tokens} visual tokens": (build(), questions(tokens, 8))}
+    if testbed is not None:
+        asked = samples("document", "validation", 128, questions=8)
+        models = {"testbed, documents of 8 pages": (load(testbed), asked)} | models
+    ways = {"together": together, "one by one": one_by_one, "nothing shared": by_hand}
     rows = []
-    for tokens in options.lengths:
-        times = measure_times(tokens, max(3, options.repeats * 2048 // max(tokens, 2048)))
+    for name, (mllm, asked) in models.items():
+        scores = np.random.default_rng(0).random((conditions, mllm.n_layers, mllm.n_heads))
+        for mode in ("zero", "knockout"):
+            ablations = [Ablation(HeadRanking(values).top(0.1), mode) for values in scores]
+            times: dict[str, list[float]] = {way: [] for way in ways}
+            for i in range(repeats + 1):
+                for way, function in ways.items():
+                    begin = time.perf_counter()
+                    function(mllm, asked, ablations if i else ablations[:1])  # a warm-up first
+                    if i:
+                        times[way].append(time.perf_counter() - begin)
+            for way in ways:
+                ratio = statistics.median(b / a for a, b in zip(times["together"], times[way]))
+                rate = conditions / statistics.median(times[way])
+                row = {"model": name, "questions": len(asked), "mode": mode, "conditions": conditions, "way": way}
+                rows.append(row | {"conditions / s": round(rate, 3), "time / together": round(ratio, 2)})
+                print(*rows[-1].values(), sep="\t", flush=True)
+    return rows
+
+
+def scoring_rows(lengths: list[int], most: int) -> list[dict]:
+    """Time and memory of every way to score, at every length."""
+    rows = []
+    for tokens in lengths:
+        times = measure_times(tokens, max(3, most * 2048 // max(tokens, 2048)))
         memory = {way: measure_memory(way, tokens) for way in WAYS}
         for way in WAYS:
             pairs = [a / b for a, b in zip(times[way], times["plain"])]
@@ -138,16 +191,33 @@ def main() -> None:
             }
             rows.append(row)
             print(*row.values(), sep="\t", flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", default="data/results/bench")
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
+    parser.add_argument("--repeats", type=int, default=15, help="up to 2048 tokens; fewer, in proportion, beyond")
+    parser.add_argument("--testbed", default="data/testbed/qwen3vl-s")
+    parser.add_argument("--only", choices=("scoring", "ablation"))
+    options = parser.parse_args()
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
-    pd.DataFrame(rows).to_csv(out / "scoring.csv", index=False)
     machine = dict(
         machine=f"{platform.machine()}, {os.cpu_count()} cores, CPU",
         torch=torch.__version__,
-        geometry=GEOMETRY | {"weights": "random: this table serves speed alone"},
+        geometry=GEOMETRY | {"weights": "random: they serve speed alone"},
         page_tokens=PAGE,
     )
-    (out / "scoring.json").write_text(json.dumps(machine, indent=1) + "\n")
+    tables = {
+        "scoring": lambda: scoring_rows(options.lengths, options.repeats),
+        "ablation": lambda: ablation_rows(options.testbed, conditions=8, repeats=3),
+    }
+    for name, rows in tables.items():
+        if options.only in (None, name):
+            pd.DataFrame(rows()).to_csv(out / f"{name}.csv", index=False)
+            (out / f"{name}.json").write_text(json.dumps(machine, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ chunk in which blocks do not see each other. Where nothing can be shared, each s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -147,7 +148,7 @@ def batches(
     null: bool = False,
     fail: Callable[[SampleError], None] | None = None,
 ) -> Iterator[list[Context]]:
-    """Tag samples and gather them: contexts in batches, those with a prefix apart from those without.
+    """Tag samples and gather them: contexts in batches of about one length, those with a prefix apart from the others.
 
     Parameters
     ----------
@@ -156,15 +157,16 @@ def batches(
     null : give every sample also a block with the question "N/A".
     fail : what to do with the error of a sample that cannot be tagged; None raises it.
     """
-    waiting: dict[bool, list[Context]] = {True: [], False: []}
+    waiting: dict[tuple[bool, int], list[Context]] = {}
     for group in _groups(mllm, samples, null, fail):
         for context in _contexts(group):
-            queue = waiting[context.prefix is not None]
+            # lengths within a factor of 1.4, so that little is padding
+            kind = context.prefix is not None, int(2 * math.log2(context.shared or len(context.members[0].ids)))
+            queue = waiting.setdefault(kind, [])
             queue.append(context)
             if len(queue) == batch_size:
-                yield queue
-                waiting[context.prefix is not None] = []
-    yield from (queue for queue in waiting.values() if queue)
+                yield waiting.pop(kind)
+    yield from waiting.values()
 
 
 def _groups(mllm, samples, null, fail) -> Iterator[list[tuple[Tagged, Tagged | None]]]:

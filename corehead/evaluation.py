@@ -22,7 +22,7 @@ from .store import Store, digest
 from .tagging import Tagged
 
 # tokens in one forward pass over several conditions: what stays in a CPU's cache, what keeps a GPU busy
-TOKENS = {"cpu": 2**12, "cuda": 2**16}
+TOKENS = {"cpu": 2**11, "cuda": 2**16}
 METRICS = ("correct", "logprob", "margin")
 
 
@@ -80,14 +80,14 @@ def evaluate(
     keep = Store(store, provenance(mllm, table="answers"), resume=resume)
     rows = {(row["sample"], row["ablation"]): row for row in keep.rows}
     marks: dict[str, str] = {}
-    given: dict[str, Sample] = {}
+    given: dict[str, dict] = {}  # meta of each sample, in the order given
 
     def fresh():
         for i, item in enumerate(samples):
             sample = item.sample or Sample(str(i), []) if isinstance(item, Tagged) else item
             if sample.id in given:
                 raise ValueError(f"two samples have the id {sample.id!r}: ids must differ")
-            given[sample.id] = sample
+            given[sample.id] = sample.meta
             marks[sample.id] = digest([item.ids, item.target] if isinstance(item, Tagged) else item)
             done = [rows[sample.id, key] for key in unique if (sample.id, key) in rows]
             if any(row["digest"] != marks[sample.id] for row in done):
@@ -108,9 +108,9 @@ def evaluate(
     out = []
     for name, key in keys.items():
         label = name._asdict() if hasattr(name, "_asdict") else {} if conditions is None else {"condition": name}
-        for sample in given.values():
-            row = rows[sample.id, key]
-            head = {"sample": sample.id, "context": row["context"], **sample.meta, "answer": row["answer"]}
+        for sample, meta in given.items():
+            row = rows[sample, key]
+            head = {"sample": sample, "context": row["context"], **meta, "answer": row["answer"]}
             out.append({**label, **head, "prediction": row["prediction"], **{m: row[m] for m in METRICS}})
     return pd.DataFrame(out)
 

@@ -1,12 +1,29 @@
-"""Keep executed notebooks clean: ``python -m corehead.notebooks clean FILE ...`` drops volatile metadata alone."""
+"""Where notebooks write, and how they are kept clean (``python -m corehead.notebooks clean FILE ...``)."""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent.parent
 KEEP = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
+
+
+def output(*parts: str) -> Path:
+    """A folder for what notebooks write, made if it is missing.
+
+    The environment variable COREHEAD_OUTPUT takes the place of the repository, so that tests overwrite nothing.
+    """
+    folder = Path(os.environ.get("COREHEAD_OUTPUT", ROOT), *parts)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def results(profile: str) -> Path:
+    """The folder of a profile's tables."""
+    return output("data", "results", profile)
 
 
 def clean(path: str | Path) -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -15,13 +12,14 @@ from matplotlib.collections import PatchCollection
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import MaxNLocator
 
 from .models import Medium
+from .notebooks import output
 from .ranking import HeadSet, heads_for_share
 from .stats import mean_interval
 from .tagging import Prompt, Tagged, to_image
 
-ROOT = Path(__file__).resolve().parent.parent
 PALETTE = sns.color_palette("colorblind")
 DOMAIN = {"image": 0, "document": 1, "video": 2, "text": 4}
 MARKER = {"image": "o", "document": "s", "video": "^", "text": "D"}
@@ -52,13 +50,8 @@ sns.set_theme(
 
 
 def save(figure: Figure, name: str, profile: str = "testbed") -> None:
-    """Write a figure as png and pdf to figures/ (the default profile) or figures/<profile>/.
-
-    The environment variable COREHEAD_OUTPUT takes the place of the repository, so that tests overwrite nothing.
-    """
-    folder = Path(os.environ.get("COREHEAD_OUTPUT", ROOT)) / "figures"
-    folder = folder if profile == "testbed" else folder / profile
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write a figure as png and pdf to figures/ (the default profile) or figures/<profile>/."""
+    folder = output("figures", *([] if profile == "testbed" else [profile]))
     figure.savefig(folder / f"{name}.png", metadata={"Software": None})
     figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None, "Producer": None, "Creator": None})
 
@@ -226,6 +219,7 @@ def head_maps(cores: dict[str, xr.DataArray], core: HeadSet | None = None, label
         for layer, head in core or ():
             ax.add_patch(Rectangle((head - 0.5, layer - 0.5), 1, 1, fill=False, edgecolor=PALETTE[0], lw=1.6))
         ax.set(title=name, xlabel="query head")
+        ax.yaxis.set_major_locator(MaxNLocator(integer=True))
     np.atleast_1d(axes)[0].set_ylabel("layer")
     figure.colorbar(image, ax=axes, label=label)
     return figure
@@ -342,10 +336,10 @@ def agreement_curves(table: pd.DataFrame, chance: dict[str, float], lines: str =
             ax.fill_between(part.n, part[f"{measure}_low"], part[f"{measure}_high"], color=style["color"], alpha=0.15)
         ax.axhline(level, ls=":", color="gray")
         ax.set(xscale="log", xlabel="samples", title=measure, ylim=(min(-0.05, level - 0.05), 1.02))
-    ticks = sorted(table.n.unique())
-    np.atleast_1d(axes)[0].set_xticks(ticks, ticks, rotation=60)
-    np.atleast_1d(axes)[0].minorticks_off()
-    np.atleast_1d(axes)[-1].legend(fontsize="small")
+        ticks = sorted(table.n.unique())
+        ax.set_xticks(ticks, ticks)
+        ax.minorticks_off()
+    np.atleast_1d(axes)[-1].legend(fontsize="small", loc="lower center")
     return figure
 
 
@@ -373,7 +367,8 @@ def matrices(tables: dict[str, pd.DataFrame], label: str, low: float = 0.0) -> F
         ax.set(title=name, xlabel="", ylabel="")
         ax.tick_params(length=0)
         ax.set_yticklabels(ax.get_yticklabels(), rotation=0)
-        ax.set_xticklabels(ax.get_xticklabels(), rotation=60 if sizes[i] > 4 else 0)
+        if any(isinstance(label, str) for label in table.columns):
+            ax.set_xticklabels(ax.get_xticklabels(), rotation=45, ha="right", rotation_mode="anchor")
     return figure
 
 
@@ -386,9 +381,10 @@ def length_curves(table: pd.DataFrame) -> Figure:
             error = np.clip([part.score - part.low, part.high - part.score], 0, None)
             ax.errorbar(range(len(part)), part.score, error, label=name, capsize=3, **_style(name, i))
             ax.set_xticks(range(len(part)), part["size"])
-        ax.set(title=domain, xlabel=table[table.domain == domain].what.iloc[0], ylim=(0, None))
-    axes[0].set_ylabel("score")
-    axes[-1].legend(fontsize="small")
+        ax.set(title=domain, xlabel=table[table.domain == domain].what.iloc[0])
+    axes[0].set(ylabel="score", ylim=(0, None))
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=3, fontsize="small")
     return figure
 
 
@@ -403,6 +399,7 @@ def universal_map(table: pd.DataFrame, shape: tuple[int, int]) -> Figure:
     for layer, head in zip(table["layer"], table["head"]):
         ax.text(head, layer, count[layer, head], ha="center", va="center", color="white", fontsize="small")
     ax.set(xlabel="query head", ylabel="layer")
+    ax.yaxis.set_major_locator(MaxNLocator(integer=True))
     figure.colorbar(image, ax=ax, label="domains", ticks=range(most + 1))
     return figure
 
@@ -424,8 +421,8 @@ def _style(name: str, i: int) -> dict:
         return dict(zip(("color", "marker", "ls"), CURVE[name]))
     if name in DOMAIN:
         return dict(color=PALETTE[DOMAIN[name]], marker=MARKER[name])
-    markers, lines = "osv^DPX*<>", ("-", "--", ":", "-.")
-    return dict(color=PALETTE[i % 10], marker=markers[i % 10], ls=lines[i // 3 % 4])
+    markers, lines = "osv^DPX*<>hdp8", ("-", "--", ":", "-.")
+    return dict(color=PALETTE[i % 10], marker=markers[i % 14], ls=lines[i // 3 % 4])
 
 
 def ablation_curves(
@@ -454,8 +451,9 @@ def ablation_curves(
     level : a value of the metric, drawn dashed.
     """
     names = list(dict.fromkeys(table[panels]))
-    rows = -(-len(names) // columns)
-    columns = min(columns, len(names))
+    aside = table[lines].nunique() > 6  # a long legend takes a panel of its own
+    columns = min(columns, len(names) + aside)
+    rows = -(-(len(names) + aside) // columns)
     figure, axes = plt.subplots(
         rows, columns, figsize=(2.7 * columns + 0.8, 2.6 * rows + 0.4), sharey=metric == "correct", squeeze=False
     )
@@ -467,7 +465,7 @@ def ablation_curves(
             if intact is not None:
                 x, y = np.append(0, x), np.append(intact[name], y)
             ax.plot(x, y, label=line, markersize=4, **style)
-        if chance and name in chance and metric == "correct":
+        if chance is not None and name in chance and metric == "correct":
             ax.axhline(chance[name], ls=":", color="gray")
         if mark is not None:
             ax.axvline(100 * mark, color="black", lw=0.8, alpha=0.5)
@@ -539,7 +537,7 @@ def tournament(table: pd.DataFrame, value: str, label: str) -> Figure:
     """Score variants x query sets: a value in each cell with its interval (columns variant, query, value)."""
     wide = {end: table.pivot(index="variant", columns="query", values=f"{value}{end}") for end in ("", "_low", "_high")}
     order = [list(dict.fromkeys(table[axis])) for axis in ("variant", "query")]
-    wide = {end: part.loc[order[0], order[1]] for end, part in wide.items()}
+    wide = {end: part.loc[order[0], order[1]].round(2) + 0.0 for end, part in wide.items()}  # no -0.00
     text = wide[""].map("{:.2f}".format) + "\n[" + wide["_low"].map("{:.2f}".format)
     text = text + ", " + wide["_high"].map("{:.2f}".format) + "]"
     figure, ax = plt.subplots(figsize=(5.4, 3.4))

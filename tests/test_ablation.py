@@ -62,8 +62,14 @@ def heads_in(layer):
 
 
 def rows_of(tagged, phase):
-    n, last = len(tagged.ids), tagged.last
-    return {"both": slice(0, n), "prefill": slice(0, last + 1), "decode": slice(last + 1, n)}[phase]
+    every, asking = np.arange(len(tagged.ids)), tagged.asking()
+    return {
+        "both": every,
+        "prefill": every[: tagged.last + 1],
+        "decode": every[tagged.last + 1 :],
+        "question": asking,
+        "context": np.setdiff1d(every, asking),
+    }[phase]
 
 
 def expected_logits(mllm, tagged, mode, phase="both", reference=None) -> torch.Tensor:
@@ -84,7 +90,7 @@ def expected_logits(mllm, tagged, mode, phase="both", reference=None) -> torch.T
                     visible = logits[:, h, rows] > -1e30
                     logits[:, h, rows] = torch.where(visible, 0.0, logits[:, h, rows])
                 elif mode == "knockout":
-                    asking = np.intersect1d(tagged.asking(), np.arange(len(tagged.ids))[rows])
+                    asking = np.intersect1d(tagged.asking(), rows)
                     logits[:, h, asking[:, None], tagged.target] = -torch.inf
             return logits
 
@@ -100,7 +106,7 @@ def expected_logits(mllm, tagged, mode, phase="both", reference=None) -> torch.T
                     last = mllm.tag(reference[donor]).last
                     at = np.arange(len(tagged.ids)) - tagged.last + last
                     at = at.clip(0, len(outputs[layer][donor]) - 1)
-                    out[:, rows, h] = outputs[layer][donor][at, h][None, rows]
+                    out[:, rows, h] = outputs[layer][donor][at[rows], h][None]
             return out
 
         edits[layer] = (before, after)
@@ -116,7 +122,7 @@ def some(mllm) -> list[ch.Sample]:
 
 
 @pytest.mark.parametrize("family", EVERY)
-@pytest.mark.parametrize("phase", ["both", "prefill", "decode"])
+@pytest.mark.parametrize("phase", ["both", "prefill", "decode", "context", "question"])
 @pytest.mark.parametrize("mode", ["zero", "mean", "resample", "knockout", "uniform"])
 def test_equal_to_full_matrices(family, mode, phase):
     """Batched, padded and behind a shared prefix or not: what one sample alone gives by full attention matrices."""
@@ -146,7 +152,10 @@ def test_equal_to_full_matrices(family, mode, phase):
     np.testing.assert_allclose(intact.logprob, plain.logprob, atol=1e-5)
     changed = abs(found[found.condition == "ablated"].logprob.values - plain.logprob.values)
     longer = [len(mllm.tag(s).answer) > 1 for s in samples]
-    assert (changed[longer] > 1e-6).all()
+    if (mode, phase) == ("knockout", "context"):  # the context asks for nothing
+        assert (changed < 1e-6).all()
+    elif (mode, phase) != ("resample", "context"):  # the two samples that are swapped have one context
+        assert (changed[longer] > 1e-6).all()
     if phase == "decode":  # the first token of an answer is the prompt's
         assert (changed[~np.array(longer)] < 1e-6).all()
 
@@ -412,6 +421,11 @@ def test_bad_input_is_named(mllm):
         pass
     tagged = mllm.tag(samples[0])
     with pytest.raises(ValueError, match="pass tagged="), ch.ablate(mllm, HEADS, "knockout"):
+        logits_of(mllm, tagged)
+    with (
+        pytest.raises(ValueError, match="must know the question: pass tagged="),
+        ch.ablate(mllm, HEADS, phase="context"),
+    ):
         logits_of(mllm, tagged)
     two = to_model(collate([tagged, tagged], pad_id(mllm))[0], mllm)
     with (

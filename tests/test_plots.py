@@ -6,12 +6,14 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import ask, film, image_part, picture, tiny, video_part
 from matplotlib.collections import PatchCollection
 
 import corehead as ch
 from corehead import plots
+from corehead.ranking import universal
 from corehead.tagging import Prompt
 
 
@@ -73,3 +75,73 @@ def test_curves_and_maps_of_scores():
     assert rho.rho["image"] == ch.heads_for_share(cores["image"].values)
     assert rho.low["image"] <= rho.rho["image"] <= rho.high["image"]
     plots.layer_profile(per_sample)
+
+
+def points(**columns) -> pd.DataFrame:
+    """A table with an interval around each metric."""
+    table = pd.DataFrame(columns)
+    for metric in ("correct", "logprob", "margin"):
+        if metric in table:
+            table[f"{metric}_low"], table[f"{metric}_high"] = table[metric] - 0.1, table[metric] + 0.1
+    return table
+
+
+def test_ablation_curves_begin_at_the_intact_model():
+    table = points(
+        heads=["top", "top", "bottom", "bottom"] * 2,
+        share=[0.05, 0.1] * 4,
+        task=["image"] * 4 + ["text_only"] * 4,
+        correct=np.linspace(0.1, 0.8, 8),
+    )
+    whole = pd.Series({"image": 0.97, "text_only": 1.0})
+    figure = plots.ablation_curves(table, intact=whole, chance={"image": 0.1}, mark=0.05, level=0.5)
+    left, right = figure.axes
+    assert [ax.get_title() for ax in figure.axes] == ["image", "text only"]
+    [top] = [line for line in left.lines if line.get_label() == "top"]
+    np.testing.assert_allclose(top.get_xdata(), [0, 5, 10])
+    np.testing.assert_allclose(top.get_ydata(), [0.97, 0.1, 0.2])
+    assert len(left.lines) == 5 and len(right.lines) == 4  # chance is known for one of them
+    assert len({line.get_marker() for line in left.lines[:2]}) == 2
+    figure.savefig("/dev/null", format="png")
+
+
+def test_dots_selectivity_and_tournament_show_every_row():
+    rows = points(mode=["zero", "mean"] * 2, task=["a", "a", "b", "b"], correct=[0.1, 0.2, 0.3, 0.4])
+    figure = plots.dots(rows, "correct", rows="mode", panels="task", xlabel="accuracy")
+    assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == ["zero", "mean"] and len(figure.axes) == 2
+    columns = {n: [0.5, 0.1] for n in ("retrieval", "rest", "selectivity")}
+    ends = {f"{n}_{end}": [0.4, 0.0] if end == "low" else [0.6, 0.2] for n in columns for end in ("low", "high")}
+    figure = plots.selectivity(pd.DataFrame(columns | ends, index=["RAM", "random"]))
+    assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == ["RAM", "random"]
+    cells = pd.DataFrame(
+        [
+            dict(variant=v, query=q, damage=0.5, damage_low=0.4, damage_high=0.6)
+            for v in ("ram", "lift")
+            for q in ("last", "answer")
+        ]
+    )
+    figure = plots.tournament(cells, "damage", "lost")
+    assert [t.get_text() for t in figure.axes[0].texts] == ["0.50\n[0.40, 0.60]"] * 4
+
+
+def test_stability_figures_show_what_they_are_given():
+    rows = [
+        dict(domain=d, n=n, spearman=0.5, spearman_low=0.4, spearman_high=0.6)
+        for d in ("image", "text")
+        for n in (5, 50)
+    ]
+    figure = plots.agreement_curves(pd.DataFrame(rows), {"spearman": 0.0})
+    assert len(figure.axes[0].lines) == 3  # and chance
+    square = pd.DataFrame(np.eye(3), list("abc"), list("abc"))
+    figure = plots.matrices({"one": square, "two": square}, "overlap")
+    assert [float(t.get_text()) for t in figure.axes[1].texts] == list(np.eye(3).ravel())
+    table = universal({"image": np.eye(4), "text": np.eye(4)[::-1]}, 0.25)
+    figure = plots.universal_map(table, (4, 4))
+    assert len(figure.axes[0].texts) == len(table) == 8
+    lengths = [
+        dict(domain="image", what="cells", size=s, heads=h, score=v, low=v - 0.1, high=v + 0.1)
+        for h, v in (("CoRe", 0.8), ("rest", 0.2))
+        for s in (4, 9)
+    ] + [dict(domain="text", what="cells", size=4, heads="CoRe", score=1.5, low=1.4, high=1.6)]
+    figure = plots.length_curves(pd.DataFrame(lengths))
+    assert figure.axes[0].get_ylim()[1] > 1.5  # one scale that fits all panels

@@ -73,6 +73,17 @@ def test_figures_in_the_readme_exist_and_every_figure_is_in_it():
         assert (ROOT / f"figures/{name}.png").exists() and (ROOT / f"figures/{name}.pdf").exists()
 
 
+def test_tables_that_notebooks_write_are_committed_and_no_others():
+    written = set()
+    for path in NOTEBOOKS:
+        written |= set(
+            re.findall(r'results\(profile\) / "([\w.]+)"', "".join("".join(c["source"]) for c in cells(path)))
+        )
+    assert {path.name for path in (ROOT / "data/results/testbed").iterdir()} == written
+    rule = json.loads((ROOT / "data/results/testbed/threshold.json").read_text())
+    assert 0 < rule["p"] <= 0.5 and len(rule["heads"]) == round(rule["p"] * 192)
+
+
 @pytest.mark.skipif(tomllib is None, reason="tomllib came with Python 3.11")
 def test_conda_and_pip_make_the_same_environment():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -109,3 +120,5 @@ def test_the_benchmark_runs(tmp_path):
     times = bench.measure_times(256, 1)
     assert set(times) == set(bench.WAYS) and all(t[0] > 0 for t in times.values())
     assert bench.measure_memory("plain", 256) >= 0
+    rows = bench.ablation_rows(None, conditions=2, repeats=1, tokens=256)
+    assert len(rows) == 6 and all(row["time / together"] > 0 for row in rows)

@@ -60,11 +60,11 @@ def build_processor() -> Qwen3VLProcessor:
 
 
 def build_model(
-    layers: int = 8,
+    layers: int = 12,
     heads: int = 16,
     kv_heads: int = 4,
     hidden: int = 128,
-    intermediate: int = 384,
+    intermediate: int = 256,
     head_dim: int = 16,
     seed: int = 0,
 ) -> Qwen3VLForConditionalGeneration:

@@ -67,11 +67,11 @@ class Recipe:
     """All that determines a training run."""
 
     out: str = "data/testbed/qwen3vl-s"
-    layers: int = 8
+    layers: int = 12
     heads: int = 16
     kv_heads: int = 4
     hidden: int = 128
-    intermediate: int = 384
+    intermediate: int = 256
     head_dim: int = 16
     seed: int = 0
     lr: float = 2e-3
