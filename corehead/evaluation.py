@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -93,7 +94,7 @@ def evaluate(
             if any(row["digest"] != marks[sample.id] for row in done):
                 raise ValueError(f"sample {sample.id!r} is not the one in the store: it has another content")
             if len(done) < len(unique):
-                yield item
+                yield replace(item, sample=sample) if isinstance(item, Tagged) else item
             else:
                 bar.update(len(unique))
 

@@ -2,6 +2,7 @@
 
 import copy
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -302,6 +303,15 @@ def test_conditions_inside_an_ablation_act_together(mllm):
     with ch.ablate(mllm, one):
         found = ch.evaluate(mllm, samples, {"none": None, "more": Ablation(two)}, progress=False)
     expected = ch.evaluate(mllm, samples, {"none": Ablation(one), "more": Ablation(HEADS)}, progress=False)
+    np.testing.assert_allclose(found.logprob, expected.logprob, atol=1e-5)
+
+
+def test_tagged_samples_need_no_name(mllm):
+    samples = some(mllm)[:3]
+    bare = [replace(mllm.tag(s), sample=None) for s in samples]
+    found = ch.evaluate(mllm, bare, {"a": Ablation(HEADS)}, progress=False)
+    expected = ch.evaluate(mllm, samples, {"a": Ablation(HEADS)}, progress=False)
+    assert list(found["sample"]) == ["0", "1", "2"]
     np.testing.assert_allclose(found.logprob, expected.logprob, atol=1e-5)
 
 
