@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from .attention import Call, Edit, Layout, editing, laid_out, watching
+from .contexts import forward
 from .models import MLLM
 from .ranking import HeadRanking, HeadSet, random_heads
 from .samples import Sample
@@ -46,6 +47,7 @@ class Reference:
         if not self.tagged:
             raise ValueError("an empty reference: give samples")
         self.names = ["" if t.sample is None else t.sample.id for t in self.tagged]
+        self._kept: tuple[HeadSet, dict] = HeadSet(), {}
 
     @cached_property
     def key(self) -> str:
@@ -55,7 +57,7 @@ class Reference:
     def _run(self, watch: Callable) -> Iterator[Tagged]:
         for t in self.tagged:
             with laid_out(self.mllm, Layout.of([t])), watching(self.mllm, watch):
-                self.mllm.model(**to_model(t.inputs, self.mllm), use_cache=False, logits_to_keep=1)
+                forward(self.mllm, to_model(t.inputs, self.mllm))
             yield t
 
     @cached_property
@@ -71,6 +73,8 @@ class Reference:
 
     def outputs(self, heads: HeadSet) -> dict[int, list[torch.Tensor]]:
         """For each layer with heads of the set, (N, h, D) of every sample, h running over its heads in order."""
+        if heads == self._kept[0]:  # the batches of one run ask for the same again
+            return self._kept[1]
         columns = _by_layer(heads)
         found: dict[int, list[torch.Tensor]] = {layer: [] for layer in columns}
 
@@ -79,6 +83,7 @@ class Reference:
                 found[layer].append(out[0][:, columns[layer]])
 
         list(self._run(watch))
+        self._kept = heads, found
         return found
 
 
@@ -101,7 +106,7 @@ class Ablation:
     phase : "prefill": the prompt's tokens; "decode": the answer's, which a model writes itself; or "both". The first
         token of an answer is predicted by the last token of the prompt, so by prefill. Across that line: "question",
         all tokens that ask, as above, and "context", all others.
-    reference : `Reference` or samples, for "mean" and "resample".
+    reference : for "mean" and "resample".
 
     Raises
     ------
@@ -119,8 +124,8 @@ class Ablation:
         if self.phase not in PHASES:
             raise ValueError(f"phase={self.phase!r}: take one of {', '.join(map(repr, PHASES))}")
         least = {"mean": 1, "resample": 2}.get(self.mode, 0)
-        if least and self.reference is None:
-            raise ValueError(f"mode={self.mode!r} needs reference=, samples to take the heads' outputs from")
+        if least and not isinstance(self.reference, Reference):
+            raise ValueError(f"mode={self.mode!r} needs reference=, a Reference to take the heads' outputs from")
         if least and len(self.reference.tagged) < least:
             raise ValueError(
                 f"mode='resample' needs a reference of at least 2 samples, not {len(self.reference.tagged)}"
@@ -181,9 +186,9 @@ def edits_of(mllm: MLLM, ablations: Sequence[Ablation], rows: int = 1) -> dict[i
     masks = torch.from_numpy(np.stack([a.heads.mask(shape) for a in ablations])).repeat_interleave(rows, 0)
     every = HeadSet(head for a in ablations for head in a.heads)
     outputs = reference.outputs(every) if mode == "resample" else {}
-    found = {}
+    found, modules = {}, mllm.attentions
     for layer, columns in _by_layer(every).items():
-        device = next(mllm.attentions[layer].parameters()).device
+        device = next(modules[layer].parameters()).device
         values = None
         if mode == "mean":
             values = reference.means[layer].to(device)

@@ -351,7 +351,8 @@ def own_attention(mllm: MLLM) -> Iterator[None]:
 def _installed(mllm: MLLM, table: dict[int, list], items: Mapping[int, object]) -> Iterator[None]:
     """Append items, by layer, to a table of what waits for the attention modules; take them out again on exit."""
     with own_attention(mllm):
-        mine = [(table.setdefault(id(mllm.attentions[layer]), []), item) for layer, item in items.items()]
+        modules = mllm.attentions
+        mine = [(table.setdefault(id(modules[layer]), []), item) for layer, item in items.items()]
         for queue, item in mine:
             queue.append(item)
         try:

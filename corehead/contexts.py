@@ -233,6 +233,14 @@ def _contexts(group: list[tuple[Tagged, Tagged | None]]) -> list[Context]:
     return out
 
 
+def require_answers(batch: list[Context]) -> None:
+    """Raise SampleError where a sample has no answer."""
+    for context in batch:
+        for tagged in context.members:
+            if len(tagged.answer) == 0:
+                raise SampleError(tagged.sample.id, "answer", "is missing", "Give the text that the model should say")
+
+
 def pack(mllm: MLLM, batch: list[Context], alone: bool = False) -> Packed:
     """Make the model's inputs of a batch of contexts, all with a prefix or all without.
 

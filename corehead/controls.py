@@ -16,10 +16,10 @@ import xarray as xr
 from tqdm.auto import tqdm
 
 from .attention import Edit, editing, laid_out, own_attention, watching
-from .contexts import Packed, batches, behind_prefix, forward, pack
+from .contexts import Packed, batches, behind_prefix, forward, pack, require_answers
 from .models import MLLM
 from .ranking import HeadRanking
-from .samples import Sample, SampleError
+from .samples import Sample
 from .scoring import HeadScores
 
 
@@ -133,8 +133,8 @@ def attribution(mllm: MLLM, samples: Iterable[Sample], *, batch_size: int = 32, 
     shape = mllm.n_layers, mllm.n_heads
     with tqdm(desc="attribution", unit="sample", disable=not progress) as bar:
         for batch in batches(mllm, samples, batch_size):
+            require_answers(batch)
             packed = pack(mllm, batch, alone=True)
-            _require_answers(packed)
             n = len(packed.places)
             with torch.enable_grad():
                 gates = torch.ones(shape[0], n, shape[1], device=mllm.device, requires_grad=True)
@@ -173,13 +173,6 @@ class _Seen:
     visual: torch.Tensor
     ids: torch.Tensor
     answer: torch.Tensor
-
-
-def _require_answers(packed) -> None:
-    for context in packed.contexts:
-        for tagged in context.members:
-            if not len(tagged.answer):
-                raise SampleError(tagged.sample.id, "answer", "is missing", "Give the text that the model should say")
 
 
 class _Watch:
@@ -238,8 +231,8 @@ def _observe(
     found: dict[str, list[np.ndarray]] = {}
     with tqdm(desc="observing", unit="sample", disable=not progress) as bar:
         for batch in batches(mllm, samples, batch_size):
+            require_answers(batch)
             packed = pack(mllm, batch)
-            _require_answers(packed)
             watch = _Watch(mllm, packed, measure)
             with own_attention(mllm), laid_out(mllm, packed.layout):
                 feed = behind_prefix(mllm, packed)

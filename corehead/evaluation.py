@@ -14,9 +14,9 @@ from transformers import DynamicCache
 
 from .ablation import Ablation, edits_of
 from .attention import edited, editing, laid_out, own_attention
-from .contexts import Context, Packed, batches, pack
+from .contexts import Context, Packed, batches, pack, require_answers
 from .models import MLLM
-from .samples import Sample, SampleError
+from .samples import Sample
 from .scoring import provenance
 from .stats import mean_interval, proportion_interval
 from .store import Store, digest
@@ -119,10 +119,7 @@ def evaluate(
 @torch.inference_mode()
 def _run(mllm: MLLM, batch: list[Context], todo: dict[str, Ablation | None], bar: tqdm) -> list[dict]:
     """Answers of a batch of contexts under every ablation, a row each."""
-    for context in batch:
-        for tagged in context.members:
-            if len(tagged.answer) == 0:
-                raise SampleError(tagged.sample.id, "answer", "is missing", "Give the text that the model should say")
+    require_answers(batch)
     rows, decoded = [], {}
     kinds = {key: () if a is None else a.kind for key, a in todo.items()}
     feeds: dict[bool, _Feed] = {}

@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 
 from .models import Medium
 from .notebooks import output
-from .ranking import HeadSet, heads_for_share
+from .ranking import HeadSet, heads_for_share, resample_means
 from .stats import mean_interval
 from .tagging import Prompt, Tagged, to_image
 
@@ -250,10 +250,7 @@ def sorted_curves(scores: dict[str, xr.DataArray], share: float = 0.5) -> tuple[
         left.fill_between(x, low.ravel()[order], high.ravel()[order], color=style["color"], alpha=0.2, lw=0)
         mass = np.clip(mean.ravel()[order], 0, None).cumsum()
         right.plot(x, mass / mass[-1], label=name, **style)
-        rng = np.random.default_rng(0)
-        again = rng.integers(len(values), size=(500, len(values)))
-        rhos = heads_for_share(np.stack([values[pick].mean(0) for pick in again]), share)
-        low, high = np.percentile(rhos, [2.5, 97.5])
+        low, high = np.percentile(heads_for_share(resample_means(values, 500), share), [2.5, 97.5])
         rows.append({"domain": name, "rho": heads_for_share(mean, share), "low": low, "high": high})
     right.axhline(share, ls=":", color="gray")
     left.set(xlabel="share of heads, best first", ylabel="RAM", ylim=(0, None))

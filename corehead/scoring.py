@@ -201,7 +201,7 @@ def attention_map(mllm: MLLM, tagged: Tagged, query: str = "last") -> np.ndarray
     -------
     (L, H, N) float32, attention weights over all tokens
     """
-    rows = {"question": tagged.question, "last": np.array([tagged.last]), "answer": tagged.answer}[query]
+    rows = _query_sets(tagged)[query]
     groups = torch.eye(len(tagged.ids))[None]
     own = laid_out(mllm, Layout.of([tagged]))
     with own, reading(mllm, torch.from_numpy(rows).to(mllm.device), groups.to(mllm.device)) as reader:
@@ -255,6 +255,11 @@ def _run(mllm: MLLM, batch: list[Context]) -> Iterator[dict | SampleError]:
             yield _table_row(tagged, owner, found[c, context.block_of(owner)], null)
 
 
+def _query_sets(tagged: Tagged) -> dict[str, np.ndarray]:
+    """Tokens of every query set Q, in the order of QUERIES."""
+    return {"question": tagged.question, "last": np.array([tagged.last]), "answer": tagged.answer}
+
+
 def _read(mllm: MLLM, feed: dict, packed: Packed) -> dict:
     """Feed the model, reading rows; per block and query set the mean over its rows: (L, H, G) sums, (L, H) entropy.
 
@@ -268,8 +273,7 @@ def _read(mllm: MLLM, feed: dict, packed: Packed) -> dict:
         groups[row, packed.keys(c, k, tagged.visual), 0] = 1
         groups[row, first:, 1] = 1 - groups[row, first:, 0]
         groups[row, first, :3] = torch.tensor([0.0, 0.0, 1.0])
-        sets = {"question": tagged.question, "last": np.array([tagged.last]), "answer": tagged.answer}
-        wanted[c, k] = {query: packed.rows(c, k, tokens) for query, tokens in sets.items()}
+        wanted[c, k] = {query: packed.rows(c, k, tokens) for query, tokens in _query_sets(tagged).items()}
     rows = np.unique(np.concatenate([r for sets in wanted.values() for r in sets.values()]))
     with reading(mllm, torch.from_numpy(rows).to(mllm.device), groups.to(mllm.device)) as reader:
         forward(mllm, feed)

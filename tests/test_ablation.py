@@ -306,6 +306,16 @@ def test_conditions_inside_an_ablation_act_together(mllm):
     np.testing.assert_allclose(found.logprob, expected.logprob, atol=1e-5)
 
 
+def test_a_reference_runs_once_for_all_batches(mllm, monkeypatch):
+    samples = some(mllm)
+    reference = Reference(mllm, samples[:2])
+    runs = []
+    original = Reference._run
+    monkeypatch.setattr(Reference, "_run", lambda self, watch: runs.append(1) or original(self, watch))
+    ch.evaluate(mllm, samples, {"a": Ablation(HEADS, "resample", reference=reference)}, batch_size=1, progress=False)
+    assert len(runs) == 1
+
+
 def test_tagged_samples_need_no_name(mllm):
     samples = some(mllm)[:3]
     bare = [replace(mllm.tag(s), sample=None) for s in samples]
@@ -422,6 +432,8 @@ def test_bad_input_is_named(mllm):
     for mode in ("mean", "resample"):
         with pytest.raises(ValueError, match=f"mode='{mode}' needs reference="), ch.ablate(mllm, HEADS, mode):
             pass
+    with pytest.raises(ValueError, match="needs reference=, a Reference"):
+        Ablation(HEADS, "mean", reference=samples)
     with (
         pytest.raises(ValueError, match="at least 2 samples, not 1"),
         ch.ablate(mllm, HEADS, "resample", reference=samples[:1]),
