@@ -24,6 +24,7 @@ def check_versions(minimum: dict[str, str]) -> None:
 check_versions(_MINIMUM)
 
 from .ablation import Ablation, ablate  # noqa: E402
+from .acceleration import Acceleration, accelerate, from_duo_attention  # noqa: E402
 from .evaluation import evaluate  # noqa: E402
 from .models import MLLM, load  # noqa: E402
 from .ranking import HeadRanking, HeadSet, heads_for_share, random_heads  # noqa: E402
@@ -34,6 +35,7 @@ from .tagging import Tagged  # noqa: E402
 __all__ = [
     "MLLM",
     "Ablation",
+    "Acceleration",
     "Frames",
     "HeadRanking",
     "HeadScores",
@@ -46,7 +48,9 @@ __all__ = [
     "Tagged",
     "Tube",
     "ablate",
+    "accelerate",
     "evaluate",
+    "from_duo_attention",
     "heads_for_share",
     "load",
     "random_heads",

@@ -131,6 +131,10 @@ class Ablation:
                 f"mode='resample' needs a reference of at least 2 samples, not {len(self.reference.tagged)}"
             )
 
+    def check(self, mllm: MLLM) -> None:
+        """Raise ValueError where the heads are none, or another model's."""
+        self.heads.check((mllm.n_layers, mllm.n_heads))
+
     @property
     def key(self) -> str:
         """What tells this ablation from others in a store."""
@@ -182,7 +186,7 @@ def edits_of(mllm: MLLM, ablations: Sequence[Ablation], rows: int = 1) -> dict[i
     shape = (mllm.n_layers, mllm.n_heads)
     mode, phase, reference = ablations[0].kind
     for ablation in ablations:
-        ablation.heads.check(shape)
+        ablation.check(mllm)
     masks = torch.from_numpy(np.stack([a.heads.mask(shape) for a in ablations])).repeat_interleave(rows, 0)
     every = HeadSet(head for a in ablations for head in a.heads)
     outputs = reference.outputs(every) if mode == "resample" else {}

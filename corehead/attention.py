@@ -13,17 +13,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import flash_attention_mask, sdpa_mask
 
 from .models import MLLM
 from .tagging import Tagged
 
 NAME = "corehead"
+HYBRID = "corehead_hybrid"  # the same function; masks stay (B, N), for N x N of them would not fit where it is needed
 _UNKNOWN = "pass tagged=, or run corehead's evaluate or score inside"
 # attention weights (float32) held at once while rows are read: what stays in a CPU's cache, what keeps a GPU busy
 BLOCK = {"cpu": 2**18, "cuda": 2**26}
@@ -40,6 +42,7 @@ class Layout:
         itself, look for the first set.
     decoded : (B, N) bool, the tokens of an answer, which a model would write itself; those from N on are decoded too.
     names : B names of what the rows are about.
+    places : (B, N) int64, position of a token in its own sequence; -1 for padding.
     last : (B,) int64, position of the last token of the prompt; None where a row holds several questions.
     """
 
@@ -47,6 +50,7 @@ class Layout:
     asks: torch.Tensor
     decoded: torch.Tensor
     names: list[str]
+    places: torch.Tensor
     last: torch.Tensor | None = None
 
     @classmethod
@@ -55,19 +59,21 @@ class Layout:
         n = max(len(t.ids) for t in tagged)
         targets = torch.zeros(len(tagged), 1, n, dtype=torch.bool)
         asks, decoded = torch.full((len(tagged), n), -1), torch.zeros(len(tagged), n, dtype=torch.bool)
+        places = torch.full((len(tagged), n), -1)
         for b, t in enumerate(tagged):
             pad = n - len(t.ids)
             targets[b, 0, pad + t.target] = True
             asks[b, pad + t.asking()] = 0
             decoded[b, pad + t.answer] = True
+            places[b, pad:] = torch.arange(len(t.ids))
         last = torch.tensor([n - len(t.ids) + t.last for t in tagged])
-        return cls(targets, asks, decoded, ["" if t.sample is None else t.sample.id for t in tagged], last)
+        return cls(targets, asks, decoded, ["" if t.sample is None else t.sample.id for t in tagged], places, last)
 
     def tile(self, times: int) -> Layout:
         """The batch, `times` times over."""
         last = None if self.last is None else self.last.repeat(times)
         wide = self.targets.repeat(times, 1, 1), self.asks.repeat(times, 1), self.decoded.repeat(times, 1)
-        return Layout(*wide, self.names * times, last)
+        return Layout(*wide, self.names * times, self.places.repeat(times, 1), last)
 
     def fit(self, batch: int) -> Layout:
         """The layout of `batch` rows: as it is, or each row several times in a row (beams, returned sequences)."""
@@ -77,7 +83,8 @@ class Layout:
             raise ValueError(f"{len(self.names)} samples are laid out, but {batch} rows run: give the samples that run")
         rows = torch.arange(len(self.names)).repeat_interleave(batch // len(self.names))
         last = None if self.last is None else self.last[rows]
-        return Layout(self.targets[rows], self.asks[rows], self.decoded[rows], [self.names[i] for i in rows], last)
+        names = [self.names[i] for i in rows]
+        return Layout(self.targets[rows], self.asks[rows], self.decoded[rows], names, self.places[rows], last)
 
     def seek(self, positions: torch.Tensor) -> torch.Tensor:
         """(B, R) int64, `asks` of the tokens at R positions, those beyond the layout included."""
@@ -102,7 +109,8 @@ class Call:
     Attributes
     ----------
     first : position of the first query row among the keys; n : keys; rows : query rows; batch : batch rows.
-    mask : as transformers hands it over.
+    mask : as transformers hands it over, (B or 1, 1, R, N), (B, N) or None.
+    pattern : the layer's hybrid pattern, if it is accelerated.
     """
 
     batch: int
@@ -112,6 +120,7 @@ class Call:
     mask: torch.Tensor | None
     device: torch.device
     layout: Layout | None
+    pattern: Any = None
 
     def positions(self) -> torch.Tensor:
         return torch.arange(self.first, self.n)
@@ -130,9 +139,10 @@ class Call:
         return decoded if phase == "decode" else ~decoded
 
     def allowed(self, rows: torch.Tensor) -> torch.Tensor:
-        """(B or 1, R, N) bool, where rows of this call may attend."""
-        if self.mask is None:
-            return (torch.arange(self.n, device=self.device) <= (self.first + rows)[:, None])[None]
+        """(B or 1, R, N) bool, where rows of this call may attend, the pattern left out."""
+        if self.mask is None or self.mask.dim() == 2:
+            causal = (torch.arange(self.n, device=self.device) <= (self.first + rows)[:, None])[None]
+            return causal if self.mask is None else causal & self.mask.bool()[:, None, : self.n]
         mask = self.mask[:, 0, rows, : self.n]
         return mask if mask.dtype == torch.bool else mask == 0
 
@@ -204,11 +214,20 @@ class RowReader:
     def __call__(self, layer: int, call: Call, query, key, value, out, scaling: float, edits: list[Edit]) -> None:
         allowed = call.allowed(self.rows)
         query = query[:, :, self.rows]
-        sums, entropy = row_sums(query, key, self.groups, allowed, scaling)
+
+        def read(allowed):
+            found = row_sums(query, key, self.groups, allowed, scaling)
+            if call.pattern is None:
+                return found
+            near = row_sums(query, key, self.groups, allowed & call.pattern.seen(call, self.rows), scaling)
+            dense = call.pattern.dense
+            return torch.where(dense[:, None], found[0], near[0]), torch.where(dense, found[1], near[1])
+
+        sums, entropy = read(allowed)
         for edit in edits:
             if edit.mode == "knockout":
                 edges, where = edit.cut(call, self.rows)
-                fewer, less = row_sums(query, key, self.groups, allowed & ~edges, scaling)
+                fewer, less = read(allowed & ~edges)
                 sums, entropy = torch.where(where[..., None], fewer, sums), torch.where(where, less, entropy)
         self.sums[layer], self.entropy[layer] = sums, entropy
 
@@ -217,6 +236,7 @@ class RowReader:
 _EDITS: dict[int, list[Edit]] = {}
 _WATCHERS: dict[int, list[Callable]] = {}
 _LAYOUTS: dict[int, Layout] = {}
+_PATTERNS: dict[int, Any] = {}
 
 
 def row_sums(
@@ -273,7 +293,10 @@ def _knock_out(edit: Edit, call: Call, query, key, value, out, scaling: float) -
     heads = edit.heads.any(0).nonzero()[:, 0]  # those that any batch row edits
     group = query.shape[1] // key.shape[1]
     k, v = key[:, heads // group].float(), value[:, heads // group].float()  # (B, h, N, D)
-    allowed = (call.allowed(rows.to(call.device)) & ~edges)[:, None]
+    rows_here = rows.to(call.device)
+    allowed = (call.allowed(rows_here) & ~edges)[:, None]  # (B, 1 or h, R, N)
+    if call.pattern is not None:
+        allowed = allowed & (call.pattern.seen(call, rows_here)[:, None] | call.pattern.dense[heads][:, None, None])
     out = out.clone()
     step = max(1, BLOCK.get(call.device.type, 2**24) // (len(query) * len(heads) * call.n))
     for i in range(0, len(rows), step):
@@ -301,19 +324,25 @@ def _sdpa(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
 
 
 def attention_forward(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
-    """SDPA with the edits and the readers that wait for this module."""
+    """SDPA, or the module's hybrid pattern, with the edits and the readers that wait for it."""
     edits, watchers = _EDITS.get(id(module), ()), _WATCHERS.get(id(module), ())
-    if not edits and not watchers:
+    pattern = _PATTERNS.get(id(module))
+    if not edits and not watchers and pattern is None:
         return _sdpa(module, query, key, value, attention_mask, dropout, scaling, **kwargs), None
     (b, _, r, d), n = query.shape, key.shape[2]
+    if hasattr(key, "kept"):  # the layer of a split cache, which holds the keys before these
+        n += key.kept.n
     scale = d**-0.5 if scaling is None else scaling
     layout = _LAYOUTS.get(id(module))
     layout = layout if layout is None else layout.fit(b)
-    call = Call(b, n - r, r, n, attention_mask, query.device, layout)
+    call = Call(b, n - r, r, n, attention_mask, query.device, layout, pattern)
     for edit in edits:
         if edit.mode == "uniform":
             query = query.masked_fill(edit.where(call).transpose(1, 2)[..., None], 0)
-    out = _sdpa(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    if pattern is None:
+        out = _sdpa(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    else:
+        out = pattern.attend(call, query, key, value, scale)
     for edit in edits:
         if edit.mode == "knockout":
             out = _knock_out(edit, call, query, key, value, out, scale)
@@ -325,26 +354,51 @@ def attention_forward(module, query, key, value, attention_mask, dropout=0.0, sc
     return out, None
 
 
-AttentionInterface.register(NAME, attention_forward)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+for _name, _mask in (NAME, sdpa_mask), (HYBRID, flash_attention_mask):
+    AttentionInterface.register(_name, attention_forward)
+    AttentionMaskInterface.register(_name, _mask)
 
 
 @contextmanager
-def own_attention(mllm: MLLM) -> Iterator[None]:
+def own_attention(mllm: MLLM, name: str = NAME) -> Iterator[None]:
     """Run the decoder of a model by corehead's attention function; the vision tower keeps its own.
 
     On exit, also by an exception, the model has the implementation that it had.
     """
     config = mllm.text_config
     before = config._attn_implementation
-    if before == NAME:  # nested
+    if before in (name, HYBRID):  # nested
         yield
         return
-    config._attn_implementation = NAME
+    config._attn_implementation = name
     try:
         yield
     finally:
         config._attn_implementation = before
+
+
+@contextmanager
+def hybrid_in(mllm: MLLM, patterns: list) -> Iterator[None]:
+    """Attend by a pattern in each decoder layer: ``pattern.attend(call, query, key, value, scaling)``."""
+    mine = {id(module): pattern for module, pattern in zip(mllm.attentions, patterns, strict=True)}
+    with own_attention(mllm, HYBRID):
+        _PATTERNS.update(mine)
+        try:
+            yield
+        finally:
+            for module in mine:
+                del _PATTERNS[module]
+
+
+def hybrid(mllm: MLLM) -> bool:
+    """Whether patterns are in force."""
+    return id(mllm.attentions[0]) in _PATTERNS
+
+
+def waiting(mllm: MLLM) -> bool:
+    """Whether somebody reads rows, or must know what the tokens are."""
+    first = id(mllm.attentions[0])
+    return bool(_WATCHERS.get(first)) or first in _LAYOUTS
 
 
 @contextmanager
@@ -376,8 +430,9 @@ def editing(mllm: MLLM, edits: Mapping[int, Edit]):
 
 
 def edited(mllm: MLLM, mode: str | None = None) -> bool:
-    """Whether edits (of a mode) are in force."""
-    return any(mode in (None, e.mode) for module in mllm.attentions for e in _EDITS.get(id(module), ()))
+    """Whether edits (of a mode), or without a mode also hybrid patterns, are in force."""
+    found = any(mode in (None, e.mode) for module in mllm.attentions for e in _EDITS.get(id(module), ()))
+    return found or (mode is None and hybrid(mllm))
 
 
 @contextmanager

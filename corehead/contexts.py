@@ -100,11 +100,13 @@ class Packed:
         asks = torch.full((n_rows, length), -1)
         decoded = torch.zeros(n_rows, length, dtype=torch.bool)
         names, last = [""] * n_rows, torch.full((n_rows,), -1)
+        places = torch.full((n_rows, length), -1)
         for (c, k), (row, _, _) in self.places.items():
             block = self.contexts[c].blocks[k]
             t, column = block.tagged, block.owner if self.before else 0
             decoded[row, self.keys(c, k, t.answer)] = True
             names[row] = t.sample.id
+            places[row, self.keys(c, k, np.arange(len(t.ids)))] = torch.arange(len(t.ids))
             if not self.before:
                 last[row] = int(self.keys(c, k, np.array([t.last]))[0])
             if not (block.null and self.before):  # behind a prefix, the samples' own blocks mark what is asked for
@@ -112,7 +114,7 @@ class Packed:
             if not block.null:
                 asking = t.asking()
                 asks[row, self.keys(c, k, asking[asking >= self.contexts[c].shared])] = column
-        self.layout = Layout(targets, asks, decoded, names, None if self.before else last)
+        self.layout = Layout(targets, asks, decoded, names, places, None if self.before else last)
 
     def keys(self, c: int, k: int, tokens: np.ndarray) -> np.ndarray:
         """Positions among the keys, padding and prefix included, of tokens of a block's full sequence."""

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache
 
 from .ablation import Ablation, edits_of
+from .acceleration import Acceleration, applied
 from .attention import edited, editing, laid_out, own_attention
 from .contexts import Context, Packed, batches, pack, require_answers
 from .models import MLLM
@@ -30,24 +31,24 @@ METRICS = ("correct", "logprob", "margin")
 def evaluate(
     mllm: MLLM,
     samples: Iterable[Sample | Tagged],
-    conditions: Mapping[Hashable, Ablation | None] | None = None,
+    conditions: Mapping[Hashable, Ablation | Acceleration | None] | None = None,
     *,
     batch_size: int = 32,
     store: str | Path | None = None,
     resume: bool = False,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """Compare the model's greedy answer with the expected one, intact or under many ablations.
+    """Compare the model's greedy answer with the expected one, intact, under many ablations or accelerated.
 
     All conditions run over the same batches: media are read, tagged and seen by the vision tower once; questions on one
-    context share its prefill, and so do all conditions that do not touch the context; conditions run side by side as
-    batch rows. Conditions with the same heads run once.
+    context share its prefill, and so do all conditions that do not touch the context; ablations run side by side as
+    batch rows, accelerations one after the other. Conditions with the same heads run once.
 
     Parameters
     ----------
     mllm : the model.
     samples : with answers. Those that follow each other on one context share it, as in `score`.
-    conditions : name -> `Ablation`, or None for the intact model. Without it, the model as it is.
+    conditions : name -> `Ablation`, `Acceleration`, or None for the intact model. Without it, the model as it is.
     batch_size : contexts that run at once, padded on the left.
     store : a folder that keeps every finished batch; None keeps nothing. It holds any samples and conditions of one
         model, so that what another run has done is not done again.
@@ -77,7 +78,7 @@ def evaluate(
     unique = {keys[name]: ablation for name, ablation in names.items()}
     for ablation in unique.values():
         if ablation is not None:
-            ablation.heads.check((mllm.n_layers, mllm.n_heads))
+            ablation.check(mllm)
     keep = Store(store, provenance(mllm, table="answers"), resume=resume)
     rows = {(row["sample"], row["ablation"]): row for row in keep.rows}
     marks: dict[str, str] = {}
@@ -207,11 +208,12 @@ class _Feed:
             wide[name] = value
         return self.decoder(**wide, past_key_values=cache, use_cache=use_cache)
 
-    def run(self, ablations: list[Ablation | None]) -> torch.Tensor:
+    def run(self, ablations: list[Ablation | Acceleration | None]) -> torch.Tensor:
         """Final hidden states of the rows that predict answers, (conditions, rows, hidden)."""
         mllm, times, n_rows = self.mllm, len(ablations), len(self.packed.feed["input_ids"])
-        edits = edits_of(mllm, ablations, n_rows) if ablations[0] is not None else {}
-        with own_attention(mllm):
+        fast = isinstance(ablations[0], Acceleration)
+        edits = {} if fast or ablations[0] is None else edits_of(mllm, ablations, n_rows)
+        with applied(mllm, ablations[0]) if fast else own_attention(mllm):
             cache = None
             spared = ablations[0] is None or ablations[0].spares_context
             if self.prefix is not None and spared:

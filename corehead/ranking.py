@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Set
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -100,6 +102,29 @@ class HeadSet(Set):
             out[head] = True
         return out
 
+    def to_duo_attention(self, path: str | Path, kv_heads: int, *, sinks: int, window: int) -> None:
+        """Write the heads as a pattern that DuoAttention (arXiv 2410.10819) and kvpress read.
+
+        Parameters
+        ----------
+        path : a folder; gets full_attention_heads.tsv, (layers, KV heads) with 1 where a query head of the group is in
+            the set, and config.json.
+        kv_heads : of each layer of the model.
+        sinks, window : sink_size and recent_size of the streaming heads.
+
+        Raises
+        ------
+        ValueError : the set knows no model; its query heads are no multiple of `kv_heads`.
+        """
+        mask = self.mask()
+        if mask.shape[1] % kv_heads:
+            raise ValueError(f"kv_heads={kv_heads}: {mask.shape[1]} query heads a layer are no multiple of that")
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        groups = mask.reshape(len(mask), kv_heads, -1).any(2)
+        np.savetxt(folder / "full_attention_heads.tsv", groups, fmt="%.1f", delimiter="\t")
+        (folder / "config.json").write_text(json.dumps({"sink_size": sinks, "recent_size": window}) + "\n")
+
 
 def _times(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape))
@@ -127,9 +152,19 @@ class HeadRanking:
         self.order = np.stack(np.unravel_index(flat, self.values.shape), 1)
         self.shape: tuple[int, int] = self.values.shape
 
-    def top(self, share: float) -> HeadSet:
-        """The best heads: at least one, and `share` of all rounded to the nearest number."""
-        return HeadSet(self.order[: self.count(share)], self.shape)
+    def top(self, share: float, group: int = 1) -> HeadSet:
+        """The best heads: at least one, and `share` of all rounded to the nearest number.
+
+        With `group`, the query heads of a KV head, whole KV groups are taken, by their best head: what hybrid attention
+        can keep dense at no more than `share` of the KV cache.
+        """
+        if group == 1:
+            return HeadSet(self.order[: self.count(share)], self.shape)
+        if self.shape[1] % group:
+            raise ValueError(f"group={group}: {self.shape[1]} query heads a layer are no multiple of that")
+        best = self.values.reshape(self.shape[0], -1, group).max(2)
+        groups = HeadRanking(best).top(share)
+        return HeadSet(((layer, group * g + i) for layer, g in groups for i in range(group)), self.shape)
 
     def bottom(self, share: float) -> HeadSet:
         """The last heads, as many as `top` has."""

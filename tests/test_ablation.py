@@ -31,10 +31,11 @@ def reference_attention(module, query, key, value, attention_mask, dropout=0.0, 
     before, after = ORACLE.get(module.layer_idx, (None, None))
     if before is not None:
         logits = before(logits)
-    out = (logits.softmax(-1) @ value.repeat_interleave(groups, 1)).transpose(1, 2)
+    weights = logits.softmax(-1)
+    out = (weights @ value.repeat_interleave(groups, 1)).transpose(1, 2)
     if after is not None:
         out = after(out)
-    return out.contiguous(), None
+    return out.contiguous(), weights
 
 
 AttentionInterface.register("reference", reference_attention)

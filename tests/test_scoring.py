@@ -41,10 +41,10 @@ def samples_for(mllm, n=5) -> list[ch.Sample]:
     return [*shared, alone, reverse][:n]
 
 
-def brute_force(mllm, tagged: ch.Tagged) -> dict[str, np.ndarray]:
+def brute_force(mllm, tagged: ch.Tagged, implementation: str = "eager") -> dict[str, np.ndarray]:
     """(query, layer, head) arrays from full attention matrices in float32."""
     before = mllm.text_config._attn_implementation
-    mllm.text_config._attn_implementation = "eager"
+    mllm.text_config._attn_implementation = implementation
     try:
         with torch.no_grad():
             out = mllm.model(**{k: v for k, v in tagged.inputs.items() if torch.is_tensor(v)}, output_attentions=True)

@@ -200,6 +200,7 @@ def draw(
     cells: int | None = None,
     pages: int = 8,
     frames: int = 8,
+    hay: int = 0,
 ) -> Scenes:
     """Draw scenes of one layout.
 
@@ -213,6 +214,8 @@ def draw(
     cells : image, majority, count: cells in the picture, a square number (default 16). document: cells a page
         (default 4). video: different digits in the video, at most 9 (default 6). text: records (default 16).
     pages, frames : document: pages, at most 12. video: frames, an even number from 4.
+    hay : document, video: that many more pages or frames, which hold no key, anywhere among the others; half of their
+        cells show a digit without a frame. In a video an even number; the digits with a frame appear at any time.
 
     Returns
     -------
@@ -228,6 +231,10 @@ def draw(
 
     def digit(*shape):
         return rng.integers(first, last, size=shape)
+
+    def strew(*shape):
+        """Keys and glyphs of hay."""
+        return np.full(shape, blank_key), np.where(rng.random(shape) < 0.5, digit(*shape), blank_glyph)
 
     def key_words(key):
         return _STYLE0 + key // len(COLOURS), _COLOUR0 + key % len(COLOURS)
@@ -314,16 +321,24 @@ def draw(
         page, place = asked // cells, columns + asked % cells
         question = _word("digit", _MARK0 + mark[rows, page], *key_words(key[rows, page, place]))
         answer = _DIGIT0 + labels[glyph[rows, page, place]]
+        if hay:
+            pages += hay
+            at = np.sort(rng.random((n, pages)).argsort(1)[:, : key.shape[1]])  # (B, P), pages with a heading
+            sheets, key, glyph = (key, glyph), *strew(n, pages, key.shape[2])
+            key[rows, at], glyph[rows, at] = sheets
+            page = at[rows, page]
         target = np.zeros((n, questions, *key.shape[1:]), bool)
         target[rows, np.arange(questions), page, place] = True
         shape = (n, pages, 1 + body, columns)
         key, glyph, target = key.reshape(shape), glyph.reshape(shape), target.reshape(n, questions, *shape[1:])
     elif domain == "video":
         cells, side = 6 if cells is None else cells, 3
-        if cells > side * side or frames % 2 or frames < 4:
-            raise ValueError(f"cells={cells}, frames={frames}: at most 9 digits and an even number of frames from 4")
+        if cells > side * side or frames % 2 or hay % 2 or frames < 4:
+            what = f"cells={cells}, frames={frames}, hay={hay}"
+            raise ValueError(f"{what}: at most 9 digits, an even number of frames from 4 and of hay")
         track, value = _keys(rng, n, cells, False), digit(n, cells)
         length = rng.integers(3, min(frames, 6) + 1, size=(n, cells))
+        frames += hay
         begin = (rng.random((n, cells)) * (frames - length + 1)).astype(np.int64)
         t = np.arange(frames)[None, :, None]
         visible = (t >= begin[:, None]) & (t < (begin + length)[:, None])  # (B, T, cells)
@@ -333,6 +348,10 @@ def draw(
         place = (place // side + pan[..., :1]) % side * side + (place % side + pan[..., 1:]) % side  # (B, T, cells)
         key = np.full((n, frames, side * side), blank_key)
         glyph = np.full_like(key, blank_glyph)
+        if hay:
+            bare = ~visible.any(2)
+            bare &= bare.reshape(n, -1, 2).all(2).repeat(2, 1)  # (B, T), whole pairs, of which a token sees both
+            glyph[bare] = strew(n, frames // 2, side * side)[1].repeat(2, 1)[bare]
         b, f, k = visible.nonzero()
         key[b, f, place[b, f, k]] = track[b, k]
         glyph[b, f, place[b, f, k]] = value[b, k]
@@ -419,7 +438,7 @@ def samples(
     seed : the same seed gives the same samples.
     questions : questions that share one context; they follow each other.
     evidence : documents only: "page" marks the whole page (as the paper does), "cell" the cell with the answer.
-    **layout : cells=, pages=, frames= as in `draw`.
+    **layout : cells=, pages=, frames=, hay= as in `draw`.
 
     Returns
     -------

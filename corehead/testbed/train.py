@@ -23,6 +23,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..models import load
 from .generator import COLOURS, MARKS, N_KEYS, STYLES, VOCABULARY, Scenes, data_hash, digits, draw, to_samples
 from .model import build_model, build_processor
 
@@ -49,7 +50,17 @@ STAGES: list[tuple[str, dict[str, float]]] = [
     ("document", {"document": PASSED}),
     ("count", {"count": 0.6}),
 ]
+# A trained model goes on to long contexts: 8 pages or frames with keys among ever more without.
+LONG_LEVELS = {domain: levels[-1:] for domain, levels in LEVELS.items()} | {
+    "document": [LEVELS["document"][-1] | dict(hay=h) for h in (8, 16, 32, 64, 112, 164)],
+    "video": [LEVELS["video"][-1] | dict(hay=h) for h in (8, 24, 64, 120, 220)],
+}
+CURRICULA = {
+    "short": (LEVELS, STAGES),
+    "long": (LONG_LEVELS, [*STAGES, ("long", {"document": PASSED, "video": PASSED})]),
+}
 QUESTIONS = {"majority": 1, "count": 6}
+TOKENS = 5000  # a batch has fewer scenes where they are long
 BATCH = {
     "image": 32,
     "text": 24,
@@ -67,6 +78,8 @@ class Recipe:
     """All that determines a training run."""
 
     out: str = "data/testbed/qwen3vl-s"
+    curriculum: str = "short"
+    base: str = ""
     layers: int = 12
     heads: int = 16
     kv_heads: int = 4
@@ -240,6 +253,7 @@ def _probe_visual(model: nn.Module, recipe: Recipe, log) -> None:
 class Progress:
     """Where a run stands; saved with every checkpoint."""
 
+    curriculum: str = "short"
     step: int = 0
     stage: int = 0
     stage_start: int = 0
@@ -248,11 +262,23 @@ class Progress:
     accuracy: dict[str, float] = field(default_factory=dict)
     seen: dict[str, int] = field(default_factory=dict)
 
+    @property
+    def levels(self) -> dict[str, list[dict[str, int]]]:
+        return CURRICULA[self.curriculum][0]
+
+    @property
+    def stages(self) -> list[tuple[str, dict[str, float]]]:
+        return CURRICULA[self.curriculum][1]
+
+    def goal(self, domain: str) -> float:
+        """Accuracy that a domain must reach."""
+        return next(stage[domain] for _, stage in self.stages if domain in stage)
+
 
 def _choose(rng, progress: Progress) -> tuple[str, dict[str, int]]:
     """The domain and layout of a step: two thirds for what is being learnt, the rest keeps the older domains."""
-    done = [d for _, stage in STAGES[: progress.stage] for d in stage]
-    new = list(STAGES[progress.stage][1]) if progress.stage < len(STAGES) else []
+    done = [d for _, stage in progress.stages[: progress.stage] for d in stage]
+    new = list(progress.stages[progress.stage][1]) if progress.stage < len(progress.stages) else []
     pending = [d for d in new if _short(progress, d)] or new
     if not new:
         domain = str(rng.choice(done, p=_shares(done)))
@@ -261,7 +287,7 @@ def _choose(rng, progress: Progress) -> tuple[str, dict[str, int]]:
     level = progress.level.get(domain, 0)
     if rng.random() < 0.3:  # an easier layout now and then
         level = int(rng.integers(level + 1))
-    return domain, LEVELS[domain][level]
+    return domain, progress.levels[domain][level]
 
 
 def _shares(domains) -> np.ndarray:
@@ -270,21 +296,21 @@ def _shares(domains) -> np.ndarray:
 
 
 def _short(progress: Progress, domain: str) -> bool:
-    last = progress.level.get(domain, 0) == len(LEVELS[domain]) - 1
-    goal = next(stage[domain] for _, stage in STAGES if domain in stage)
-    return not last or progress.accuracy.get(domain, 0.0) < goal or progress.seen.get(domain, 0) < 20
+    last = progress.level.get(domain, 0) == len(progress.levels[domain]) - 1
+    low = progress.accuracy.get(domain, 0.0) < progress.goal(domain)
+    return not last or low or progress.seen.get(domain, 0) < 20
 
 
 def _note(progress: Progress, domain: str, layout: dict[str, int], accuracy: float) -> None:
     """Update the running accuracy of a domain at its present level, and move it on when it is good enough."""
-    if layout != LEVELS[domain][progress.level.get(domain, 0)]:
+    level, levels = progress.level.get(domain, 0), progress.levels[domain]
+    if layout != levels[level]:
         return
     seen = progress.seen[domain] = progress.seen.get(domain, 0) + 1
     rate = max(0.08, 1 / seen)
     progress.accuracy[domain] = (1 - rate) * progress.accuracy.get(domain, 0.0) + rate * accuracy
-    goal = min(ADVANCE, next(stage[domain] for _, stage in STAGES if domain in stage))
-    if seen >= 12 and progress.accuracy[domain] > goal and progress.level.get(domain, 0) < len(LEVELS[domain]) - 1:
-        progress.level[domain] = progress.level.get(domain, 0) + 1
+    if seen >= 12 and progress.accuracy[domain] > min(ADVANCE, progress.goal(domain)) and level < len(levels) - 1:
+        progress.level[domain] = level + 1
         progress.accuracy[domain], progress.seen[domain] = 0.0, 0
 
 
@@ -307,7 +333,7 @@ def train(recipe: Recipe, device: str = "cpu", quiet: bool = False) -> nn.Module
     rest = [p for p in trained if p.dim() <= 1]
     groups = [{"params": decay, "weight_decay": recipe.weight_decay}, {"params": rest, "weight_decay": 0.0}]
     optimiser = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.98))
-    progress, rng = Progress(), np.random.default_rng([recipe.seed, 2])
+    progress, rng = Progress(recipe.curriculum), np.random.default_rng([recipe.seed, 2])
     began = time.perf_counter()
 
     def log(step, stage, what, loss, accuracy, rate):
@@ -336,13 +362,17 @@ def train(recipe: Recipe, device: str = "cpu", quiet: bool = False) -> nn.Module
         window = state["window"]
     else:
         log_file.unlink(missing_ok=True)
-        _probe_visual(model, recipe, log)
+        if recipe.base:  # begin with the last stage; the first ones have been taught
+            model.load_state_dict(load(recipe.base, device=device).model.state_dict())
+            progress.stage = len(progress.stages) - 1
+        else:
+            _probe_visual(model, recipe, log)
     for p in frozen:
         p.requires_grad_(False)
 
     stop = False
     while True:
-        final = progress.stage == len(STAGES)
+        final = progress.stage == len(progress.stages)
         spent = progress.step - progress.stage_start
         if final and spent >= recipe.final_steps:
             break
@@ -352,8 +382,9 @@ def train(recipe: Recipe, device: str = "cpu", quiet: bool = False) -> nn.Module
         for group in optimiser.param_groups:
             group["lr"] = rate
         domain, layout = _choose(rng, progress)
-        questions = QUESTIONS.get(domain, 12)
-        scenes = draw(domain, rng, BATCH[domain], questions=questions, **layout)
+        length = len(_layout(domain, tuple(sorted(layout.items())))[0])
+        n = min(BATCH[domain], 1 + TOKENS // (length or 1))
+        scenes = draw(domain, rng, n, questions=QUESTIONS.get(domain, 12), **layout)
         batch = batch_of(scenes, layout).to(device)
         logits = answer_logits(model, batch)
         end = torch.full_like(batch.answer, VOCABULARY["<|im_end|>"])
@@ -371,11 +402,11 @@ def train(recipe: Recipe, device: str = "cpu", quiet: bool = False) -> nn.Module
         progress.step += 1
         window.append((loss.item(), accuracy))
         if not final:
-            waiting = any(_short(progress, d) for d in STAGES[progress.stage][1])
+            waiting = any(_short(progress, d) for d in progress.stages[progress.stage][1])
             if not waiting or progress.step - progress.stage_start >= recipe.stage_steps:
                 progress.stage, progress.stage_start = progress.stage + 1, progress.step
         if progress.step % 25 == 0:
-            stage = STAGES[progress.stage][0] if progress.stage < len(STAGES) else "all"
+            stage = progress.stages[progress.stage][0] if progress.stage < len(progress.stages) else "all"
             what = " ".join(f"{d}@{progress.level.get(d, 0)}:{a:.2f}" for d, a in progress.accuracy.items())
             log(progress.step, stage, what, *np.mean(window, 0).tolist(), round(rate, 6))
             window.clear()
