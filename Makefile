@@ -43,13 +43,19 @@ lint: $(READY)  ## ruff
 
 testbed: $(READY)  ## train the testbed again from nothing, or go on after an interruption
 	$(BIN)/python -m corehead.testbed.train --out data/testbed/qwen3vl-s
+	$(BIN)/python -m corehead.testbed.train --out data/testbed/qwen3vl-s-long --curriculum long \
+	  --base data/testbed/qwen3vl-s --lr 0.001 --stage-steps 400 --final-steps 120
 
-bench: $(READY)  ## time scoring and ablation; rewrites data/results/bench
+bench: $(READY)  ## time scoring, ablation and acceleration; rewrites data/results/bench
 	$(BIN)/python -m corehead.bench
+	$(BIN)/python -m corehead.speed
+
+bench-gpu: $(READY)  ## time acceleration at the released geometries on a CUDA device
+	$(BIN)/python -m corehead.speed --device cuda --only prefill decode
 
 clean:  ## remove caches and half-written files
 	rm -rf data/cache .pytest_cache .hypothesis .ruff_cache build *.egg-info
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
-.PHONY: help setup reproduce test lint testbed bench clean
+.PHONY: help setup reproduce test lint testbed bench bench-gpu clean
 .DEFAULT_GOAL := help

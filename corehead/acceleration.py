@@ -137,8 +137,8 @@ def accelerate(
 
 
 @contextmanager
-def applied(mllm: MLLM, condition: Acceleration) -> Iterator[None]:
-    """`accelerate`, of a condition."""
+def applied(mllm: MLLM, condition: Acceleration) -> Iterator[list[Pattern]]:
+    """`accelerate`, of a condition; gives the layers' patterns."""
     condition.check(mllm)
     if hybrid(mllm):
         raise ValueError("the model is accelerated already: leave that context first")
@@ -166,7 +166,7 @@ def applied(mllm: MLLM, condition: Acceleration) -> Iterator[None]:
     with hybrid_in(mllm, patterns):
         handle = decoder.register_forward_pre_hook(prepare, with_kwargs=True)
         try:
-            yield
+            yield patterns
         finally:
             handle.remove()
             run.open = False
@@ -197,8 +197,7 @@ def from_duo_attention(path: str | Path, mllm: MLLM, threshold: float = 0.5) -> 
             f"{folder}: {gates.shape[0]} x {gates.shape[1]} KV heads, but the model has {shape[0]} x {shape[1]}"
         )
     config = json.loads((folder / "config.json").read_text())
-    dense = (gates >= threshold).repeat(mllm.n_heads // mllm.n_kv_heads, 1)
-    heads = HeadSet(np.argwhere(dense), dense.shape)
+    heads = HeadSet(np.argwhere(gates >= threshold), shape).query_heads(mllm.n_heads // mllm.n_kv_heads)
     return Acceleration(heads, config["recent_size"], config["sink_size"], "group")
 
 
@@ -477,9 +476,10 @@ class HybridLayer(CacheLayerMixin):
                         ring[rows, :, slot] = x[rows][:, pattern.short][:, :, at]
         self.n, self.pads = n, pads
 
-    def _write_one(self, key, value, pads) -> None:
+    def _write_one(self, key, value, pads: list[int] | None) -> None:
         if pads is None:
-            rows, slot = slice(None), int(self._slots(torch.tensor(self.n)))
+            sinks, window = self.pattern.sinks, self.pattern.window
+            rows, slot = slice(None), self.n if self.n < sinks else sinks + (self.n - sinks) % window
         else:
             rows, place = torch.arange(len(pads), device=key.device), self.n - torch.tensor(pads, device=key.device)
             slot = self._slots(place.clamp(min=0))  # a row that is padding so far is written over
@@ -507,8 +507,9 @@ class HybridLayer(CacheLayerMixin):
         pattern, pads = self.pattern, self.pattern.run.pads
         self.append(key, value, pads)
         device, n, size = query.device, self.n, pattern.size
-        # (B or 1, 1); a row that is padding so far sees itself, so that it has no NaN
-        lengths = torch.tensor([max(1, n - pad) for pad in pads or [0]], device=device)[:, None]
+        lengths = n
+        if pads is not None:  # (B, 1); a row that is padding so far sees itself, so that it has no NaN
+            lengths = torch.tensor([max(1, n - pad) for pad in pads], device=device)[:, None]
         out = torch.empty_like(query)
         if len(pattern.whole):
             k, v = (x[:, :, :n] for x in self.whole)
@@ -518,10 +519,9 @@ class HybridLayer(CacheLayerMixin):
             found = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
             out[:, pattern.whole_heads, 0] = found.flatten(1, 2)
             if len(pattern.mixed_heads):
-                near = torch.arange(pattern.window, device=device) - pattern.window
-                places = torch.cat(
-                    [torch.arange(pattern.sinks, device=device).expand(len(lengths), -1), lengths + near], 1
-                )
+                near = torch.arange(-min(pattern.window, n), 0, device=device)
+                first = torch.arange(pattern.sinks, device=device).expand(1 if pads is None else len(pads), -1)
+                places = torch.cat([first, lengths + near.expand(len(first), -1)], 1)
                 valid = (places >= 0) & (places < lengths)
                 valid[:, pattern.sinks :] &= places[:, pattern.sinks :] >= pattern.sinks
                 at = (places + n - lengths).clamp(0, n - 1)[:, None, :, None]  # (B or 1, 1, M, 1)
@@ -532,7 +532,7 @@ class HybridLayer(CacheLayerMixin):
             k, v = self.ring
             mask = None
             if n - max(pads or [0]) < k.shape[2]:
-                mask = (torch.arange(k.shape[2], device=device) < lengths)[:, None, None]
+                mask = (torch.arange(k.shape[2], device=device)[None] < lengths)[:, None, None]
             q = query[:, pattern.short_heads, 0].unflatten(1, (-1, size))
             found = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
             out[:, pattern.short_heads, 0] = found.flatten(1, 2)
@@ -569,6 +569,7 @@ def stream(query, key, value, sink_keys, sink_values, first: int, start: int, wi
     (B, G, g, R, D)
     """
     run = stream_flex if query.is_cuda else stream_chunked
+    window = min(window, start + query.shape[3])
     return run(query, key, value, sink_keys, sink_values, first, start, window, scaling)
 
 

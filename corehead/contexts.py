@@ -259,6 +259,28 @@ def forward(mllm: MLLM, inputs: dict[str, Any]):
     return mllm.model(**inputs, use_cache="past_key_values" in inputs, logits_to_keep=1)
 
 
+class _Decoded(Exception):
+    """Raised where the decoder would begin."""
+
+
+def embedded(mllm: MLLM, inputs: dict[str, Any]) -> dict[str, Any]:
+    """What the decoder gets for the model's inputs: embeddings with the visual features in, masks, positions."""
+    caught = {}
+
+    def stop(module, args, kwargs):
+        caught.update({k: v for k, v in kwargs.items() if v is not None})
+        raise _Decoded
+
+    handle = mllm.family.decoder(mllm.model).register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        mllm.model(**inputs, use_cache=False)
+    except _Decoded:
+        pass
+    finally:
+        handle.remove()
+    return {k: v for k, v in caught.items() if k not in ("use_cache", "past_key_values")}
+
+
 def behind_prefix(mllm: MLLM, packed: Packed) -> dict[str, Any]:
     """Model inputs of the chunk, with the cache of the prefixes, which run now."""
     if packed.prefix is None:

@@ -15,7 +15,7 @@ from transformers import DynamicCache
 from .ablation import Ablation, edits_of
 from .acceleration import Acceleration, applied
 from .attention import edited, editing, laid_out, own_attention
-from .contexts import Context, Packed, batches, pack, require_answers
+from .contexts import Context, Packed, batches, embedded, pack, require_answers
 from .models import MLLM
 from .samples import Sample
 from .scoring import provenance
@@ -142,10 +142,6 @@ def _run(mllm: MLLM, batch: list[Context], todo: dict[str, Ablation | None], bar
     return rows
 
 
-class _Decoded(Exception):
-    """Raised where the decoder would begin."""
-
-
 class _Feed:
     """What the decoder is fed for a batch, kept, so that many conditions run over it.
 
@@ -156,11 +152,10 @@ class _Feed:
 
     def __init__(self, mllm: MLLM, packed: Packed):
         self.mllm, self.packed = mllm, packed
-        self.decoder = mllm.family.decoder(mllm.model)
         if packed.prefix is None:
-            self.prefix, self.chunk = None, self._embed(packed.feed)
+            self.prefix, self.chunk = None, embedded(mllm, packed.feed)
         else:
-            self.prefix = self._embed(packed.prefix)
+            self.prefix = embedded(mllm, packed.prefix)
             embeds = mllm.model.get_input_embeddings()(packed.feed["input_ids"])
             self.chunk = packed.feed | dict(inputs_embeds=embeds)
             del self.chunk["input_ids"]
@@ -177,23 +172,6 @@ class _Feed:
         n_rows, size = packed.feed["input_ids"].shape
         self.width = max(1, TOKENS.get(mllm.device.type, 2**14) // (n_rows * (packed.before + size)))
 
-    def _embed(self, inputs: dict) -> dict:
-        """What the decoder gets for the model's inputs: embeddings with the visual features in, masks, positions."""
-        caught = {}
-
-        def stop(module, args, kwargs):
-            caught.update({k: v for k, v in kwargs.items() if v is not None})
-            raise _Decoded
-
-        handle = self.decoder.register_forward_pre_hook(stop, with_kwargs=True)
-        try:
-            self.mllm.model(**inputs, use_cache=False)
-        except _Decoded:
-            pass
-        finally:
-            handle.remove()
-        return {k: v for k, v in caught.items() if k not in ("use_cache", "past_key_values")}
-
     def _decode(self, feed: dict, times: int, cache: DynamicCache | None, use_cache: bool):
         """Run the decoder over the batch, `times` times over."""
         wide = {}
@@ -206,7 +184,7 @@ class _Feed:
             elif name == "deepstack_visual_embeds":
                 value = [v.repeat(times, 1) for v in value]
             wide[name] = value
-        return self.decoder(**wide, past_key_values=cache, use_cache=use_cache)
+        return self.mllm.family.decoder(self.mllm.model)(**wide, past_key_values=cache, use_cache=use_cache)
 
     def run(self, ablations: list[Ablation | Acceleration | None]) -> torch.Tensor:
         """Final hidden states of the rows that predict answers, (conditions, rows, hidden)."""

@@ -542,3 +542,126 @@ def tournament(table: pd.DataFrame, value: str, label: str) -> Figure:
     ax.set(xlabel="query rows Q", ylabel="variant")
     ax.tick_params(length=0)
     return figure
+
+
+# --- acceleration
+
+
+def hybrid_pattern(seen: dict[str, np.ndarray], kept: dict[str, np.ndarray]) -> Figure:
+    """What a dense and a streaming head attend to, and what their caches hold at the end.
+
+    Parameters
+    ----------
+    seen : name -> (N, N) int: 0 nothing, 1 attended, 2 attended as a sink.
+    kept : name -> (N,) bool, the positions that the cache holds after the last one.
+    """
+    colours = ListedColormap(["white", PALETTE[0], PALETTE[1]])
+    figure, axes = plt.subplots(
+        2, len(seen), figsize=(3.1 * len(seen), 3.8), height_ratios=[9, 1], sharex=True, squeeze=False
+    )
+    for (above, below), (name, matrix), held in zip(axes.T, seen.items(), kept.values()):
+        above.imshow(matrix, cmap=colours, vmin=0, vmax=2, interpolation="nearest")
+        above.set(title=name, ylabel="query position")
+        last = np.where(held, np.maximum(matrix[-1], 1), 0)
+        below.imshow(last[None], cmap=colours, vmin=0, vmax=2, aspect="auto", interpolation="nearest")
+        below.set(yticks=[], xlabel="key position", ylabel="cache")
+    names = ("window", "sinks")
+    figure.legend(
+        handles=[Patch(color=colours(i + 1), label=name) for i, name in enumerate(names)],
+        loc="outside upper right",
+        ncols=2,
+        fontsize="small",
+    )
+    return figure
+
+
+def dials(table: pd.DataFrame, fixed: dict[str, dict], metric: str = "correct") -> Figure:
+    """A metric against one setting after the other, one panel each, all others as `fixed` says; dense as a line.
+
+    Parameters
+    ----------
+    table : of `corehead.evaluation.summary`, with a column way ("dense" or "hybrid") and one for each setting.
+    fixed : setting -> values of the others.
+    """
+    figure, axes = plt.subplots(1, len(fixed), figsize=(3 * len(fixed), 2.8), sharey=True, squeeze=False)
+    whole = table[table.way == "dense"].iloc[0]
+    for ax, (name, others) in zip(axes[0], fixed.items()):
+        part = table[(table.way == "hybrid") & (table[list(others)] == pd.Series(others)).all(axis=1)].sort_values(name)
+        error = np.clip([part[metric] - part[f"{metric}_low"], part[f"{metric}_high"] - part[metric]], 0, None)
+        ax.errorbar(range(len(part)), part[metric], error, fmt="o-", color=PALETTE[3], capsize=3)
+        ax.axhline(whole[metric], ls="--", color="black", lw=0.8)
+        ax.set_xticks(range(len(part)), [f"{x:.0%}" if name == "share" else f"{x:g}" for x in part[name]])
+        ax.set(xlabel="dense share" if name == "share" else name)
+        title = ", ".join(f"{k} {v:.0%}" if k == "share" else f"{k} {v}" for k, v in others.items())
+        ax.set_title(title, fontsize="small")
+    axes[0, 0].set(ylabel=METRIC[metric], ylim=(0, 1.03) if metric == "correct" else None)
+    return figure
+
+
+def frontier(table: pd.DataFrame, metric: str = "correct", intact: pd.Series | None = None) -> Figure:
+    """A metric against speed, one panel a domain, one line for each way to choose the dense heads.
+
+    Parameters
+    ----------
+    table : of `corehead.evaluation.summary`, with columns domain, heads, share and speed (times dense attention).
+    intact : domain -> the metric of dense attention, drawn as a dashed line.
+    """
+    domains = list(dict.fromkeys(table.domain))
+    figure, axes = plt.subplots(1, len(domains), figsize=(4.2 * len(domains), 3.4), sharey=True, squeeze=False)
+    for ax, domain in zip(axes[0], domains):
+        part = table[table.domain == domain]
+        for i, (name, line) in enumerate(part.groupby("heads", sort=False)):
+            line, style = line.sort_values("speed"), _style(name, i)
+            error = np.clip([line[metric] - line[f"{metric}_low"], line[f"{metric}_high"] - line[metric]], 0, None)
+            ax.errorbar(line.speed, line[metric], error, label=name, capsize=2, markersize=5, **style)
+        for (share, speed), _ in part.groupby(["share", "speed"]):
+            ax.annotate(
+                f"{share:.0%}", (speed, 0.02), ha="center", fontsize="x-small", xycoords=("data", "axes fraction")
+            )
+        if intact is not None:
+            ax.axhline(intact[domain], ls="--", color="black", lw=0.8)
+        ax.set(title=domain, xlabel="prefill, times as fast as dense\n(below: dense share)")
+    axes[0, 0].set_ylabel(METRIC[metric])
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), fontsize="small")
+    return figure
+
+
+def speed_curves(tables: dict[str, pd.DataFrame], value: str = "speed-up", bound: str | None = "bound") -> Figure:
+    """A measure against length, one panel a table of `corehead.speed`, one line a way; the bound's ratio dotted.
+
+    Parameters
+    ----------
+    tables : title -> columns tokens, way, `value` and, where the bound is drawn, `bound`, in units of time.
+    """
+    figure, axes = plt.subplots(1, len(tables), figsize=(4.2 * len(tables), 3.4), squeeze=False)
+    for ax, (title, table) in zip(axes[0], tables.items()):
+        dense = table[table.way == "dense"].set_index("tokens")
+        for i, (way, part) in enumerate(table[table.way != "dense"].groupby("way", sort=False)):
+            style = _style(way, i)
+            ax.plot(part.tokens, part[value], label=way, markersize=4, **style)
+            if bound is not None:
+                ratio = dense[bound].loc[part.tokens].to_numpy() / part[bound]
+                ax.plot(part.tokens, ratio, color=style["color"], ls=":", lw=1)
+        ax.axhline(1, color="gray", lw=0.8)
+        ax.set_xscale("log", base=2)
+        ax.set(title=title, xlabel="tokens", ylabel="times as fast as dense" if value.endswith("speed-up") else value)
+        ax.set_xticks(sorted(set(table.tokens)), [f"{n / 1024:g}k" for n in sorted(set(table.tokens))])
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), fontsize="small")
+    return figure
+
+
+def memory_curves(tables: dict[str, pd.DataFrame]) -> Figure:
+    """Columns in MiB against length, one panel each (title -> columns tokens, way and the title itself), dense too."""
+    figure, axes = plt.subplots(1, len(tables), figsize=(4.2 * len(tables), 3.2), squeeze=False)
+    for ax, (value, table) in zip(axes[0], tables.items()):
+        for i, (way, part) in enumerate(table.groupby("way", sort=False)):
+            ax.plot(part.tokens, part[value], label=way, markersize=4, **_style(way, i))
+        ax.set_xscale("log", base=2)
+        ax.set_yscale("log")
+        ax.set(title=value, xlabel="tokens")
+        ax.set_xticks(sorted(set(table.tokens)), [f"{n / 1024:g}k" for n in sorted(set(table.tokens))])
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), fontsize="small")
+    return figure

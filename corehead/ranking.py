@@ -102,6 +102,11 @@ class HeadSet(Set):
             out[head] = True
         return out
 
+    def query_heads(self, group: int) -> HeadSet:
+        """The query heads of these KV heads, `group` for each."""
+        shape = None if self.shape is None else (self.shape[0], self.shape[1] * group)
+        return HeadSet(((layer, group * head + i) for layer, head in self for i in range(group)), shape)
+
     def to_duo_attention(self, path: str | Path, kv_heads: int, *, sinks: int, window: int) -> None:
         """Write the heads as a pattern that DuoAttention (arXiv 2410.10819) and kvpress read.
 
@@ -160,11 +165,13 @@ class HeadRanking:
         """
         if group == 1:
             return HeadSet(self.order[: self.count(share)], self.shape)
+        return self.groups(group).top(share).query_heads(group)
+
+    def groups(self, group: int) -> HeadRanking:
+        """KV heads by the best of their `group` query heads."""
         if self.shape[1] % group:
             raise ValueError(f"group={group}: {self.shape[1]} query heads a layer are no multiple of that")
-        best = self.values.reshape(self.shape[0], -1, group).max(2)
-        groups = HeadRanking(best).top(share)
-        return HeadSet(((layer, group * g + i) for layer, g in groups for i in range(group)), self.shape)
+        return HeadRanking(self.values.reshape(self.shape[0], -1, group).max(2), self.name)
 
     def bottom(self, share: float) -> HeadSet:
         """The last heads, as many as `top` has."""

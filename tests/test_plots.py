@@ -145,3 +145,36 @@ def test_stability_figures_show_what_they_are_given():
     ] + [dict(domain="text", what="cells", size=4, heads="CoRe", score=1.5, low=1.4, high=1.6)]
     figure = plots.length_curves(pd.DataFrame(lengths))
     assert figure.axes[0].get_ylim()[1] > 1.5  # one scale that fits all panels
+
+
+def test_acceleration_figures_show_what_they_are_given():
+    dense, stream = np.tril(np.ones((6, 6), int)), np.tril(np.ones((6, 6), int), 0) - np.tril(np.ones((6, 6), int), -3)
+    stream[:, 0] = 2
+    seen = {"dense": dense, "streaming": stream}
+    figure = plots.hybrid_pattern(seen, {name: m[-1] > 0 for name, m in seen.items()})
+    assert figure.axes[0].get_title() == "dense"
+    below = figure.axes[3].images[0].get_array()
+    np.testing.assert_array_equal(below, [[2, 0, 0, 1, 1, 1]])
+
+    rows = dict(correct=[0.9, 0.5, 0.8, 0.7], way=["dense", *["hybrid"] * 3], share=[1, 0.1, 0.2, 0.1])
+    table = points(**rows, window=[0, 64, 64, 16])
+    figure = plots.dials(table, {"share": dict(window=64), "window": dict(share=0.1)})
+    assert [t.get_text() for t in figure.axes[0].get_xticklabels()] == ["10%", "20%"]
+    assert [t.get_text() for t in figure.axes[1].get_xticklabels()] == ["16", "64"]
+    np.testing.assert_allclose(figure.axes[0].lines[0].get_ydata(orig=False), [0.5, 0.8])
+
+    table = points(correct=[0.9, 0.5] * 2, heads=["RAM", "RAM", "random", "random"], share=[1.0, 0.1] * 2)
+    table = table.assign(domain="video", speed=[1.0, 3.0] * 2)
+    figure = plots.frontier(table, intact=pd.Series({"video": 0.95}))
+    assert {t.get_text() for t in figure.axes[0].texts} == {"100%", "10%"}
+    np.testing.assert_allclose(figure.axes[0].lines[0].get_xdata(orig=False), [1.0, 3.0])
+
+    ways = ["dense", "hybrid 10%", "dense", "hybrid 10%"]
+    table = pd.DataFrame({"way": ways, "tokens": [1024, 1024, 4096, 4096], "speed-up": [1, 1.2, 1, 2.0]})
+    table["bound"] = [2.0, 1.0, 8.0, 2.0]
+    figure = plots.speed_curves({"prefill": table})
+    measured, bound = figure.axes[0].lines[:2]
+    np.testing.assert_allclose(measured.get_ydata(), [1.2, 2.0])
+    np.testing.assert_allclose(bound.get_ydata(), [2.0, 4.0])
+    figure = plots.memory_curves({"cache MiB": table.assign(**{"cache MiB": 1.0})})
+    assert [t.get_text() for t in figure.axes[0].get_xticklabels()] == ["1k", "4k"]

@@ -105,8 +105,8 @@ def test_conda_and_pip_make_the_same_environment():
 
 def test_make_alone_prints_the_targets():
     text = subprocess.run(["make", "-C", ROOT], capture_output=True, text=True).stdout
-    for target in ("setup", "reproduce", "test", "lint", "testbed", "bench", "clean"):
-        assert re.search(rf"^{target}\b", text, re.M)
+    for target in ("setup", "reproduce", "test", "lint", "testbed", "bench", "bench-gpu", "clean"):
+        assert re.search(rf"^{target}\s", text, re.M)
 
 
 def test_make_reproduce_names_a_profile_that_is_not_there():

@@ -13,9 +13,10 @@ import corehead as ch
 from corehead.testbed import samples
 from corehead.testbed.generator import SPLITS, data_hash, digits, draw, to_samples
 from corehead.testbed.model import build_model, build_processor
-from corehead.testbed.train import LEVELS, Recipe, answer_logits, batch_of, train
+from corehead.testbed.train import LEVELS, LONG_LEVELS, Recipe, answer_logits, batch_of, train
 
 FOLDER = Path(__file__).parent.parent / "data/testbed/qwen3vl-s"
+LONG = FOLDER.with_name("qwen3vl-s-long")
 SMALL = dict(layers=2, heads=4, kv_heads=2, hidden=32, intermediate=48, head_dim=8)
 
 
@@ -25,7 +26,8 @@ def shipped() -> ch.MLLM:
 
 
 def every_layout():
-    return [(domain, layout) for domain, levels in LEVELS.items() for layout in (levels[0], levels[-1])]
+    long = [(domain, LONG_LEVELS[domain][0]) for domain in ("document", "video")]
+    return [(domain, layout) for domain, levels in LEVELS.items() for layout in (levels[0], levels[-1])] + long
 
 
 @pytest.mark.parametrize("domain,layout", every_layout())
@@ -96,6 +98,31 @@ def test_the_answer_stands_in_the_evidence_alone(domain):
                 assert np.array_equal(same, hit)
 
 
+@pytest.mark.parametrize("domain", ["document", "video"])
+def test_hay_holds_no_key(domain):
+    layout = LONG_LEVELS[domain][-1]
+    scenes = draw(domain, np.random.default_rng(1), 4, split="test", questions=6, **layout)
+    pages = scenes.key.shape[1]
+    assert pages == layout["hay"] + 8 and pages * scenes.key[0, 0].size // (2 if domain == "video" else 1) >= 1024
+    framed = (scenes.key < 48).any((2, 3))  # (B, P)
+    bare = ~framed & (scenes.glyph < 1797).any((2, 3))
+    for b in range(4):
+        for q in range(6):
+            hit = scenes.target[b, q]
+            assert (digits()[1][scenes.glyph[b][hit]] == scenes.answer[b, q] - 8).all() and framed[b][
+                hit.any((1, 2))
+            ].all()
+    if domain == "document":
+        assert (framed.sum(1) == 8).all() and ((scenes.glyph >= 1797) & (scenes.glyph < 1809)).any((2, 3)).sum() == 32
+        assert (np.diff(framed.argmax(1)) != 0).any()  # not always at the same place
+        page = scenes.page[:, :, None, None, None] == np.arange(pages)[:, None, None]
+        assert not (scenes.target & ~page).any()
+    hay = scenes.glyph[bare]
+    assert 0.3 < (hay < 1797).mean() < 0.7 and bare.mean() > 0.7
+    first, last = SPLITS["test"]
+    assert ((hay[hay < 1797] >= first) & (hay[hay < 1797] < last)).all()
+
+
 def test_context_tasks_are_right():
     scenes = draw("majority", np.random.default_rng(2), 200)
     colour = scenes.key.reshape(200, -1) % 8
@@ -127,6 +154,8 @@ def test_samples_are_seeded_and_bad_requests_are_named():
         samples("document", pages=13)
     with pytest.raises(ValueError, match="even number of frames"):
         samples("video", frames=5)
+    with pytest.raises(ValueError, match="hay=3"):
+        samples("video", hay=3)
 
 
 def test_shared_questions_share_their_picture():
@@ -169,6 +198,17 @@ def test_the_shipped_model_answers_on_digits_it_never_saw(shipped, domain, layou
     assert ((results.margin > 0) == results.correct).all() and (results.logprob <= 0).all()
 
 
+@pytest.mark.parametrize("domain,hay", [("document", 164), ("video", 220)])
+def test_the_long_model_reads_a_thousand_visual_tokens(domain, hay):
+    mllm = ch.load(LONG)
+    asked = samples(domain, "validation", 48, questions=6, hay=hay)
+    assert len(mllm.tag(asked[0]).visual) >= 1024
+    assert ch.evaluate(mllm, asked, progress=False).correct.mean() >= 0.75
+    card = json.loads((LONG / "training.json").read_text())
+    assert card["recipe"]["curriculum"] == "long" and card["recipe"]["base"] == "data/testbed/qwen3vl-s"
+    assert (LONG / "model.safetensors").stat().st_size <= 12 * 2**20
+
+
 def test_evaluation_does_not_depend_on_the_batch(shipped):
     asked = [s for d in ("image", "document", "video", "text") for s in samples(d, n=3)]
     one, many = (ch.evaluate(shipped, asked, batch_size=size, progress=False) for size in (1, 12))
@@ -202,3 +242,16 @@ def test_thirty_steps_of_training(tmp_path):
         torch.testing.assert_close(a, b)
     logs = [pd.read_csv(tmp_path / run / "training_log.csv").drop(columns="seconds") for run in "ab"]
     pd.testing.assert_frame_equal(*logs)
+
+
+def test_training_goes_on_from_a_trained_model(tmp_path):
+    first = dict(SMALL, probe_steps=2, stage_steps=1, final_steps=0)
+    base = train(Recipe(out=str(tmp_path / "a"), **first), quiet=True)
+    more = dict(SMALL, curriculum="long", base=str(tmp_path / "a"), stage_steps=2, final_steps=1, lr=1e-9, warmup=1)
+    found = train(Recipe(out=str(tmp_path / "b"), **more), quiet=True)
+    for a, b in zip(base.parameters(), found.parameters()):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+    card = json.loads((tmp_path / "b" / "training.json").read_text())
+    assert card["steps"] == 3 and f"--curriculum long --base {tmp_path / 'a'}" in card["command"]
+    with pytest.raises(ValueError, match="curriculum='longer': take one of 'short', 'long'"):
+        train(Recipe(out=str(tmp_path / "c"), curriculum="longer"), quiet=True)

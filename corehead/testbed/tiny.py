@@ -88,7 +88,7 @@ def _qwen3_vl(real_tiles: bool, tokenizer=None, text=None):
     sections = [text["head_dim"] // 2 - 2 * third, third, third]
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": sections, "mrope_interleaved": True}
     config = Qwen3VLConfig(
-        text_config=dict(text, vocab_size=len(tokenizer), rope_parameters=rope),
+        text_config=dict(vocab_size=len(tokenizer), rope_parameters=rope) | text,
         vision_config=dict(
             depth=2,
             hidden_size=32,
@@ -107,7 +107,7 @@ def _qwen3_vl(real_tiles: bool, tokenizer=None, text=None):
     return Qwen3VLForConditionalGeneration(config), processor
 
 
-def _internvl(real_tiles: bool):
+def _internvl(real_tiles: bool, text=None):
     names = dict(
         start_image_token="<img>",
         end_image_token="</img>",
@@ -123,7 +123,7 @@ def _internvl(real_tiles: bool):
         image_seq_length=unit * unit,
         chat_template=template("<IMG_CONTEXT>\n", "<video>\n"),
     )
-    text = dict(TEXT, model_type="qwen3", vocab_size=len(tokenizer), head_dim=8)
+    text = dict(TEXT, model_type="qwen3", vocab_size=len(tokenizer), head_dim=8) | (text or {})
     vision = dict(
         hidden_size=32,
         intermediate_size=48,
@@ -141,7 +141,7 @@ def _internvl(real_tiles: bool):
     return InternVLForConditionalGeneration(config), processor
 
 
-def _llava_onevision(real_tiles: bool):
+def _llava_onevision(real_tiles: bool, text=None):
     side, patch, most = (384, 14, 6) if real_tiles else (56, 11, 3)  # neither patch divides its side
     limit = "anyres_max_9" if real_tiles else "anyres_max_4"
     pinpoints = [[a * side, b * side] for a in range(1, most + 1) for b in range(1, most + 1)]
@@ -155,7 +155,7 @@ def _llava_onevision(real_tiles: bool):
         vision_aspect_ratio=limit,
         chat_template=template("<image>\n", "<video>\n"),
     )
-    text = dict(TEXT, model_type="qwen2", vocab_size=len(tokenizer))
+    text = dict(TEXT, model_type="qwen2", vocab_size=len(tokenizer)) | (text or {})
     vision = dict(
         model_type="siglip_vision_model",
         hidden_size=32,
@@ -201,7 +201,8 @@ def tiny(family: str, *, real_tiles: bool = False, seed: int = 0, **options) -> 
     family : "qwen3_vl", "internvl", "llava_onevision", "llama" or "qwen3".
     real_tiles : image tiles and patches of the released checkpoints; otherwise small ones, for speed.
     seed : of the weights. Query and key weights are large, so that attention is far from uniform.
-    **options : for qwen3_vl alone, tokenizer= another one, text= what to change in the decoder's configuration.
+    **options : for the multimodal families, text= what to change in the decoder's configuration; for qwen3_vl alone,
+        tokenizer= another one.
 
     Returns
     -------

@@ -319,6 +319,8 @@ def train(recipe: Recipe, device: str = "cpu", quiet: bool = False) -> nn.Module
 
     A run that was interrupted goes on from its last checkpoint (every 100 steps) with the same random numbers.
     """
+    if recipe.curriculum not in CURRICULA:
+        raise ValueError(f"curriculum={recipe.curriculum!r}: take one of {', '.join(map(repr, CURRICULA))}")
     out = Path(recipe.out)
     out.mkdir(parents=True, exist_ok=True)
     checkpoint, log_file = out / "checkpoint.pt", out / "training_log.csv"
