@@ -30,6 +30,7 @@ from .store import digest
 
 GRANULARITIES = ("group", "head")
 MASK = 2**24  # elements of a mask that is held at once
+SLAB = 2**18  # elements of keys that are gathered at once: what stays in a CPU's cache
 TILE = 128  # rows and keys of a block of FlexAttention
 
 
@@ -577,38 +578,45 @@ def stream_chunked(query, key, value, sink_keys, sink_values, first, start, wind
     """`stream` by SDPA: blocks of rows, each against the sinks and the stretch of keys that its windows cover."""
     b, groups, size, r, d = query.shape
     s = sink_keys.shape[2]
-    block = min(r, max(64, window // 2))
+    block = min(r, max(64, window // 4))
     n_blocks, span = -(-r // block), window - 1 + block
-    # key 0 of the padded stretch is position start - window + 1
-    front = start - window + 1 - first
-    key, value = key[:, :, max(front, 0) :], value[:, :, max(front, 0) :]
-    tail = n_blocks * block - r
-    key, value = (pad_with_zeros(x, (0, 0, max(-front, 0), tail)).unfold(2, span, block) for x in (key, value))
-    query = pad_with_zeros(query, (0, 0, 0, tail)).unflatten(3, (n_blocks, block))  # (B, G, g, nb, block, D)
     row, column = torch.arange(block, device=query.device), torch.arange(span, device=query.device)
     band = (column >= row[:, None]) & (column < row[:, None] + window)  # (block, span)
-    out = query.new_empty(b, groups, size, n_blocks, block, d)
-    early = min(n_blocks, max(0, -(-(s - (start - window + 1)) // block)))  # blocks whose stretch meets the sinks
-    step = max(1, MASK // (size * block * (s + span)))
-    cuts = [*range(0, early, step), *range(early, n_blocks, step), n_blocks]
     steady = torch.cat([band.new_ones(block, s), band], 1).repeat(size, 1)
+    # block 0 begins at position start - window + 1; those whose stretch meets the sinks, or what is no key, come first
+    early = min(n_blocks, max(0, -(-(s - (start - window + 1)) // block)))
+    step = max(1, SLAB // (b * groups * (s + span) * d))
+    cuts = [*range(0, early, step), *range(early, n_blocks, step), n_blocks]
+    out = torch.empty_like(query)
     for i, j in pairwise(cuts):
-        n = j - i
-        q = query[:, :, :, i:j].permute(0, 3, 1, 2, 4, 5).reshape(b * n, groups, size * block, d)
-        # (B, G, n, D, span) -> (B * n, G, s + span, D)
+        n, end = j - i, min(j * block, r)
+        lack = j * block - end  # rows of the last block that are not there
+        q = pad_with_zeros(query[:, :, :, i * block : end], (0, 0, 0, lack)).unflatten(3, (n, block))
+        q = q.permute(0, 3, 1, 2, 4, 5).reshape(b * n, groups, size * block, d)
+        begin = start + i * block - window + 1 - first
         k, v = (
-            torch.cat([sink[:, None].expand(-1, n, -1, -1, -1), x[:, :, i:j].permute(0, 2, 1, 4, 3)], 3).flatten(0, 1)
+            torch.cat(
+                [sink[:, None].expand(-1, n, -1, -1, -1), _stretches(x, begin, start + end - first, lack, span, block)],
+                3,
+            ).flatten(0, 1)
             for sink, x in ((sink_keys, key), (sink_values, value))
         )
         mask = steady
         if i < early:
-            begin = start + torch.arange(i, j, device=q.device) * block
-            places = begin[:, None] - window + 1 + column  # (n, span)
-            sees = torch.arange(s, device=q.device) <= (begin[:, None] + row)[..., None]  # (n, block, s)
-            mask = torch.cat([sees, band & (places >= s)[:, None]], 2).repeat(b, size, 1)[:, None]
+            places = start + torch.arange(i, j, device=q.device) * block  # of the blocks' first rows
+            sees = torch.arange(s, device=q.device) <= (places[:, None] + row)[..., None]  # (n, block, s)
+            inside = (places[:, None] - window + 1 + column >= s)[:, None]
+            mask = torch.cat([sees, band & inside], 2).repeat(b, size, 1)[:, None]
         found = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
-        out[:, :, :, i:j] = found.view(b, n, groups, size, block, d).permute(0, 2, 3, 1, 4, 5)
-    return out.flatten(3, 4)[:, :, :, :r]
+        found = found.view(b, n, groups, size, block, d).permute(0, 2, 3, 1, 4, 5).flatten(3, 4)
+        out[:, :, :, i * block : end] = found[:, :, :, : end - i * block]
+    return out
+
+
+def _stretches(x, begin: int, end: int, lack: int, span: int, block: int) -> torch.Tensor:
+    """Overlapping stretches (B, n, G, span, D), `block` apart, of rows begin ... end + lack of x (B, G, M, D)."""
+    rows = pad_with_zeros(x[:, :, max(begin, 0) : end], (0, 0, max(-begin, 0), lack))
+    return rows.unfold(2, span, block).permute(0, 2, 1, 4, 3)
 
 
 def stream_flex(query, key, value, sink_keys, sink_values, first, start, window, scaling, flex=None) -> torch.Tensor:

@@ -203,6 +203,7 @@ def one(*shape, seed=0):
     return torch.from_numpy(np.random.default_rng(seed).standard_normal(shape)).float()
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize(
     "rows,start,window,sinks", [(300, 0, 40, 4), (200, 170, 33, 5), (130, 3, 200, 9), (7, 1, 1, 0)]
 )
