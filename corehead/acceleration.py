@@ -587,7 +587,7 @@ def stream_chunked(query, key, value, sink_keys, sink_values, first, start, wind
     early = min(n_blocks, max(0, -(-(s - (start - window + 1)) // block)))
     step = max(1, SLAB // (b * groups * (s + span) * d))
     cuts = [*range(0, early, step), *range(early, n_blocks, step), n_blocks]
-    out = torch.empty_like(query)
+    out = query.new_empty(*query.shape[:-1], value.shape[-1])
     for i, j in pairwise(cuts):
         n, end = j - i, min(j * block, r)
         lack = j * block - end  # rows of the last block that are not there
@@ -608,7 +608,7 @@ def stream_chunked(query, key, value, sink_keys, sink_values, first, start, wind
             inside = (places[:, None] - window + 1 + column >= s)[:, None]
             mask = torch.cat([sees, band & inside], 2).repeat(b, size, 1)[:, None]
         found = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
-        found = found.view(b, n, groups, size, block, d).permute(0, 2, 3, 1, 4, 5).flatten(3, 4)
+        found = found.view(b, n, groups, size, block, -1).permute(0, 2, 3, 1, 4, 5).flatten(3, 4)
         out[:, :, :, i * block : end] = found[:, :, :, : end - i * block]
     return out
 

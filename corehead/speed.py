@@ -480,7 +480,7 @@ def main(arguments: list[str] | None = None) -> None:
         mllm = None  # free it before the next is built
     if "testbed" in options.only and cpu:
         mllm, rows = load(options.testbed), []
-        for hay in (164, 340, 680):
+        for hay in (164, 340):
             rows += prefill_rows(mllm, document(mllm, hay), ways(), 64, 4, options.repeats)
         write("testbed", rows, weights="trained", window=64, sinks=4)
 
