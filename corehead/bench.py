@@ -21,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -90,22 +91,31 @@ def memory_mib(name: str) -> float:
     return int(line.split()[1]) / 1024
 
 
-def measure_memory(way: str, tokens: int) -> float:
-    """Peak memory in MiB above the loaded model, in a fresh process; NaN if it was killed for it."""
-    code = f"from corehead import bench; bench.print_memory({way!r}, {tokens})"
+def in_fresh_process(code: str) -> float:
+    """The number that a program prints; NaN if it was killed, as for want of memory."""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     return json.loads(done.stdout) if done.returncode == 0 else float("nan")
+
+
+def print_peak(function: Callable[[], object]) -> None:
+    """Print the peak in MiB of a call above what the process holds before it; Linux."""
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    before = memory_mib("VmRSS")
+    function()
+    print(json.dumps(memory_mib("VmHWM") - before))
+
+
+def measure_memory(way: str, tokens: int) -> float:
+    """Peak memory in MiB above the loaded model, in a fresh process; NaN if it was killed for it."""
+    return in_fresh_process(f"from corehead import bench; bench.print_memory({way!r}, {tokens})")
 
 
 def print_memory(way: str, tokens: int) -> None:
     """Print the peak in MiB above what the model and a warm-up hold."""
     mllm = build()
     run(mllm, way, PAGE)
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    before = memory_mib("VmRSS")
-    run(mllm, way, tokens)
-    print(json.dumps(memory_mib("VmHWM") - before))
+    print_peak(lambda: run(mllm, way, tokens))
 
 
 def measure_times(tokens: int, repeats: int) -> dict[str, list[float]]:
@@ -194,6 +204,16 @@ def scoring_rows(lengths: list[int], most: int) -> list[dict]:
     return rows
 
 
+def machine() -> str:
+    return f"{platform.machine()}, {os.cpu_count()} cores, CPU"
+
+
+def write(out: Path, name: str, rows: list[dict], card: dict) -> None:
+    """Write a table, and beside it what it was measured on."""
+    pd.DataFrame(rows).round(5).to_csv(out / f"{name}.csv", index=False)
+    (out / f"{name}.json").write_text(json.dumps(card, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="data/results/bench")
@@ -204,8 +224,8 @@ def main() -> None:
     options = parser.parse_args()
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
-    machine = dict(
-        machine=f"{platform.machine()}, {os.cpu_count()} cores, CPU",
+    card = dict(
+        machine=machine(),
         torch=torch.__version__,
         geometry=GEOMETRY | {"weights": "random: they serve speed alone"},
         page_tokens=PAGE,
@@ -216,8 +236,7 @@ def main() -> None:
     }
     for name, rows in tables.items():
         if options.only in (None, name):
-            pd.DataFrame(rows()).to_csv(out / f"{name}.csv", index=False)
-            (out / f"{name}.json").write_text(json.dumps(machine, indent=1) + "\n")
+            write(out, name, rows(), card)
 
 
 if __name__ == "__main__":

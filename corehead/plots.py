@@ -622,33 +622,24 @@ def frontier(table: pd.DataFrame, metric: str = "correct", intact: pd.Series | N
             ax.axhline(intact[domain], ls="--", color="black", lw=0.8)
         ax.set(title=domain, xlabel="prefill, times as fast as dense\n(below: dense share)")
     axes[0, 0].set_ylabel(METRIC[metric])
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), fontsize="small")
+    _one_legend(figure)
     return figure
 
 
-def speed_curves(tables: dict[str, pd.DataFrame], value: str = "speed-up", bound: str | None = "bound") -> Figure:
-    """A measure against length, one panel a table of `corehead.speed`, one line a way; the bound's ratio dotted.
+def speed_curves(tables: dict[str, pd.DataFrame]) -> Figure:
+    """Speed-up against length, one panel a table of `corehead.speed`, one line a way; what the bound allows dotted.
 
     Parameters
     ----------
-    tables : title -> columns tokens, way, `value` and, where the bound is drawn, `bound`, in units of time.
+    tables : title -> columns tokens, way, speed-up and bound, in units of time.
     """
     figure, axes = plt.subplots(1, len(tables), figsize=(4.2 * len(tables), 3.4), squeeze=False)
     for ax, (title, table) in zip(axes[0], tables.items()):
-        dense = table[table.way == "dense"].set_index("tokens")
-        for i, (way, part) in enumerate(table[table.way != "dense"].groupby("way", sort=False)):
-            style = _style(way, i)
-            ax.plot(part.tokens, part[value], label=way, markersize=4, **style)
-            if bound is not None:
-                ratio = dense[bound].loc[part.tokens].to_numpy() / part[bound]
-                ax.plot(part.tokens, ratio, color=style["color"], ls=":", lw=1)
+        bound = table[table.way == "dense"].set_index("tokens").bound
+        _against_length(ax, table[table.way != "dense"], "speed-up", bound)
         ax.axhline(1, color="gray", lw=0.8)
-        ax.set_xscale("log", base=2)
-        ax.set(title=title, xlabel="tokens", ylabel="times as fast as dense" if value.endswith("speed-up") else value)
-        ax.set_xticks(sorted(set(table.tokens)), [f"{n / 1024:g}k" for n in sorted(set(table.tokens))])
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), fontsize="small")
+        ax.set(title=title, ylabel="times as fast as dense")
+    _one_legend(figure)
     return figure
 
 
@@ -656,12 +647,27 @@ def memory_curves(tables: dict[str, pd.DataFrame]) -> Figure:
     """Columns in MiB against length, one panel each (title -> columns tokens, way and the title itself), dense too."""
     figure, axes = plt.subplots(1, len(tables), figsize=(4.2 * len(tables), 3.2), squeeze=False)
     for ax, (value, table) in zip(axes[0], tables.items()):
-        for i, (way, part) in enumerate(table.groupby("way", sort=False)):
-            ax.plot(part.tokens, part[value], label=way, markersize=4, **_style(way, i))
-        ax.set_xscale("log", base=2)
+        _against_length(ax, table, value)
         ax.set_yscale("log")
-        ax.set(title=value, xlabel="tokens")
-        ax.set_xticks(sorted(set(table.tokens)), [f"{n / 1024:g}k" for n in sorted(set(table.tokens))])
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), fontsize="small")
+        ax.set(title=value)
+    _one_legend(figure)
     return figure
+
+
+def _against_length(ax: Axes, table: pd.DataFrame, value: str, bound: pd.Series | None = None) -> None:
+    """A line a way; dotted in its colour how far below `bound` (of dense, by tokens) its own bound is."""
+    for i, (way, part) in enumerate(table.groupby("way", sort=False)):
+        style = _style(way, i)
+        ax.plot(part.tokens, part[value], label=way, markersize=4, **style)
+        if bound is not None:
+            ax.plot(part.tokens, bound.loc[part.tokens].to_numpy() / part.bound, color=style["color"], ls=":", lw=1)
+    ticks = sorted(set(table.tokens))
+    ax.set_xscale("log", base=2)
+    ax.set_xlabel("tokens")
+    ax.set_xticks(ticks, [f"{n / 1024:g}k" for n in ticks])
+
+
+def _one_legend(figure: Figure) -> None:
+    """The first panel's legend, above all panels."""
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), fontsize="small")

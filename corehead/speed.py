@@ -11,12 +11,7 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
-import os
-import platform
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -32,7 +27,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from .acceleration import Acceleration, HybridLayer, Pattern, applied
 from .attention import HYBRID, attention_forward
-from .bench import GEOMETRY, memory_mib
+from .bench import GEOMETRY, in_fresh_process, machine, print_peak, write
 from .contexts import embedded
 from .models import MLLM, load
 from .ranking import HeadRanking
@@ -376,21 +371,15 @@ def decode_rows(mllm: MLLM, tokens: int, which: list[Way], window: int, sinks: i
 def cpu_peak(geometry: str, tokens: int, way: Way, window: int, sinks: int) -> float:
     """Peak memory in MiB of a prompt above the loaded model and its input, in a fresh process; Linux."""
     given = geometry, tokens, way.name, way.share, window, sinks
-    code = f"from corehead import speed; speed.print_peak(*{given!r})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    return json.loads(done.stdout) if done.returncode == 0 else float("nan")
+    return in_fresh_process(f"from corehead import speed; speed.print_memory(*{given!r})")
 
 
-def print_peak(geometry: str, tokens: int, name: str, share: float | None, window: int, sinks: int) -> None:
+def print_memory(geometry: str, tokens: int, name: str, share: float | None, window: int, sinks: int) -> None:
     """Print the peak in MiB."""
     mllm = build(geometry)
     feed = prompt(mllm, tokens)
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    before = memory_mib("VmRSS")
     with _under(mllm, Way(name, share), window, sinks):
-        prefill(mllm, feed)
-    print(json.dumps(memory_mib("VmHWM") - before))
+        print_peak(lambda: prefill(mllm, feed))
 
 
 def counted_rows(geometry: str, lengths: list[int], which: list[Way], window: int, sinks: int) -> list[dict]:
@@ -442,22 +431,17 @@ def main(arguments: list[str] | None = None) -> None:
     released = [name for name in GEOMETRIES if name != "cpu"]
     given = window, options.sinks, options.repeats
     card = dict(
-        machine=f"{platform.machine()}, {os.cpu_count()} cores, CPU" if cpu else torch.cuda.get_device_name(),
+        machine=machine() if cpu else torch.cuda.get_device_name(),
         torch=torch.__version__,
         weights="random: they serve speed alone",
         window=window,
         sinks=options.sinks,
     )
 
-    def write(name: str, rows: list[dict], **more) -> None:
-        table = pd.DataFrame(rows)
-        (out / f"acceleration-{name}.json").write_text(json.dumps(card | more, indent=1) + "\n")
-        table.round(5).to_csv(out / f"acceleration-{name}.csv", index=False)
-
     if "counted" in options.only:
         rows = [row for g in released for row in counted_rows(g, [2**i for i in range(13, 18)], ways(), 2048, 16)]
         more = dict(machine="none: counted", window=2048, sinks=16)
-        write("counted", rows, **more, geometries={g: GEOMETRIES[g] for g in released})
+        write(out, "acceleration-counted", rows, card | more | dict(geometries={g: GEOMETRIES[g] for g in released}))
     geometries = options.geometry or (["cpu"] if cpu else released)
     tables: dict[str, list[dict]] = {"prefill": [], "decode": []}
     for geometry in geometries:
@@ -476,13 +460,14 @@ def main(arguments: list[str] | None = None) -> None:
                             row["peak MiB"] = cpu_peak(geometry, tokens, way, *given[:2])
                 rows += [{"geometry": geometry} | row for row in found]
                 print(pd.DataFrame(found).round(3).to_string(), flush=True)
-                write(f"{options.device}-{name}", rows, geometries={g: GEOMETRIES[g] for g in geometries})
+                more = dict(geometries={g: GEOMETRIES[g] for g in geometries})
+                write(out, f"acceleration-{options.device}-{name}", rows, card | more)
         mllm = None  # free it before the next is built
     if "testbed" in options.only and cpu:
         mllm, rows = load(options.testbed), []
         for hay in (164, 340):
             rows += prefill_rows(mllm, document(mllm, hay), ways(), 64, 4, options.repeats)
-        write("testbed", rows, weights="trained", window=64, sinks=4)
+        write(out, "acceleration-testbed", rows, card | dict(weights="trained", window=64, sinks=4))
 
 
 if __name__ == "__main__":
