@@ -237,6 +237,11 @@ def _alike(pads: list[int] | None) -> list[tuple[slice, int]]:
     return [(slice(None), 0)] if pads is None else [(slice(i, i + 1), pad) for i, pad in enumerate(pads)]
 
 
+def _pick(x: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
+    """Some heads (sorted) of x (B, H, ...), without a copy if they are all."""
+    return x if len(heads) == x.shape[1] else x[:, heads]
+
+
 class Pattern:
     """Hybrid attention of one layer.
 
@@ -286,12 +291,15 @@ class Pattern:
         pads = self.run.pads
         if kept is not None and call.rows == 1:
             return kept.step(query, key, value, scaling).transpose(1, 2)
-        out = torch.zeros_like(query)
-        for rows, pad in _alike(pads):
-            skip = max(0, pad - call.first)  # padding among these rows
-            if skip < call.rows:
-                part = (x[rows, :, skip:] for x in (query, key, value))
-                out[rows, :, skip:] = self.chunk(*part, scaling, None if kept is None else kept.past(rows))
+        if pads is None:
+            out = self.chunk(query, key, value, scaling, None if kept is None else kept.past(slice(None)))
+        else:
+            out = torch.zeros_like(query)
+            for rows, pad in _alike(pads):
+                skip = max(0, pad - call.first)  # padding among these rows
+                if skip < call.rows:
+                    part = (x[rows, :, skip:] for x in (query, key, value))
+                    out[rows, :, skip:] = self.chunk(*part, scaling, None if kept is None else kept.past(rows))
         if kept is not None:
             kept.append(key, value, pads)
         return out.transpose(1, 2)
@@ -301,26 +309,26 @@ class Pattern:
         start = 0 if past is None else past.length
         out = torch.empty_like(query)
         if len(self.whole):
-            k, v = key[:, self.whole], value[:, self.whole]
+            k, v = (_pick(x, self.whole) for x in (key, value))
             if start:
                 k, v = (torch.cat(x, 2) for x in zip(past.whole, (k, v)))
             if len(self.dense_heads):
-                places = k[:, self.dense_place], v[:, self.dense_place]
-                out[:, self.dense_heads] = causal(query[:, self.dense_heads], *places, scaling)
+                places = (k[:, self.dense_place], v[:, self.dense_place]) if len(self.mixed_heads) else (k, v)
+                out[:, self.dense_heads] = causal(_pick(query, self.dense_heads), *places, scaling)
             if len(self.mixed_heads):
                 places = k[:, self.mixed_place], v[:, self.mixed_place]
                 one = query[:, self.mixed_heads, None]
                 found = stream(one, *places, *(x[:, :, : self.sinks] for x in places), 0, start, self.window, scaling)
                 out[:, self.mixed_heads] = found[:, :, 0]
         if len(self.short):
-            k, v, first = key[:, self.short], value[:, self.short], 0
+            k, v, first = _pick(key, self.short), _pick(value, self.short), 0
             sinks = k[:, :, : self.sinks], v[:, :, : self.sinks]
             if start:
                 more = self.sinks - past.sinks[0].shape[2]
                 sinks = tuple(torch.cat([old, new[:, :, :more]], 2) for old, new in zip(past.sinks, (k, v)))
                 k, v = (torch.cat(x, 2) for x in zip(past.tail, (k, v)))
                 first = past.first
-            q = query[:, self.short_heads].unflatten(1, (len(self.short), self.size))
+            q = _pick(query, self.short_heads).unflatten(1, (len(self.short), self.size))
             out[:, self.short_heads] = stream(q, k, v, *sinks, first, start, self.window, scaling).flatten(1, 2)
         return out
 
@@ -541,10 +549,12 @@ class HybridLayer(CacheLayerMixin):
 
 
 def causal(query, key, value, scaling: float) -> torch.Tensor:
-    """Dense causal attention (B, h, R, D) of the last R positions over keys (B, h, N, D)."""
-    r, n = query.shape[2], key.shape[2]
+    """Dense causal attention (B, h, R, D) of the last R positions over keys (B, h or a part of it, N, D)."""
+    r, n, shared = query.shape[2], key.shape[2], query.shape[1] > key.shape[1]
     if r == n:
-        return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
+        return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=shared)
+    if shared:  # CUDA's kernels that take a mask know no groups
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
     out, step = torch.empty_like(query), max(1, MASK // n)
     for i in range(0, r, step):
         q = query[:, :, i : i + step]

@@ -27,7 +27,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from .acceleration import Acceleration, HybridLayer, Pattern, applied
 from .attention import HYBRID, attention_forward
-from .bench import GEOMETRY, in_fresh_process, machine, print_peak, write
+from .bench import in_fresh_process, machine, print_peak, write
 from .contexts import embedded
 from .models import MLLM, load
 from .ranking import HeadRanking
@@ -39,8 +39,16 @@ from .testbed.tiny import tiny
 # decoders as their released configurations have them
 _QWEN3 = dict(num_attention_heads=32, num_key_value_heads=8, head_dim=128, vocab_size=151936, num_hidden_layers=36)
 _LONG = dict(max_position_embeddings=262144)
+_CPU = dict(  # wide enough for matrix products to be what a layer does, and 32 KV groups to choose from
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_hidden_layers=4,
+    num_attention_heads=16,
+    num_key_value_heads=8,
+    head_dim=64,
+)
 GEOMETRIES: dict[str, tuple[str, dict]] = {
-    "cpu": ("qwen3_vl", GEOMETRY),
+    "cpu": ("qwen3_vl", _CPU),
     "qwen3-vl-4b": ("qwen3_vl", _QWEN3 | _LONG | dict(hidden_size=2560, intermediate_size=9728)),
     "qwen3-vl-8b": ("qwen3_vl", _QWEN3 | _LONG | dict(hidden_size=4096, intermediate_size=12288)),
     "internvl3.5-8b": ("internvl", _QWEN3 | _LONG | dict(hidden_size=4096, intermediate_size=12288)),
