@@ -557,10 +557,10 @@ def hybrid_pattern(seen: dict[str, np.ndarray], kept: dict[str, np.ndarray]) -> 
     """
     colours = ListedColormap(["white", PALETTE[0], PALETTE[1]])
     figure, axes = plt.subplots(
-        2, len(seen), figsize=(3.1 * len(seen), 3.8), height_ratios=[9, 1], sharex=True, squeeze=False
+        2, len(seen), figsize=(3.4 * len(seen), 4.2), height_ratios=[9, 1], sharex=True, squeeze=False
     )
     for (above, below), (name, matrix), held in zip(axes.T, seen.items(), kept.values()):
-        above.imshow(matrix, cmap=colours, vmin=0, vmax=2, interpolation="nearest")
+        above.imshow(matrix, cmap=colours, vmin=0, vmax=2, aspect="auto", interpolation="nearest")
         above.set(title=name, ylabel="query position")
         last = np.where(held, np.maximum(matrix[-1], 1), 0)
         below.imshow(last[None], cmap=colours, vmin=0, vmax=2, aspect="auto", interpolation="nearest")
@@ -611,16 +611,19 @@ def frontier(table: pd.DataFrame, metric: str = "correct", intact: pd.Series | N
     for ax, domain in zip(axes[0], domains):
         part = table[table.domain == domain]
         for i, (name, line) in enumerate(part.groupby("heads", sort=False)):
-            line, style = line.sort_values("speed"), _style(name, i)
+            line, style = line.sort_values("speed"), _style(name, i + 2 * (i > 1))  # no colours of CURVE
             error = np.clip([line[metric] - line[f"{metric}_low"], line[f"{metric}_high"] - line[metric]], 0, None)
-            ax.errorbar(line.speed, line[metric], error, label=name, capsize=2, markersize=5, **style)
-        for (share, speed), _ in part.groupby(["share", "speed"]):
-            ax.annotate(
-                f"{share:.0%}", (speed, 0.02), ha="center", fontsize="x-small", xycoords=("data", "axes fraction")
-            )
+            # a little beside each other, for several lie on one point
+            ax.errorbar(line.speed + 0.01 * i, line[metric], error, label=name, capsize=2, markersize=5, **style)
+        for i, ((share, speed), _) in enumerate(part.groupby(["share", "speed"])):
+            place = speed, 0.08 if i % 2 else 0.02
+            ax.annotate(f"{share:.0%}", place, ha="center", fontsize="x-small", xycoords=("data", "axes fraction"))
         if intact is not None:
             ax.axhline(intact[domain], ls="--", color="black", lw=0.8)
-        ax.set(title=domain, xlabel="prefill, times as fast as dense\n(below: dense share)")
+        ax.set(title=domain, xlabel="prefill, times as fast as dense\n(inside: dense share)")
+        (low, high), ticks = ax.get_ylim(), ax.get_yticks()
+        ax.set_yticks([t for t in ticks if low <= t <= high])
+        ax.set_ylim(low - 0.15 * (high - low), high)  # room for the shares
     axes[0, 0].set_ylabel(METRIC[metric])
     _one_legend(figure)
     return figure

@@ -3,7 +3,8 @@
 Random weights of a geometry read pages of visual tokens and a question. Side by side in one process and in turn: dense
 attention as transformers runs it (SDPA), hybrid attention with a share of KV groups dense, and streaming heads alone.
 Prefill and decode apart; medians, after a warm-up. Beside each time stands its *bound*: what the counted FLOPs take at
-the rate of a large matrix product, or the counted bytes at the rate of a large copy, both measured in the same process.
+the rate of a large matrix product, or the counted bytes at the rate at which a large product of one row with a matrix
+reads, both measured in the same process.
 Random weights serve speed alone. The vision tower, whose work is the same either way, runs before the clock.
 """
 
@@ -22,6 +23,7 @@ import numpy as np
 import pandas as pd
 import torch
 from PIL import Image
+from torch.nn.functional import linear
 from transformers import AttentionInterface, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -159,15 +161,16 @@ def attention_clock(device: str) -> Iterator[list[float]]:
 
 
 def rates(mllm: MLLM) -> tuple[float, float]:
-    """FLOP/s of a large matrix product and bytes/s of a large copy, the best of several, in the model's dtype."""
+    """FLOP/s of a large matrix product; bytes/s read by a product of one row with a matrix larger than any cache.
+
+    The best of several, in the model's dtype: what prefill and decoding could reach if they were that alone.
+    """
     device, dtype = mllm.device, mllm.model.dtype
-    rows, width = (2048, 2048) if device.type == "cpu" else (16384, 8192)
-    a, b = torch.randn(rows, width, device=device, dtype=dtype), torch.randn(width, width, device=device, dtype=dtype)
-    product = min(seconds(lambda: a @ b, device.type) for _ in range(12))
-    x = torch.empty(2**26 if device.type == "cpu" else 2**30, dtype=torch.uint8, device=device)
-    y = torch.empty_like(x)
-    copy = min(seconds(lambda: y.copy_(x), device.type) for _ in range(12))
-    return 2 * rows * width * width / product, 2 * x.nbytes / copy  # read and written
+    rows, width, tall = (2048, 2048, 2**15) if device.type == "cpu" else (16384, 8192, 2**16)
+    a, b, c = (torch.randn(n, width, device=device, dtype=dtype) for n in (rows, width, tall))
+    product = min(seconds(lambda: linear(a, b), device.type) for _ in range(12))
+    reading = min(seconds(lambda: linear(a[:1], c), device.type) for _ in range(12))
+    return 2 * rows * width * width / product, c.nbytes / reading
 
 
 @dataclass(frozen=True)

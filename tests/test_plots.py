@@ -168,6 +168,7 @@ def test_acceleration_figures_show_what_they_are_given():
     figure = plots.frontier(table, intact=pd.Series({"video": 0.95}))
     assert {t.get_text() for t in figure.axes[0].texts} == {"100%", "10%"}
     np.testing.assert_allclose(figure.axes[0].lines[0].get_xdata(orig=False), [1.0, 3.0])
+    assert len({line.get_color() for line in figure.axes[0].lines[:-1]}) == 2
 
     ways = ["dense", "hybrid 10%", "dense", "hybrid 10%"]
     table = pd.DataFrame({"way": ways, "tokens": [1024, 1024, 4096, 4096], "speed-up": [1, 1.2, 1, 2.0]})
