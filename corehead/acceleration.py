@@ -23,7 +23,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin
 
-from .attention import Call, hybrid, hybrid_in, waiting
+from .attention import CACHE, Call, hybrid, hybrid_in, waiting
 from .models import MLLM
 from .ranking import HeadSet
 from .store import digest
@@ -151,7 +151,9 @@ def applied(mllm: MLLM, condition: Acceleration) -> Iterator[list[Pattern]]:
     ]
 
     def prepare(module, args, kwargs):
-        past, asked = kwargs.get("past_key_values"), kwargs.get("use_cache")
+        names = {CACHE, "past_key_values"}  # newer releases take the old name too
+        past = next((kwargs[name] for name in names if kwargs.get(name) is not None), None)
+        asked = kwargs.get("use_cache")
         run.begin(kwargs.get("attention_mask"))
         if waiting(mllm):  # it must know all keys
             if past is not None and any(isinstance(layer, HybridLayer) for layer in past.layers):
@@ -162,7 +164,7 @@ def applied(mllm: MLLM, condition: Acceleration) -> Iterator[list[Pattern]]:
         past = _split(past, patterns, mllm)
         if kwargs.get("attention_mask") is None:
             run.pads = past.layers[0].pads
-        return args, kwargs | dict(past_key_values=past)
+        return args, {k: v for k, v in kwargs.items() if k not in names} | {CACHE: past}
 
     with hybrid_in(mllm, patterns):
         handle = decoder.register_forward_pre_hook(prepare, with_kwargs=True)

@@ -13,11 +13,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, LlamaModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import flash_attention_mask, sdpa_mask
 
@@ -26,6 +27,8 @@ from .tagging import Tagged
 
 NAME = "corehead"
 HYBRID = "corehead_hybrid"  # the same function; masks stay (B, N), for N x N of them would not fit where it is needed
+# what decoders call their cache: "cache" from transformers 5.24 on
+CACHE = "cache" if "cache" in signature(LlamaModel.forward).parameters else "past_key_values"
 _UNKNOWN = "pass tagged=, or run corehead's evaluate or score inside"
 # attention weights (float32) held at once while rows are read: what stays in a CPU's cache, what keeps a GPU busy
 BLOCK = {"cpu": 2**18, "cuda": 2**26}

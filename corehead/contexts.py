@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
-from .attention import Layout
+from .attention import CACHE, Layout
 from .models import MLLM
 from .samples import Sample, SampleError
 from .tagging import PER_TOKEN, Prompt, Tagged, collate, pad_id, to_model
@@ -256,7 +256,7 @@ def pack(mllm: MLLM, batch: list[Context], alone: bool = False) -> Packed:
 
 def forward(mllm: MLLM, inputs: dict[str, Any]):
     """Run the model where nobody wants logits."""
-    return mllm.model(**inputs, use_cache="past_key_values" in inputs, logits_to_keep=1)
+    return mllm.model(**inputs, use_cache=CACHE in inputs, logits_to_keep=1)
 
 
 class _Decoded(Exception):
@@ -278,7 +278,7 @@ def embedded(mllm: MLLM, inputs: dict[str, Any]) -> dict[str, Any]:
         pass
     finally:
         handle.remove()
-    return {k: v for k, v in caught.items() if k not in ("use_cache", "past_key_values")}
+    return {k: v for k, v in caught.items() if k not in ("use_cache", CACHE)}
 
 
 def behind_prefix(mllm: MLLM, packed: Packed) -> dict[str, Any]:
@@ -286,9 +286,8 @@ def behind_prefix(mllm: MLLM, packed: Packed) -> dict[str, Any]:
     if packed.prefix is None:
         return packed.feed
     cache = DynamicCache(config=mllm.text_config)
-    return packed.feed | dict(
-        past_key_values=forward(mllm, packed.prefix | dict(past_key_values=cache)).past_key_values
-    )
+    forward(mllm, packed.prefix | {CACHE: cache})
+    return packed.feed | {CACHE: cache}
 
 
 def _pack_shared(mllm: MLLM, batch: list[Context]) -> Packed:

@@ -14,7 +14,7 @@ from transformers import DynamicCache
 
 from .ablation import Ablation, edits_of
 from .acceleration import Acceleration, applied
-from .attention import edited, editing, laid_out, own_attention
+from .attention import CACHE, edited, editing, laid_out, own_attention
 from .contexts import Context, Packed, batches, embedded, pack, require_answers
 from .models import MLLM
 from .samples import Sample
@@ -172,7 +172,7 @@ class _Feed:
         n_rows, size = packed.feed["input_ids"].shape
         self.width = max(1, TOKENS.get(mllm.device.type, 2**14) // (n_rows * (packed.before + size)))
 
-    def _decode(self, feed: dict, times: int, cache: DynamicCache | None, use_cache: bool):
+    def _decode(self, feed: dict, times: int, cache: DynamicCache | None):
         """Run the decoder over the batch, `times` times over."""
         wide = {}
         for name, value in feed.items():
@@ -184,7 +184,7 @@ class _Feed:
             elif name == "deepstack_visual_embeds":
                 value = [v.repeat(times, 1) for v in value]
             wide[name] = value
-        return self.mllm.family.decoder(self.mllm.model)(**wide, past_key_values=cache, use_cache=use_cache)
+        return self.mllm.family.decoder(self.mllm.model)(**wide, **{CACHE: cache}, use_cache=cache is not None)
 
     def run(self, ablations: list[Ablation | Acceleration | None]) -> torch.Tensor:
         """Final hidden states of the rows that predict answers, (conditions, rows, hidden)."""
@@ -198,15 +198,17 @@ class _Feed:
                 cache = self._repeat(times)
             with laid_out(mllm, self.packed.layout.tile(times)), editing(mllm, edits):
                 if self.prefix is not None and not spared:
-                    cache = self._decode(self.prefix, times, None, True).past_key_values
-                hidden = self._decode(self.chunk, times, cache, cache is not None).last_hidden_state
+                    cache = DynamicCache(config=mllm.text_config)
+                    self._decode(self.prefix, times, cache)
+                hidden = self._decode(self.chunk, times, cache).last_hidden_state
         return hidden.view(times, n_rows, *hidden.shape[1:])[:, self.at[0], self.at[1]]
 
     def _repeat(self, times: int) -> DynamicCache:
         """A cache of the intact prefix for every condition."""
         if self._intact is None:
             with laid_out(self.mllm, self.packed.layout):
-                self._intact = self._decode(self.prefix, 1, None, True).past_key_values
+                self._intact = DynamicCache(config=self.mllm.text_config)
+                self._decode(self.prefix, 1, self._intact)
         cache = DynamicCache(config=self.mllm.text_config)
         for i, layer in enumerate(self._intact.layers):
             cache.update(layer.keys.repeat(times, 1, 1, 1), layer.values.repeat(times, 1, 1, 1), i)

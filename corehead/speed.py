@@ -28,7 +28,7 @@ from transformers import AttentionInterface, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from .acceleration import Acceleration, HybridLayer, Pattern, applied
-from .attention import HYBRID, attention_forward
+from .attention import CACHE, HYBRID, attention_forward
 from .bench import in_fresh_process, machine, print_peak, write
 from .contexts import embedded
 from .models import MLLM, load
@@ -239,9 +239,10 @@ def _under(mllm: MLLM, way: Way, window: int, sinks: int):
 @torch.inference_mode()
 def prefill(mllm: MLLM, feed: dict):
     """The decoder over a prompt and the last token's logits; its cache."""
-    out = mllm.family.decoder(mllm.model)(**feed, use_cache=True)
+    cache = DynamicCache(config=mllm.text_config)
+    out = mllm.family.decoder(mllm.model)(**feed, **{CACHE: cache}, use_cache=True)
     mllm.model.get_output_embeddings()(out.last_hidden_state[:, -1:])
-    return out.past_key_values
+    return cache
 
 
 def cache_bytes(cache) -> int:
@@ -351,7 +352,7 @@ def decode_rows(mllm: MLLM, tokens: int, which: list[Way], window: int, sinks: i
             cache = filled(mllm, patterns, tokens)
 
             def step():
-                out = decoder(inputs_embeds=token, position_ids=place, past_key_values=cache, use_cache=True)
+                out = decoder(inputs_embeds=token, position_ids=place, use_cache=True, **{CACHE: cache})
                 mllm.model.get_output_embeddings()(out.last_hidden_state)
 
             step()
