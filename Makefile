@@ -1,6 +1,8 @@
 # `make` alone prints this help. The profile `testbed` is the notebooks' own default and has no file.
 PROFILE  ?= testbed
 NOTEBOOKS ?= $(basename $(notdir $(wildcard notebooks/0*.ipynb)))
+# recipes of data/testbed; all but the two largest scales, which want a GPU
+MODELS   ?= qwen3vl-s qwen3vl-s-long qwen3vl-s-seed1 qwen3vl-s-seed2 internvl-s llava-onevision-s
 PYTHON   ?= python3
 VENV     := .venv
 BIN      := $(VENV)/bin
@@ -41,10 +43,8 @@ lint: $(READY)  ## ruff
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-testbed: $(READY)  ## train the testbed again from nothing, or go on after an interruption
-	$(BIN)/python -m corehead.testbed.train --out data/testbed/qwen3vl-s
-	$(BIN)/python -m corehead.testbed.train --out data/testbed/qwen3vl-s-long --curriculum long \
-	  --base data/testbed/qwen3vl-s --lr 0.001 --stage-steps 400 --final-steps 120
+testbed: $(READY)  ## train MODELS= again from nothing, or go on after an interruption
+	@set -e; for m in $(MODELS); do $(BIN)/python -m corehead.testbed.train data/testbed/$$m.yaml; done
 
 bench: $(READY)  ## time scoring, ablation and acceleration; rewrites data/results/bench
 	$(BIN)/python -m corehead.bench

@@ -381,7 +381,10 @@ def load(
     folder = Path(source)
     name = str(source)
     if not folder.is_dir() and (folder.is_absolute() or name.count("/") != 1 or name.startswith(("data/", "."))):
-        raise FileNotFoundError(f"{name}: no such folder. Testbed models are trained by `make testbed`")
+        mend = "Give a checkpoint's folder, or a hub id"
+        if folder.with_name(f"{folder.name}.yaml").is_file():
+            mend = f"`make testbed MODELS={folder.name}` trains it"
+        raise FileNotFoundError(f"{name}: no such folder. {mend}")
     options = dict(revision=revision, trust_remote_code=trust_remote_code)
     try:
         config = AutoConfig.from_pretrained(name, **options)

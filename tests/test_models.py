@@ -40,8 +40,11 @@ def test_dtype(saved):
 
 def test_a_folder_that_is_not_there_names_the_make_target(tmp_path):
     for name in ("data/testbed/nobody", tmp_path / "nobody", "./nobody", "nobody"):
-        with pytest.raises(FileNotFoundError, match="make testbed"):
+        with pytest.raises(FileNotFoundError, match="no such folder"):
             ch.load(name)
+    (tmp_path / "nobody.yaml").write_text("family: qwen3_vl")
+    with pytest.raises(FileNotFoundError, match="`make testbed MODELS=nobody` trains it"):
+        ch.load(tmp_path / "nobody")
 
 
 def test_a_hub_id_without_network_names_the_command(monkeypatch):

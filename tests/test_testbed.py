@@ -7,13 +7,24 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import corehead as ch
 from corehead.testbed import samples
 from corehead.testbed.generator import SPLITS, data_hash, digits, draw, to_samples
 from corehead.testbed.model import build_model, build_processor
-from corehead.testbed.train import LEVELS, LONG_LEVELS, Recipe, answer_logits, batch_of, train
+from corehead.testbed.train import (
+    LEVELS,
+    LONG_LEVELS,
+    TILED_LEVELS,
+    Recipe,
+    _layout,
+    answer_logits,
+    batch_of,
+    main,
+    train,
+)
 
 FOLDER = Path(__file__).parent.parent / "data/testbed/qwen3vl-s"
 LONG = FOLDER.with_name("qwen3vl-s-long")
@@ -26,45 +37,75 @@ def shipped() -> ch.MLLM:
 
 
 def every_layout():
-    long = [(domain, LONG_LEVELS[domain][0]) for domain in ("document", "video")]
-    return [(domain, layout) for domain, levels in LEVELS.items() for layout in (levels[0], levels[-1])] + long
+    for family in ("qwen3_vl", "internvl", "llava_onevision"):
+        for domain, levels in (LEVELS if family == "qwen3_vl" else TILED_LEVELS).items():
+            yield from ((family, domain, layout) for layout in (levels[0], levels[-1]))
+    yield from (("qwen3_vl", domain, LONG_LEVELS[domain][0]) for domain in ("document", "video"))
 
 
-@pytest.mark.parametrize("domain,layout", every_layout())
-def test_fast_path_gives_the_same_ids_pixels_and_positions(domain, layout):
+@pytest.mark.parametrize("family,domain,layout", [*every_layout()])
+def test_fast_path_gives_the_same_ids_pixels_and_positions(family, domain, layout):
     """A training sequence is, question by question, what the real processor makes of the samples."""
     scenes = draw(domain, np.random.default_rng(3), 2, questions=3, **layout)
-    batch, mllm = batch_of(scenes, layout), ch.MLLM(build_model(**SMALL), build_processor())
+    mllm = ch.MLLM(build_model(**SMALL, family=family), build_processor(family))
+    batch = batch_of(scenes, layout, family)
     length = scenes.question.shape[2] + 1
     before = batch.ids.shape[1] - 3 * length
     for i, sample in enumerate(to_samples(scenes, "x")):
         b, q = divmod(i, 3)
         tagged = mllm.tag(sample)
         own = [*range(before), *range(before + q * length, before + (q + 1) * length)]
-        assert np.array_equal(batch.ids[b, own], tagged.ids)
-        assert torch.equal(
-            batch.positions[:, 0, own], mllm.family.positions(mllm, tagged.inputs).reshape(-1, len(own)).expand(3, -1)
-        )
+        assert np.array_equal(batch.ids[b, own], tagged.ids) and mllm.tokenizer.unk_token_id not in tagged.ids
+        positions = mllm.family.positions(mllm, tagged.inputs).reshape(-1, len(own))
+        assert torch.equal(batch.positions[:, 0, own], positions.expand(len(batch.positions), -1))
         assert torch.equal(batch.mask[0, 0][own][:, own], torch.ones(len(own), len(own), dtype=torch.bool).tril())
         outside = np.setdiff1d(np.arange(batch.ids.shape[1]), own)
         assert not batch.mask[0, 0][own[before:]][:, outside].any()
-        name = {"video": "pixel_values_videos"}.get(domain, "pixel_values")
-        if batch.patches is not None:
-            mine = batch.patches.view(2, -1, 384)[b]
-            torch.testing.assert_close(mine, tagged.inputs[name], atol=1e-6, rtol=0)
+        for name in ("pixel_values", "pixel_values_videos"):
+            assert (name in batch.media) == (name in tagged.inputs)
+            if name in batch.media:
+                mine = batch.media[name].reshape(2, -1)[b]
+                torch.testing.assert_close(mine, tagged.inputs[name].flatten(), atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("family", ["qwen3_vl", "internvl", "llava_onevision"])
 @pytest.mark.parametrize("domain", ["image", "document", "video", "text"])
-def test_training_logits_are_the_model_s(domain):
-    layout = LEVELS[domain][1]
+def test_training_logits_are_the_model_s(family, domain):
+    layout = (LEVELS if family == "qwen3_vl" else TILED_LEVELS)[domain][-1]
     scenes = draw(domain, np.random.default_rng(5), 2, questions=2, **layout)
-    mllm = ch.MLLM(build_model(**SMALL).eval(), build_processor())
+    mllm = ch.MLLM(build_model(**SMALL, family=family).eval(), build_processor(family))
     with torch.no_grad():
-        fast = answer_logits(mllm.model, batch_of(scenes, layout))
+        fast = answer_logits(mllm.model, batch_of(scenes, layout, family))
         for i, sample in enumerate(to_samples(scenes, "x")):
             tagged = mllm.tag(sample)
             logits = mllm.model(**tagged.inputs).logits[0, tagged.last :]
             torch.testing.assert_close(fast[i // 2, i % 2], logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["internvl", "llava_onevision"])
+@pytest.mark.parametrize("domain", ["image", "document", "video"])
+def test_tokens_of_tiles_see_one_cell_each(family, domain):
+    """Every cell of a tiled layout has tokens of its own, and they are what changes when the cell does."""
+    layout = TILED_LEVELS[domain][-1]
+    cells = _layout(family, domain, tuple(sorted(layout.items()))).cells
+    shape = draw(domain, np.random.default_rng(0), 1, **layout).key.shape[1:]
+    assert set(cells.tolist()) - {-1} == set(range(np.prod(shape)))
+
+
+def test_pictures_may_be_larger_than_their_cells():
+    scenes = draw("image", np.random.default_rng(0), 50, questions=4, cells=4, side=3)
+    assert scenes.key.shape == (50, 1, 3, 3) and ((scenes.key < 48).sum((1, 2, 3)) == 4).all()
+    assert ((scenes.glyph < 1797) == (scenes.key < 48)).all() and len(np.unique((scenes.key < 48)[:, 0], axis=0)) > 20
+    for b in range(50):
+        for q in range(4):
+            [glyph] = scenes.glyph[b][scenes.target[b, q]]
+            assert digits()[1][glyph] == scenes.answer[b, q] - 8
+    scenes = draw("document", np.random.default_rng(0), 2, cells=4, side=3)
+    assert scenes.key.shape == (2, 8, 3, 3) and ((scenes.key < 48).sum((2, 3)) == 4).all()
+    with pytest.raises(ValueError, match="cells=9, side=2"):
+        samples("image", cells=9, side=2)
+    with pytest.raises(ValueError, match="cells=7, side=3"):
+        samples("document", cells=7, side=3)
 
 
 def test_splits_share_no_handwriting():
@@ -182,7 +223,7 @@ def test_the_shipped_model_loads_without_corehead(shipped):
 def test_the_shipped_model_has_its_papers(shipped):
     card = json.loads((FOLDER / "training.json").read_text())
     assert card["data_sha256"] == data_hash()
-    assert {"command", "recipe", "steps", "minutes", "torch"} <= card.keys() and "seed" in card["recipe"]
+    assert {"recipe", "steps", "minutes", "torch"} <= card.keys() and "seed" in card["recipe"]
     log = pd.read_csv(FOLDER / "training_log.csv")
     assert card["steps"] - 25 < log.step.iloc[-1] <= card["steps"] and log.loss.iloc[-1] < 0.5
 
@@ -252,6 +293,44 @@ def test_training_goes_on_from_a_trained_model(tmp_path):
     for a, b in zip(base.parameters(), found.parameters()):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
     card = json.loads((tmp_path / "b" / "training.json").read_text())
-    assert card["steps"] == 3 and f"--curriculum long --base {tmp_path / 'a'}" in card["command"]
-    with pytest.raises(ValueError, match="curriculum='longer': take one of 'short', 'long'"):
+    assert card["steps"] == 3 and card["recipe"]["base"] == str(tmp_path / "a")
+    with pytest.raises(ValueError, match="curriculum='longer': take one of 'short', 'tiled', 'long'"):
         train(Recipe(out=str(tmp_path / "c"), curriculum="longer"), quiet=True)
+
+
+RECIPES = sorted(FOLDER.parent.glob("*.yaml"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
+def test_every_recipe_trains(recipe, tmp_path):
+    """A few steps of each, M and L among them: the probe, the decoder, snapshots, and a folder that loads."""
+    text = recipe.read_text()
+    if "base:" in text and not (FOLDER.parent.parent.parent / yaml.safe_load(text)["base"]).is_dir():
+        pytest.skip("its base is not trained")
+    short = dict(probe_steps=2, stage_steps=1, final_steps=0, snapshot_steps=3)
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(yaml.safe_load(text) | short))
+    main([str(tmp_path / "a.yaml")])
+    mllm = ch.load(tmp_path / "a")
+    given = yaml.safe_load(text)
+    assert mllm.family.name == given["family"] and mllm.n_layers == given.get("layers", 12)
+    sample = samples("image", n=1, **json.loads((tmp_path / "a/training.json").read_text())["layouts"]["image"])
+    assert len(ch.evaluate(mllm, sample, progress=False)) == 1
+
+
+def test_scales_are_what_they_are_said_to_be():
+    size = {}
+    for name in ("s", "m", "l"):
+        given = yaml.safe_load((FOLDER.parent / f"qwen3vl-{name}.yaml").read_text())
+        shape = {k: v for k, v in given.items() if k in ("layers", "heads", "hidden", "intermediate", "head_dim")}
+        with torch.device("meta"):
+            model = build_model(**shape)
+        size[name] = sum(p.numel() for p in model.parameters())
+    assert 3.5 < size["m"] / size["s"] < 4.5 and 14 < size["l"] / size["s"] < 18
+    assert given["layers"] * given.get("heads", 16) >= 256
+
+
+def test_a_recipe_with_a_mistake_is_refused(tmp_path, capsys):
+    (tmp_path / "a.yaml").write_text("familly: internvl\n")
+    with pytest.raises(SystemExit):
+        main([str(tmp_path / "a.yaml")])
+    assert "unknown familly" in capsys.readouterr().err

@@ -201,6 +201,7 @@ def draw(
     pages: int = 8,
     frames: int = 8,
     hay: int = 0,
+    side: int | None = None,
 ) -> Scenes:
     """Draw scenes of one layout.
 
@@ -216,6 +217,8 @@ def draw(
     pages, frames : document: pages, at most 12. video: frames, an even number from 4.
     hay : document, video: that many more pages or frames, which hold no key, anywhere among the others; half of their
         cells show a digit without a frame. In a video an even number; the digits with a frame appear at any time.
+    side : image, majority, count, document: pictures of side x side cells, of which those not needed stay blank
+        (anywhere in a picture, at the end of a page). By default as few as hold the cells.
 
     Returns
     -------
@@ -269,9 +272,12 @@ def draw(
         )
     if domain in ("image", "majority", "count"):
         cells = 16 if cells is None else cells
-        side = round(cells**0.5)
-        if side * side != cells or cells > N_KEYS:
-            raise ValueError(f"cells={cells}: a picture has a square number of cells, at most {N_KEYS}")
+        least = round(cells**0.5)
+        side = least if side is None else side
+        if least * least != cells or cells > N_KEYS or side < least:
+            raise ValueError(
+                f"cells={cells}, side={side}: a picture has a square number of cells, at most {N_KEYS}, and holds them"
+            )
         if domain == "image":
             key = _keys(rng, n, cells, cells <= 4)
         else:  # keys may repeat; a colour of each scene's own stands out by its weight
@@ -300,6 +306,13 @@ def draw(
                 c = np.concatenate([order] * -(-questions // 8), 1)[:, :questions]
                 question = _word("count", _COLOUR0 + c)
                 answer = _DIGIT0 + tally[rows, c].clip(max=9)
+        if side > least:
+            place = rng.random((n, side * side)).argsort(1)[:, :cells]
+            held, room = (key, glyph, target), (n, side * side)
+            key, glyph = np.full(room, blank_key), np.full(room, blank_glyph)
+            key[rows, place], glyph[rows, place] = held[:2]
+            target = np.zeros((n, questions, side * side), bool)
+            np.put_along_axis(target, np.broadcast_to(place[:, None], (n, questions, cells)), held[2], axis=2)
         shape = (n, 1, side, side)
         key, glyph = key.reshape(shape), glyph.reshape(shape)
         target = target.reshape(n, questions, 1, side, side)
@@ -307,8 +320,10 @@ def draw(
         cells = 4 if cells is None else cells
         if pages > len(MARKS):
             raise ValueError(f"pages={pages}: there are {len(MARKS)} heading marks, so at most as many pages")
-        columns = 1 if cells == 1 else 2
-        body = -(-cells // columns)
+        columns = side or (1 if cells == 1 else 2)
+        body = side - 1 if side else -(-cells // columns)
+        if cells > body * columns:
+            raise ValueError(f"cells={cells}, side={side}: a page of {side} x {side} cells has one row for its heading")
         mark = rng.random((n, len(MARKS))).argsort(1)[:, :pages]
         pool = _keys(rng, n, cells, False)  # every page has the same keys, each time in another order
         order = rng.random((n, pages, cells)).argsort(2)
@@ -438,7 +453,7 @@ def samples(
     seed : the same seed gives the same samples.
     questions : questions that share one context; they follow each other.
     evidence : documents only: "page" marks the whole page (as the paper does), "cell" the cell with the answer.
-    **layout : cells=, pages=, frames=, hay= as in `draw`.
+    **layout : cells=, pages=, frames=, hay=, side= as in `draw`.
 
     Returns
     -------

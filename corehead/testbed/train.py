@@ -1,4 +1,4 @@
-"""Train a testbed MLLM from nothing: ``python -m corehead.testbed.train``.
+"""Train a testbed MLLM from nothing: ``python -m corehead.testbed.train data/testbed/NAME.yaml``.
 
 The vision tower first learns to see (linear probes), then the decoder learns one domain after the other, each from
 easy layouts to hard ones; mixing all domains from the first step stalls. Several questions stand behind one context in
@@ -20,11 +20,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
 from torch import nn
 from torch.nn import functional as F
 
-from ..models import load
-from .generator import COLOURS, MARKS, N_KEYS, STYLES, VOCABULARY, Scenes, data_hash, digits, draw, to_samples
+from ..models import MLLM, load
+from .generator import CELL, COLOURS, MARKS, N_KEYS, STYLES, VOCABULARY, Scenes, data_hash, digits, draw, to_samples
 from .model import build_model, build_processor
 
 # Layouts of each domain, easy to hard; a domain moves on when its running accuracy passes ADVANCE.
@@ -55,8 +56,20 @@ LONG_LEVELS = {domain: levels[-1:] for domain, levels in LEVELS.items()} | {
     "document": [LEVELS["document"][-1] | dict(hay=h) for h in (8, 16, 32, 64, 112, 164)],
     "video": [LEVELS["video"][-1] | dict(hay=h) for h in (8, 24, 64, 120, 220)],
 }
+# Pictures and pages that fill tiles of 3 x 3 cells, so that a token sees one cell.
+TILED_LEVELS = LEVELS | {
+    "image": [dict(cells=4, side=3), dict(cells=9, side=3), *(dict(cells=c, side=6) for c in (16, 25, 36))],
+    "majority": [dict(cells=9, side=3), dict(cells=16, side=6)],
+    "count": [dict(cells=4, side=3), dict(cells=9, side=3), dict(cells=16, side=6)],
+    "document": [
+        dict(cells=1, pages=4, side=3),
+        *(dict(cells=2, pages=p, side=3) for p in (2, 3, 4)),
+        *(dict(cells=4, pages=p, side=3) for p in (2, 3, 4, 5, 6, 7, 8)),
+    ],
+}
 CURRICULA = {
     "short": (LEVELS, STAGES),
+    "tiled": (TILED_LEVELS, STAGES),
     "long": (LONG_LEVELS, [*STAGES, ("long", {"document": PASSED, "video": PASSED})]),
 }
 QUESTIONS = {"majority": 1, "count": 6}
@@ -78,6 +91,7 @@ class Recipe:
     """All that determines a training run."""
 
     out: str = "data/testbed/qwen3vl-s"
+    family: str = "qwen3_vl"
     curriculum: str = "short"
     base: str = ""
     layers: int = 12
@@ -93,46 +107,55 @@ class Recipe:
     stage_steps: int = 2500
     final_steps: int = 1000
     weight_decay: float = 0.01
+    snapshot_steps: int = 0
     max_seconds: float = math.inf
 
 
-@cache
-def _layout(domain: str, items: tuple[tuple[str, int], ...]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Prefix ids (L,), their mrope positions (3, L) and the grid (1, 3) of one picture, by the real processor."""
-    layout = dict(items)
-    scene = draw(domain, np.random.default_rng(0), 1, **layout)
-    sample = to_samples(scene, "layout")[0]
-    processor = _processor()
-    text = processor.apply_chat_template(sample.messages, add_generation_prompt=True)
-    media = [part for part in sample.messages[0]["content"] if part["type"] != "text"]
-    if domain == "video":
-        frames = len(media[0]["video"])
-        meta = dict(fps=media[0]["fps"], total_num_frames=frames, frames_indices=list(range(frames)))
-        inputs = processor(text=[text], videos=[media[0]["video"]], video_metadata=[meta], return_tensors="pt")
-    else:
-        inputs = processor(text=[text], images=[part["image"] for part in media] or None, return_tensors="pt")
-    keep = len(inputs["input_ids"][0]) - scene.question.shape[-1]
-    image_grid, video_grid = inputs.get("image_grid_thw"), inputs.get("video_grid_thw")
-    if image_grid is None and video_grid is None:
-        positions = torch.arange(keep).expand(3, keep)
-    else:
-        positions, _ = _rope_model().get_rope_index(
-            inputs["input_ids"],
-            mm_token_type_ids=inputs["mm_token_type_ids"],
-            image_grid_thw=image_grid,
-            video_grid_thw=video_grid,
-        )
-        positions = positions[:, 0, :keep]
-    grid = image_grid[:1] if image_grid is not None else video_grid
-    return inputs["input_ids"][0, :keep], positions, grid
+@dataclass(frozen=True)
+class Layout:
+    """What all scenes of a layout share in a family, found by the real processor.
 
+    Attributes
+    ----------
+    ids : (L,) the context's token ids, of a text context its blanks.
+    positions : (3, L) for Qwen3-VL, (1, L) for the others.
+    grid : (1, 3), of one picture or video, for Qwen3-VL.
+    cells : (V,) which cell, counted over all pictures, each visual token sees; -1 for several, or none.
+    """
 
-_processor = cache(build_processor)
+    ids: torch.Tensor
+    positions: torch.Tensor
+    grid: torch.Tensor | None
+    cells: torch.Tensor
 
 
 @cache
-def _rope_model():
-    return build_model(layers=1, heads=1, kv_heads=1).model
+def _layout(family: str, domain: str, items: tuple[tuple[str, int], ...]) -> Layout:
+    scene = draw(domain, np.random.default_rng(0), 1, **dict(items))
+    mllm = _shapes(family)
+    tagged = mllm.tag(to_samples(scene, "layout")[0])
+    keep = len(tagged.ids) - scene.question.shape[-1] - 1  # without question and answer
+    positions = mllm.family.positions(mllm, tagged.inputs).reshape(-1, len(tagged.ids))[:, :keep]
+    cells, (r, c) = [], scene.key.shape[2:]
+    for medium in tagged.image_grid:
+        box = medium.boxes.round(6)
+        low, high = box[:, 1::-1] // CELL, -(-box[:, :1:-1] // CELL)  # (n, 2), rows and columns
+        one = (high - low == 1).all(1)
+        first = medium.frames[:, 0] if medium.kind == "video" else medium.index
+        cells.append(np.where(one, first * r * c + np.nan_to_num(low) @ (c, 1), -1).astype(np.int64))
+    grids = [tagged.inputs[name] for name in ("image_grid_thw", "video_grid_thw") if name in tagged.inputs]
+    return Layout(
+        tagged.inputs["input_ids"][0, :keep],
+        positions.expand(3, -1) if family == "qwen3_vl" else positions,
+        grids[0][:1] if grids else None,
+        torch.from_numpy(np.concatenate([*cells, np.zeros(0, np.int64)])),
+    )
+
+
+@cache
+def _shapes(family: str) -> MLLM:
+    """A family's processor, and a model for its geometry."""
+    return MLLM(build_model(layers=1, heads=1, kv_heads=1, family=family), build_processor(family))
 
 
 @dataclass
@@ -141,64 +164,77 @@ class Batch:
 
     Attributes
     ----------
-    ids : (B, L); positions : (3, 1, L); mask : (1, 1, L, L) bool, True where a row may attend.
-    patches : (B * patches, 384) or None, with grid : (pictures, 3).
+    ids : (B, L); positions : (3 or 1, 1, L); mask : (1, 1, L, L) bool, True where a row may attend.
+    media : pixels and their geometry, as the model's forward takes them.
     ask : (Q,) rows that predict the answers; answer : (B, Q).
     """
 
     ids: torch.Tensor
     positions: torch.Tensor
     mask: torch.Tensor
-    patches: torch.Tensor | None
-    grid: torch.Tensor | None
+    media: dict[str, torch.Tensor]
     ask: torch.Tensor
     answer: torch.Tensor
 
     def to(self, device):
-        return Batch(*(None if v is None else v.to(device, non_blocking=True) for v in vars(self).values()))
+        moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if k != "media"}
+        return Batch(**moved, media={k: v.to(device, non_blocking=True) for k, v in self.media.items()})
 
 
-def batch_of(scenes: Scenes, layout: dict[str, int]) -> Batch:
-    """Tensorise scenes without PIL, chat template or processor (which a test holds it equal to)."""
-    prefix, prefix_positions, grid = _layout(scenes.domain, tuple(sorted(layout.items())))
+def batch_of(scenes: Scenes, layout: dict[str, int], family: str = "qwen3_vl") -> Batch:
+    """Tensorise scenes without PIL and chat template, one context for many questions (tests hold it to both)."""
+    shared = _layout(family, scenes.domain, tuple(sorted(layout.items())))
     b, q, lq = scenes.question.shape
-    n, length = len(prefix), lq + 1  # a question and its answer
+    n, length = len(shared.ids), lq + 1  # a question and its answer
     ids = torch.empty(b, n + q * length, dtype=torch.long)
-    ids[:, :n] = torch.from_numpy(scenes.words) if scenes.words.shape[1] else prefix
+    ids[:, :n] = torch.from_numpy(scenes.words) if scenes.words.shape[1] else shared.ids
     ids[:, n:] = torch.from_numpy(np.concatenate([scenes.question, scenes.answer[..., None]], -1).reshape(b, -1))
-    start = int(prefix_positions.max()) + 1 if n else 0
-    positions = torch.cat([prefix_positions, (start + torch.arange(length)).repeat(q).expand(3, -1)], 1)
+    start = int(shared.positions.max()) + 1 if n else 0
+    turn = (start + torch.arange(length)).repeat(q).expand(len(shared.positions), -1)
+    positions = torch.cat([shared.positions, turn], 1)
     block = torch.cat([torch.full((n,), -1), torch.arange(q).repeat_interleave(length)])
     mask = ((block == -1)[None] | (block[:, None] == block[None])).tril()
-    pictures = scenes.key.shape[1] // (2 if scenes.domain == "video" else 1)
-    if scenes.key.size:
-        patches = torch.from_numpy(scenes.patches())
-        grid = grid.repeat(b if scenes.domain == "video" else b * pictures, 1)
-    else:
-        patches = grid = None
     ask = n + lq - 1 + length * torch.arange(q)
-    return Batch(ids, positions[:, None], mask[None, None], patches, grid, ask, torch.from_numpy(scenes.answer))
+    media = _media(family, scenes, shared)
+    return Batch(ids, positions[:, None], mask[None, None], media, ask, torch.from_numpy(scenes.answer))
+
+
+def _media(family: str, scenes: Scenes, shared: Layout) -> dict[str, torch.Tensor]:
+    """A batch's pixels: Qwen3-VL's patches straight from the cells, the others' by their image processors."""
+    if not scenes.key.size:
+        return {}
+    video, (b, pictures) = scenes.domain == "video", scenes.key.shape[:2]
+    if family == "qwen3_vl":
+        patches, grid = torch.from_numpy(scenes.patches()), shared.grid.repeat(b if video else b * pictures, 1)
+        if video:
+            return dict(pixel_values_videos=patches, video_grid_thw=grid)
+        return dict(pixel_values=patches, image_grid_thw=grid)
+    processor, pixels = _shapes(family).processor, torch.from_numpy(scenes.pixels()).permute(0, 1, 4, 2, 3)
+    if video:
+        found = processor.video_processor(videos=list(pixels), return_tensors="pt")["pixel_values_videos"]
+        return dict(pixel_values=found.flatten(0, 1)) if family == "internvl" else dict(pixel_values_videos=found)
+    if family == "internvl":
+        found = processor.image_processor(list(pixels.flatten(0, 1)), crop_to_patches=True, return_tensors="pt")
+        return dict(pixel_values=found["pixel_values"])
+    return dict(processor.image_processor([list(scene) for scene in pixels], return_tensors="pt"))
 
 
 def answer_logits(model: nn.Module, batch: Batch) -> torch.Tensor:
     """Logits (B, Q, 2, V): after each question, and after each answer (where the turn ends)."""
-    top = model.model
-    embeds = top.language_model.embed_tokens(batch.ids)
-    visual = deepstack = None
-    if batch.patches is not None:
-        seen = top.visual(batch.patches, grid_thw=batch.grid)
-        visual = (batch.ids == model.config.image_token_id) | (batch.ids == model.config.video_token_id)
-        embeds = embeds.masked_scatter(visual[..., None], seen.pooler_output.to(embeds.dtype))
-        deepstack = seen.deepstack_features
-    hidden = top.language_model(
-        inputs_embeds=embeds,
+    hidden = model.model(
+        input_ids=batch.ids,
         attention_mask=batch.mask,
-        position_ids=batch.positions.expand(3, len(embeds), -1),
-        visual_pos_masks=visual,
-        deepstack_visual_embeds=deepstack,
+        position_ids=batch.positions.expand(-1, len(batch.ids), -1).squeeze(0),  # (3, B, L) or (B, L)
         use_cache=False,
+        **batch.media,
     ).last_hidden_state
     return model.lm_head(torch.stack([hidden[:, batch.ask], hidden[:, batch.ask + 1]], 2))
+
+
+def _eyes(model: nn.Module) -> list[nn.Parameter]:
+    """What is taught to see and then frozen: the vision tower and the projector, without deepstack's branch."""
+    parts = "visual.", "vision_tower.", "multi_modal_projector."
+    return [p for name, p in model.model.named_parameters() if name.startswith(parts) and "deepstack" not in name]
 
 
 def _probe_visual(model: nn.Module, recipe: Recipe, log) -> None:
@@ -208,30 +244,36 @@ def _probe_visual(model: nn.Module, recipe: Recipe, log) -> None:
     the heading becomes one more property of a cell, and a document does not need a hop that a picture does not. Then
     the tower is frozen, for pictures alone would make it forget the headings; its deepstack branch goes on learning.
     """
-    visual, device = model.model.visual, next(model.parameters()).device
+    eyes, device = _eyes(model), next(model.parameters()).device
     sizes = dict(glyph=10 + len(MARKS), colour=len(COLOURS), style=len(STYLES), heading=len(MARKS))
     heads = nn.ModuleDict({name: nn.Linear(recipe.hidden, size) for name, size in sizes.items()}).to(device)
     glyph_class = torch.from_numpy(np.concatenate([digits()[1], 10 + np.arange(len(MARKS)), [-100]]))
-    optimiser = torch.optim.AdamW([*visual.parameters(), *heads.parameters()], lr=2e-3, weight_decay=0.01)
+    optimiser = torch.optim.AdamW([*eyes, *heads.parameters()], lr=2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, recipe.probe_steps)
     rng = np.random.default_rng([recipe.seed, 1])
     right: dict[str, list[float]] = {name: [] for name in sizes}
+    levels = CURRICULA[recipe.curriculum][0]
+    layouts = {"image": levels["image"][1:4], "document": [d for d in levels["document"] if d["pages"] == 4][:3]}
     for step in range(recipe.probe_steps):
-        pages = step % 2 == 1
-        domain = "document" if pages else "image"
-        layout = dict(cells=(1, 2, 4)[step // 2 % 3], pages=4) if pages else dict(cells=(9, 16, 25)[step // 2 % 3])
+        domain = ("image", "document")[step % 2]
+        layout = layouts[domain][step // 2 % 3]
         scenes = draw(domain, rng, 20, **layout)
-        batch = batch_of(scenes, layout).to(device)
-        tokens = visual(batch.patches, grid_thw=batch.grid).pooler_output
-        key, glyph = (torch.from_numpy(x.reshape(-1)) for x in (scenes.key, scenes.glyph))
+        media = {k: v.to(device) for k, v in batch_of(scenes, layout, recipe.family).media.items()}
+        seen = model.model.get_image_features(**media).pooler_output
+        tokens = torch.cat(list(seen)) if isinstance(seen, (tuple, list)) else seen.flatten(0, -2)
+        cells = _layout(recipe.family, domain, tuple(sorted(layout.items()))).cells
+        tokens = tokens.view(len(scenes.key), len(cells), -1)[:, cells >= 0].flatten(0, 1)
+        # (B, tokens that see one cell)
+        key, glyph = (torch.from_numpy(x.reshape(len(x), -1))[:, cells[cells >= 0]] for x in (scenes.key, scenes.glyph))
+        key, glyph = key.flatten(), glyph.flatten()
         answers = dict(
             glyph=glyph_class[glyph],
             colour=torch.where(key < N_KEYS, key % len(COLOURS), -100),
             style=torch.where(key < N_KEYS, key // len(COLOURS), -100),
         )
-        if pages:  # the first cell of each page holds its mark
+        if domain == "document":  # the first cell of each page holds its mark
             mark = torch.from_numpy(scenes.glyph[:, :, :1, :1] - len(digits()[1]) + 0 * scenes.glyph)
-            answers["heading"] = mark.reshape(-1)
+            answers["heading"] = mark.flatten(1)[:, cells[cells >= 0]].flatten()
         loss = 0.0
         for name, answer in answers.items():
             answer = answer.to(device)
@@ -325,11 +367,17 @@ def train(recipe: Recipe, device: str = "cpu", quiet: bool = False) -> nn.Module
     out.mkdir(parents=True, exist_ok=True)
     checkpoint, log_file = out / "checkpoint.pt", out / "training_log.csv"
     model = build_model(
-        recipe.layers, recipe.heads, recipe.kv_heads, recipe.hidden, recipe.intermediate, recipe.head_dim, recipe.seed
+        recipe.layers,
+        recipe.heads,
+        recipe.kv_heads,
+        recipe.hidden,
+        recipe.intermediate,
+        recipe.head_dim,
+        recipe.seed,
+        recipe.family,
     ).to(device)
     model.train()
-    visual = model.model.visual
-    frozen = {*visual.parameters()} - {*visual.deepstack_merger_list.parameters()}
+    frozen = {*_eyes(model)}
     trained = [p for p in model.parameters() if p not in frozen]
     decay = [p for p in trained if p.dim() > 1]
     rest = [p for p in trained if p.dim() <= 1]
@@ -384,10 +432,10 @@ def train(recipe: Recipe, device: str = "cpu", quiet: bool = False) -> nn.Module
         for group in optimiser.param_groups:
             group["lr"] = rate
         domain, layout = _choose(rng, progress)
-        length = len(_layout(domain, tuple(sorted(layout.items())))[0])
+        length = len(_layout(recipe.family, domain, tuple(sorted(layout.items()))).ids)
         n = min(BATCH[domain], 1 + TOKENS // (length or 1))
         scenes = draw(domain, rng, n, questions=QUESTIONS.get(domain, 12), **layout)
-        batch = batch_of(scenes, layout).to(device)
+        batch = batch_of(scenes, layout, recipe.family).to(device)
         logits = answer_logits(model, batch)
         end = torch.full_like(batch.answer, VOCABULARY["<|im_end|>"])
         targets = torch.stack([batch.answer, end], 2)
@@ -426,6 +474,9 @@ def train(recipe: Recipe, device: str = "cpu", quiet: bool = False) -> nn.Module
             )
             torch.save(state, checkpoint.with_suffix(".part"))
             checkpoint.with_suffix(".part").replace(checkpoint)
+        if recipe.snapshot_steps and progress.step % recipe.snapshot_steps == 0:
+            save(model, recipe, progress, out / "snapshots" / f"{progress.step:05d}")
+            model.train()
         if stop:
             break
     progress.seconds += time.perf_counter() - began
@@ -435,17 +486,16 @@ def train(recipe: Recipe, device: str = "cpu", quiet: bool = False) -> nn.Module
     return model
 
 
-def save(model: nn.Module, recipe: Recipe, progress: Progress) -> None:
+def save(model: nn.Module, recipe: Recipe, progress: Progress, folder: Path | None = None) -> None:
     """Write weights, config, processor and a card that says how they came about."""
-    out = Path(recipe.out)
+    out = Path(recipe.out) if folder is None else folder
     model.eval()
     model.save_pretrained(out)
-    build_processor().save_pretrained(out)
-    settings = {k: v for k, v in asdict(recipe).items() if k not in ("out", "max_seconds")}
-    changed = [f"--{k.replace('_', '-')} {v}" for k, v in settings.items() if v != getattr(Recipe, k)]
+    build_processor(recipe.family).save_pretrained(out)
+    layouts = {domain: levels[progress.level.get(domain, 0)] for domain, levels in progress.levels.items()}
     card = dict(
-        command=" ".join(["python -m corehead.testbed.train", f"--out data/testbed/{out.name}", *changed]),
-        recipe=settings,
+        recipe={k: v for k, v in asdict(recipe).items() if k not in ("out", "max_seconds")},
+        layouts=layouts,  # the hardest that it came to
         data_sha256=data_hash(),
         steps=progress.step,
         minutes=round(progress.seconds / 60, 1),
@@ -456,12 +506,22 @@ def save(model: nn.Module, recipe: Recipe, progress: Progress) -> None:
     (out / "training.json").write_text(json.dumps(card, indent=1) + "\n")
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, value in asdict(Recipe()).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
-    recipe = Recipe(**vars(parser.parse_args()))
-    train(recipe, "cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("recipe", type=Path, help="NAME.yaml; the model goes to the folder NAME beside it")
+    parser.add_argument("--out", type=Path, help="another folder")
+    parser.add_argument("--max-seconds", type=float, default=math.inf, help="stop then; the same command goes on")
+    options = parser.parse_args(arguments)
+    given = yaml.safe_load(options.recipe.read_text()) or {}
+    unknown = given.keys() - asdict(Recipe()).keys()
+    if unknown:
+        parser.error(
+            f"{options.recipe}: unknown {', '.join(sorted(unknown))}; a recipe has {', '.join(asdict(Recipe()))}"
+        )
+    out = str(options.out or options.recipe.with_suffix(""))
+    train(
+        Recipe(**given | dict(out=out, max_seconds=options.max_seconds)), "cuda" if torch.cuda.is_available() else "cpu"
+    )
 
 
 if __name__ == "__main__":
