@@ -674,3 +674,80 @@ def _one_legend(figure: Figure) -> None:
     """The first panel's legend, above all panels."""
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), fontsize="small")
+
+
+# --- several models
+
+
+def layer_profiles(heads: pd.DataFrame, value: str = "ram last") -> Figure:
+    """Best head of every layer, one panel a model, one line a domain.
+
+    Parameters
+    ----------
+    heads : columns model, domain, layer and `value`, as `corehead.testbed.survey` writes them.
+    """
+    models = list(dict.fromkeys(heads.model))
+    columns = min(4, len(models))
+    rows = -(-len(models) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(2.5 * columns, 2.2 * rows + 0.4), sharex="col", sharey=True, squeeze=False
+    )
+    for ax in axes.flat[len(models) :]:
+        ax.remove()
+    for ax, name in zip(axes.flat, models):
+        best = heads[heads.model == name].groupby(["domain", "layer"], sort=False)[value].max()
+        for domain, line in best.groupby("domain", sort=False):
+            depth = line.index.get_level_values("layer")
+            ax.plot(depth / depth.max(), line, label=domain, markersize=3, **_style(domain, 0))
+        ax.set_title(name, fontsize="small")
+        ax.set(ylim=(0, 1), xlabel="depth" if ax in axes[-1] else None)
+    for ax in axes[:, 0]:
+        ax.set_ylabel("RAM, best head")
+    _one_legend(figure)
+    return figure
+
+
+def model_dots(table: pd.DataFrame, value: str = "correct") -> Figure:
+    """A measure with its interval, one panel a domain, one row a model, one mark for each set of heads.
+
+    Parameters
+    ----------
+    table : columns model, domain, heads, `value`, its _low and _high, as `corehead.testbed.survey` writes them.
+    """
+    domains, models = (list(dict.fromkeys(table[c])) for c in ("domain", "model"))
+    kinds = list(dict.fromkeys(table["heads"]))
+    figure, axes = plt.subplots(
+        1, len(domains), figsize=(2.2 * len(domains) + 1.6, 0.34 * len(models) + 1.5), sharey=True, squeeze=False
+    )
+    for ax, domain in zip(axes[0], domains):
+        for i, kind in enumerate(kinds):
+            part = table[(table.domain == domain) & (table["heads"] == kind)].set_index("model").reindex(models)
+            error = np.clip([part[value] - part[f"{value}_low"], part[f"{value}_high"] - part[value]], 0, None)
+            place = np.arange(len(models)) + 0.12 * (i - (len(kinds) - 1) / 2)
+            style = _style(kind, i + 4) | dict(ls="none")
+            ax.errorbar(part[value], place, xerr=error, label=kind, markersize=4, capsize=0, **style)
+        ax.set(title=domain, xlabel=METRIC[value], xlim=(0, 1.03) if value == "correct" else None)
+    axes[0, 0].set_yticks(range(len(models)), models)
+    axes[0, 0].invert_yaxis()
+    _one_legend(figure)
+    return figure
+
+
+def training_time(log: pd.DataFrame, snapshots: pd.DataFrame) -> Figure:
+    """How heads come up while a model is trained: loss, accuracy and the best head's score, on one axis of steps.
+
+    Parameters
+    ----------
+    log : columns step and loss.
+    snapshots : columns step, domain, correct (accuracy) and score (of the best head).
+    """
+    figure, axes = plt.subplots(3, 1, figsize=(7, 5.4), sharex=True)
+    axes[0].plot(log.step, log.loss, color="black", lw=0.8)
+    axes[0].set(ylabel="loss", yscale="log")
+    for ax, column, label in ((axes[1], "correct", "accuracy"), (axes[2], "score", "RAM, best head")):
+        for domain, line in snapshots.groupby("domain", sort=False):
+            ax.plot(line.step, line[column], label=domain, **_style(domain, 0))
+        ax.set(ylabel=label, ylim=(0, 1.03))
+    axes[2].set_xlabel("training step")
+    axes[1].legend(ncols=4, fontsize="small", loc="lower right")
+    return figure

@@ -179,3 +179,29 @@ def test_acceleration_figures_show_what_they_are_given():
     np.testing.assert_allclose(bound.get_ydata(), [2.0, 4.0])
     figure = plots.memory_curves({"cache MiB": table.assign(**{"cache MiB": 1.0})})
     assert [t.get_text() for t in figure.axes[0].get_xticklabels()] == ["1k", "4k"]
+
+
+def test_figures_of_several_models_show_what_they_are_given():
+    rows = [
+        {"model": m, "domain": d, "layer": i, "head": h, "ram last": (i + h) / 10}
+        for m in ("a", "b")
+        for d in ("image", "text")
+        for i in range(3)
+        for h in range(2)
+    ]
+    figure = plots.layer_profiles(pd.DataFrame(rows))
+    assert [ax.get_title() for ax in figure.axes] == ["a", "b"]
+    np.testing.assert_allclose(figure.axes[0].lines[0].get_ydata(), [0.1, 0.2, 0.3])
+    np.testing.assert_allclose(figure.axes[0].lines[0].get_xdata(), [0, 0.5, 1])
+
+    table = points(correct=[0.9, 0.1, 0.8], model=["a", "a", "b"], domain="image", heads=["intact", "top", "top"])
+    figure = plots.model_dots(table)
+    assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == ["a", "b"]
+    intact, top = (line.get_xdata(orig=False) for line in figure.axes[0].lines[:2])
+    np.testing.assert_allclose(intact, [0.9, np.nan])
+    np.testing.assert_allclose(top, [0.1, 0.8])
+
+    log = pd.DataFrame({"step": [1, 2], "loss": [2.0, 0.1]})
+    snapshots = pd.DataFrame({"step": [1, 2], "domain": "text", "correct": [0.1, 0.9], "score": [0.2, 0.8]})
+    figure = plots.training_time(log, snapshots)
+    np.testing.assert_allclose(figure.axes[2].lines[0].get_ydata(), [0.2, 0.8])

@@ -11,7 +11,7 @@ import yaml
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import corehead as ch
-from corehead.testbed import samples
+from corehead.testbed import samples, survey
 from corehead.testbed.generator import SPLITS, data_hash, digits, draw, to_samples
 from corehead.testbed.model import build_model, build_processor
 from corehead.testbed.train import (
@@ -334,3 +334,27 @@ def test_a_recipe_with_a_mistake_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([str(tmp_path / "a.yaml")])
     assert "unknown familly" in capsys.readouterr().err
+
+
+def test_the_survey_replaces_a_model_s_rows_and_keeps_the_others(tmp_path, shipped):
+    (tmp_path / "testbed").mkdir()
+    (tmp_path / "testbed/one").symlink_to(FOLDER)
+    command = ["--testbeds", str(tmp_path / "testbed"), "--out", str(tmp_path), "--n", "12"]
+    survey.main(command)
+    first = {kind: pd.read_csv(tmp_path / f"survey-{kind}.csv") for kind in ("models", "heads", "answers")}
+    assert len(first["models"]) == 1 and len(first["heads"]) == 4 * 192
+    assert set(first["answers"]["heads"]) == {"intact", "top", "bottom", "text entropy", "random", "layer"}
+    asked = samples("image", "validation", 12, 0, questions=6, cells=25)
+    core = ch.score(shipped, asked, progress=False).core("ram").values
+    mine = first["heads"][first["heads"].domain == "image"]
+    np.testing.assert_allclose(core[mine.layer, mine["head"]], mine.ram, atol=6e-5)
+
+    gone = first["answers"].assign(model="gone")  # a model that is not there any more
+    gone.to_csv(tmp_path / "survey-answers.csv", index=False)
+    survey.main(command)
+    both = pd.read_csv(tmp_path / "survey-answers.csv")
+    assert list(dict.fromkeys(both.model)) == ["gone", "one"] and len(both) == 2 * len(gone)
+    again = both[both.model == "one"].reset_index(drop=True)
+    pd.testing.assert_frame_equal(again, first["answers"])
+    survey.main(command)
+    assert len(pd.read_csv(tmp_path / "survey-answers.csv")) == 2 * len(gone)
