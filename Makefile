@@ -46,6 +46,9 @@ lint: $(READY)  ## ruff
 testbed: $(READY)  ## train MODELS= again from nothing, or go on after an interruption
 	@set -e; for m in $(MODELS); do $(BIN)/python -m corehead.testbed.train data/testbed/$$m.yaml; done
 
+survey: $(READY)  ## score and ablate every testbed that is there; rewrites data/results/testbed/survey-*.csv
+	$(BIN)/python -m corehead.testbed.survey
+
 bench: $(READY)  ## time scoring, ablation and acceleration; rewrites data/results/bench
 	$(BIN)/python -m corehead.bench
 	$(BIN)/python -m corehead.speed
@@ -57,5 +60,5 @@ clean:  ## remove caches and half-written files
 	rm -rf data/cache .pytest_cache .hypothesis .ruff_cache build *.egg-info
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
-.PHONY: help setup reproduce test lint testbed bench bench-gpu clean
+.PHONY: help setup reproduce test lint testbed survey bench bench-gpu clean
 .DEFAULT_GOAL := help

@@ -358,3 +358,27 @@ def test_the_survey_replaces_a_model_s_rows_and_keeps_the_others(tmp_path, shipp
     pd.testing.assert_frame_equal(again, first["answers"])
     survey.main(command)
     assert len(pd.read_csv(tmp_path / "survey-answers.csv")) == 2 * len(gone)
+
+
+SHIPPED = sorted(card.parent for card in FOLDER.parent.glob("*/training.json"))
+
+
+@pytest.mark.parametrize("folder", SHIPPED, ids=lambda p: p.name)
+def test_every_model_that_ships_can_read(folder):
+    """On validation digits, at the hardest layouts that it came to; sizes as promised."""
+    mllm, card = ch.load(folder), json.loads((folder / "training.json").read_text())
+    assert card["data_sha256"] == data_hash() and (folder / "model.safetensors").stat().st_size <= 12 * 2**20
+    for domain in survey.RETRIEVAL:
+        asked = samples(domain, "validation", 96, questions=6, **card["layouts"][domain])
+        assert ch.evaluate(mllm, asked, progress=False).correct.mean() >= 0.8, domain
+
+
+def test_tiles_and_thumbnail_are_really_used():
+    mllm = ch.load(FOLDER.with_name("internvl-s"))
+    [sample] = samples("image", "validation", 1, cells=36, side=6)
+    tagged = mllm.tag(sample)
+    assert len(tagged.visual) == 45 and len(np.unique(tagged.image_grid[0].view)) == 2  # four tiles of nine, and all
+    [sample] = samples("document", "validation", 1, cells=16, pages=3, side=6)
+    tagged = mllm.tag(sample)
+    assert len(tagged.visual) == 3 * 45 and len(tagged.target) == 45
+    assert np.array_equal(mllm.tag(sample, "counting").target, tagged.target)  # cumulative offsets
