@@ -712,7 +712,8 @@ def model_dots(table: pd.DataFrame, value: str = "correct") -> Figure:
 
     Parameters
     ----------
-    table : columns model, domain, heads, `value`, its _low and _high, as `corehead.testbed.survey` writes them.
+    table : columns model, domain, heads, `value`, its _low and _high, as `corehead.testbed.survey` writes them. Sets
+        whose names begin with the same word have one colour, ever paler.
     """
     domains, models = (list(dict.fromkeys(table[c])) for c in ("domain", "model"))
     kinds = list(dict.fromkeys(table["heads"]))
@@ -724,7 +725,9 @@ def model_dots(table: pd.DataFrame, value: str = "correct") -> Figure:
             part = table[(table.domain == domain) & (table["heads"] == kind)].set_index("model").reindex(models)
             error = np.clip([part[value] - part[f"{value}_low"], part[f"{value}_high"] - part[value]], 0, None)
             place = np.arange(len(models)) + 0.12 * (i - (len(kinds) - 1) / 2)
-            style = _style(kind, i + 4) | dict(ls="none")
+            name = kind.split()[0]
+            paler = sum(other.split()[0] == name for other in kinds[:i])
+            style = _style(name, 4) | dict(ls="none", alpha=1 - 0.3 * paler)
             ax.errorbar(part[value], place, xerr=error, label=kind, markersize=4, capsize=0, **style)
         ax.set(title=domain, xlabel=METRIC[value], xlim=(0, 1.03) if value == "correct" else None)
     axes[0, 0].set_yticks(range(len(models)), models)

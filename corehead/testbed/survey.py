@@ -24,7 +24,7 @@ from .generator import samples
 
 RETRIEVAL = ("image", "document", "video", "text")
 QUESTIONS = 6  # on one context
-SHARE = 0.05
+SHARES = (0.05, 0.1, 0.2)
 
 
 def survey(
@@ -44,8 +44,8 @@ def survey(
     -------
     dict of DataFrames
         heads : domain, layer, head, and the mean of RAM (question and last token) and of calibrated RAM.
-        answers : heads ("intact", "top", "bottom", "text entropy", "random", "layer"), domain, n, correct and its 95 %
-            interval over contexts. All sets have 5 % of the heads; random ones are drawn `draws` times, off the top.
+        answers : heads ("intact", "top", "random"; at 5 % also "bottom", "text entropy", "layer"), share, domain, n,
+            correct and its 95 % interval over contexts. Random heads are drawn `draws` times, never from the top.
     """
     found, cores = [], {}
     for domain in RETRIEVAL:
@@ -62,19 +62,23 @@ def survey(
         found.append(pd.DataFrame(table))
     ranking = HeadRanking(np.mean(list(cores.values()), 0), "RAM")
     plain = score(mllm, samples("text_only", "validation", n, seed), null=False, progress=False)
-    top = ranking.top(SHARE)
+    least = SHARES[0]
     conditions = {
         Condition("intact", 0.0): None,
-        Condition("top", SHARE): Ablation(top),
-        Condition("bottom", SHARE): Ablation(ranking.bottom(SHARE)),
-        Condition("text entropy", SHARE): Ablation(HeadRanking(text_entropy(plain).mean("sample")).top(SHARE)),
+        Condition("bottom", least): Ablation(ranking.bottom(least)),
+        Condition("text entropy", least): Ablation(HeadRanking(text_entropy(plain).mean("sample")).top(least)),
     }
-    for draw in range(draws):
-        for name, match in ("random", None), ("layer", "layer"):
-            conditions[Condition(name, SHARE, draw)] = Ablation(random_heads(ranking, top, seed + draw, match))
+    for share in SHARES:
+        top = ranking.top(share)
+        conditions[Condition("top", share)] = Ablation(top)
+        for draw in range(draws):
+            conditions[Condition("random", share, draw)] = Ablation(random_heads(ranking, top, seed + draw))
+            if share == least:
+                conditions[Condition("layer", share, draw)] = Ablation(random_heads(ranking, top, seed + draw, "layer"))
     asked = [s for d in RETRIEVAL for s in samples(d, "test", n, seed, questions=QUESTIONS, **layouts[d])]
-    answers = summary(evaluate(mllm, asked, conditions, progress=False), ["heads", "domain"], ["correct", "logprob"])
-    return {"heads": pd.concat(found, ignore_index=True), "answers": answers.reset_index()}
+    table = evaluate(mllm, asked, conditions, progress=False)
+    answers = summary(table, ["heads", "share", "domain"], ["correct", "logprob"]).reset_index()
+    return {"heads": pd.concat(found, ignore_index=True), "answers": answers}
 
 
 def folders(root: Path) -> list[tuple[str, int, Path]]:
@@ -92,15 +96,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--testbeds", type=Path, default=Path("data/testbed"))
     parser.add_argument("--out", type=Path, default=Path("data/results/testbed"))
     parser.add_argument("--models", nargs="+", help="these alone")
-    parser.add_argument("--n", type=int, default=192, help="questions a domain, a multiple of 6")
+    parser.add_argument("--n", type=int, default=192, help="questions a domain, a multiple of 24")
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     for name, step, folder in folders(options.testbeds):
         if options.models and name not in options.models:
             continue
         mllm = load(folder)
-        layouts = json.loads((folder if not step else folder.parent.parent).joinpath("training.json").read_text())
-        tables = survey(mllm, layouts["layouts"], options.n)
+        card = json.loads((folder if not step else folder.parent.parent).joinpath("training.json").read_text())
+        # contexts of the long curriculum take twenty times the time, and snapshots are many
+        fewer = step or card["recipe"]["curriculum"] == "long"
+        tables = survey(mllm, card["layouts"], options.n // 4 if fewer else options.n)
         parameters = sum(p.numel() for p in mllm.model.parameters())
         tables["models"] = pd.DataFrame(
             [dict(family=mllm.family.name, parameters=parameters, layers=mllm.n_layers, heads=mllm.n_heads)]
@@ -112,7 +118,11 @@ def main(arguments: list[str] | None = None) -> None:
                 old = pd.read_csv(path)
                 table = pd.concat([old[(old.model != name) | (old.step != step)], table])
             table.sort_values(["model", "step"], kind="stable").round(4).to_csv(path, index=False)
-        print(name, step or "", tables["answers"].pivot(index="heads", columns="domain", values="correct").round(2))
+        print(
+            name,
+            step or "",
+            tables["answers"].pivot(index=["heads", "share"], columns="domain", values="correct").round(2),
+        )
 
 
 if __name__ == "__main__":
