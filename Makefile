@@ -46,7 +46,7 @@ lint: $(READY)  ## ruff
 testbed: $(READY)  ## train MODELS= again from nothing, or go on after an interruption
 	@set -e; for m in $(MODELS); do $(BIN)/python -m corehead.testbed.train data/testbed/$$m.yaml; done
 
-survey: $(READY)  ## score and ablate every testbed that is there; rewrites data/results/testbed/survey-*.csv
+survey: $(READY)  ## score and ablate every testbed that is there; rewrites data/results/survey/
 	$(BIN)/python -m corehead.testbed.survey
 
 bench: $(READY)  ## time scoring, ablation and acceleration; rewrites data/results/bench

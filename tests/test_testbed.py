@@ -341,7 +341,7 @@ def test_the_survey_replaces_a_model_s_rows_and_keeps_the_others(tmp_path, shipp
     (tmp_path / "testbed/one").symlink_to(FOLDER)
     command = ["--testbeds", str(tmp_path / "testbed"), "--out", str(tmp_path), "--n", "12"]
     survey.main(command)
-    first = {kind: pd.read_csv(tmp_path / f"survey-{kind}.csv") for kind in ("models", "heads", "answers")}
+    first = {kind: pd.read_csv(tmp_path / f"{kind}.csv") for kind in ("models", "heads", "answers")}
     assert len(first["models"]) == 1 and len(first["heads"]) == 4 * 192
     assert set(first["answers"]["heads"]) == {"intact", "top", "bottom", "text entropy", "random", "layer"}
     asked = samples("image", "validation", 12, 0, questions=6, cells=25)
@@ -350,14 +350,14 @@ def test_the_survey_replaces_a_model_s_rows_and_keeps_the_others(tmp_path, shipp
     np.testing.assert_allclose(core[mine.layer, mine["head"]], mine.ram, atol=6e-5)
 
     gone = first["answers"].assign(model="gone")  # a model that is not there any more
-    gone.to_csv(tmp_path / "survey-answers.csv", index=False)
+    gone.to_csv(tmp_path / "answers.csv", index=False)
     survey.main(command)
-    both = pd.read_csv(tmp_path / "survey-answers.csv")
+    both = pd.read_csv(tmp_path / "answers.csv")
     assert list(dict.fromkeys(both.model)) == ["gone", "one"] and len(both) == 2 * len(gone)
     again = both[both.model == "one"].reset_index(drop=True)
     pd.testing.assert_frame_equal(again, first["answers"])
     survey.main(command)
-    assert len(pd.read_csv(tmp_path / "survey-answers.csv")) == 2 * len(gone)
+    assert len(pd.read_csv(tmp_path / "answers.csv")) == 2 * len(gone)
 
 
 SHIPPED = sorted(card.parent for card in FOLDER.parent.glob("*/training.json"))

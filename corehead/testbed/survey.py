@@ -1,4 +1,4 @@
-"""One set of questions for every testbed: ``python -m corehead.testbed.survey`` writes survey-*.csv.
+"""One set of questions for every testbed: ``python -m corehead.testbed.survey`` writes data/results/survey/.
 
 For each trained model and each snapshot of a training run: how right it is, where its attention on the evidence stands
 (validation digits), and what is lost on test digits without its top heads, beside controls of the same size. A row of a
@@ -94,7 +94,7 @@ def folders(root: Path) -> list[tuple[str, int, Path]]:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--testbeds", type=Path, default=Path("data/testbed"))
-    parser.add_argument("--out", type=Path, default=Path("data/results/testbed"))
+    parser.add_argument("--out", type=Path, default=Path("data/results/survey"))
     parser.add_argument("--models", nargs="+", help="these alone")
     parser.add_argument("--n", type=int, default=192, help="questions a domain, a multiple of 24")
     options = parser.parse_args(arguments)
@@ -113,7 +113,7 @@ def main(arguments: list[str] | None = None) -> None:
         )
         for kind, table in tables.items():
             table = pd.concat([pd.DataFrame(dict(model=name, step=step), index=table.index), table], axis=1)
-            path = options.out / f"survey-{kind}.csv"
+            path = options.out / f"{kind}.csv"
             if path.exists():
                 old = pd.read_csv(path)
                 table = pd.concat([old[(old.model != name) | (old.step != step)], table])
