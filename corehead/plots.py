@@ -412,6 +412,11 @@ CURVE = {  # colour, marker and line of what is ablated
 }
 
 
+def _reach(table: pd.DataFrame, value: str) -> np.ndarray:
+    """(2, rows), how far the interval of a column (its _low and _high) reaches to either side."""
+    return np.clip([table[value] - table[f"{value}_low"], table[f"{value}_high"] - table[value]], 0, None)
+
+
 def _style(name: str, i: int) -> dict:
     """Colour, marker and line style of a line: by its name where that has one, else by its place."""
     if name in CURVE:
@@ -491,7 +496,7 @@ def dots(table: pd.DataFrame, value: str, *, rows: str, panels: str, xlabel: str
     )
     for ax, name in zip(axes[0], names):
         part = table[table[panels] == name].set_index(rows).loc[lines]
-        error = np.clip([part[value] - part[f"{value}_low"], part[f"{value}_high"] - part[value]], 0, None)
+        error = _reach(part, value)
         ax.errorbar(part[value], range(len(lines)), xerr=error, fmt="o", color=PALETTE[0], capsize=2, markersize=4)
         if zero:
             ax.axvline(0, color="gray", lw=0.8)
@@ -515,11 +520,10 @@ def selectivity(table: pd.DataFrame) -> Figure:
     y = np.arange(len(table))
     left.hlines(y, table.rest, table.retrieval, color="#bbbbbb", lw=2.5, zorder=1)
     for name, colour, marker in (("retrieval", PALETTE[3], "o"), ("rest", PALETTE[0], "s")):
-        error = np.clip([table[name] - table[f"{name}_low"], table[f"{name}_high"] - table[name]], 0, None)
+        error = _reach(table, name)
         left.errorbar(table[name], y, xerr=error, fmt=marker, color=colour, capsize=2, label=name)
-    low, high = table.selectivity - table.selectivity_low, table.selectivity_high - table.selectivity
     right.barh(y, table.selectivity, color=[PALETTE[3] if v > 0 else PALETTE[0] for v in table.selectivity], alpha=0.75)
-    right.errorbar(table.selectivity, y, xerr=np.clip([low, high], 0, None), fmt="none", color="black", capsize=2)
+    right.errorbar(table.selectivity, y, xerr=_reach(table, "selectivity"), fmt="none", color="black", capsize=2)
     for ax in (left, right):
         ax.axvline(0, color="gray", lw=0.8)
     left.set(xlabel="accuracy lost")
@@ -587,7 +591,7 @@ def dials(table: pd.DataFrame, fixed: dict[str, dict], metric: str = "correct") 
     whole = table[table.way == "dense"].iloc[0]
     for ax, (name, others) in zip(axes[0], fixed.items()):
         part = table[(table.way == "hybrid") & (table[list(others)] == pd.Series(others)).all(axis=1)].sort_values(name)
-        error = np.clip([part[metric] - part[f"{metric}_low"], part[f"{metric}_high"] - part[metric]], 0, None)
+        error = _reach(part, metric)
         ax.errorbar(range(len(part)), part[metric], error, fmt="o-", color=PALETTE[3], capsize=3)
         ax.axhline(whole[metric], ls="--", color="black", lw=0.8)
         ax.set_xticks(range(len(part)), [f"{x:.0%}" if name == "share" else f"{x:g}" for x in part[name]])
@@ -612,7 +616,7 @@ def frontier(table: pd.DataFrame, metric: str = "correct", intact: pd.Series | N
         part = table[table.domain == domain]
         for i, (name, line) in enumerate(part.groupby("heads", sort=False)):
             line, style = line.sort_values("speed"), _style(name, i + 2 * (i > 1))  # no colours of CURVE
-            error = np.clip([line[metric] - line[f"{metric}_low"], line[f"{metric}_high"] - line[metric]], 0, None)
+            error = _reach(line, metric)
             # a little beside each other, for several lie on one point
             ax.errorbar(line.speed + 0.01 * i, line[metric], error, label=name, capsize=2, markersize=5, **style)
         for i, ((share, speed), _) in enumerate(part.groupby(["share", "speed"])):
@@ -723,7 +727,7 @@ def model_dots(table: pd.DataFrame, value: str = "correct") -> Figure:
     for ax, domain in zip(axes[0], domains):
         for i, kind in enumerate(kinds):
             part = table[(table.domain == domain) & (table["heads"] == kind)].set_index("model").reindex(models)
-            error = np.clip([part[value] - part[f"{value}_low"], part[f"{value}_high"] - part[value]], 0, None)
+            error = _reach(part, value)
             place = np.arange(len(models)) + 0.12 * (i - (len(kinds) - 1) / 2)
             name = kind.split()[0]
             paler = sum(other.split()[0] == name for other in kinds[:i])

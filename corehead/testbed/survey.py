@@ -103,7 +103,8 @@ def main(arguments: list[str] | None = None) -> None:
         if options.models and name not in options.models:
             continue
         mllm = load(folder)
-        card = json.loads((folder if not step else folder.parent.parent).joinpath("training.json").read_text())
+        run = folder.parent.parent if step else folder  # a snapshot is asked what the finished model is asked
+        card = json.loads((run / "training.json").read_text())
         # contexts of the long curriculum take twenty times the time, and snapshots are many
         fewer = step or card["recipe"]["curriculum"] == "long"
         tables = survey(mllm, card["layouts"], options.n // 4 if fewer else options.n)
@@ -112,7 +113,8 @@ def main(arguments: list[str] | None = None) -> None:
             [dict(family=mllm.family.name, parameters=parameters, layers=mllm.n_layers, heads=mllm.n_heads)]
         )
         for kind, table in tables.items():
-            table = pd.concat([pd.DataFrame(dict(model=name, step=step), index=table.index), table], axis=1)
+            table.insert(0, "step", step)
+            table.insert(0, "model", name)
             path = options.out / f"{kind}.csv"
             if path.exists():
                 old = pd.read_csv(path)

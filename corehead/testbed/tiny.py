@@ -31,6 +31,7 @@ from transformers import (
 )
 
 from ..models import MLLM
+from .model import MEDIA, NAMED
 
 TEXT = dict(
     hidden_size=48,
@@ -48,7 +49,6 @@ TEMPLATE = (
     "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-QWEN = ("<|vision_start|><|image_pad|><|vision_end|>", "<|vision_start|><|video_pad|><|vision_end|>")
 
 
 def byte_tokenizer(*special: str, **named: str) -> PreTrainedTokenizerFast:
@@ -80,7 +80,9 @@ def _qwen3_vl(real_tiles: bool, tokenizer=None, text=None):
         image_std=[0.5] * 3,
     )
     video = Qwen3VLVideoProcessor(**options, do_sample_frames=False, cap_pixels_per_frame=False)
-    processor = Qwen3VLProcessor(Qwen2VLImageProcessor(**options), tokenizer, video, chat_template=template(*QWEN))
+    processor = Qwen3VLProcessor(
+        Qwen2VLImageProcessor(**options), tokenizer, video, chat_template=template(*MEDIA["qwen3_vl"])
+    )
     names = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
     image, video, start, end = tokenizer.convert_tokens_to_ids(list(names))
     text = dict(TEXT, head_dim=8) | (text or {})
@@ -108,20 +110,14 @@ def _qwen3_vl(real_tiles: bool, tokenizer=None, text=None):
 
 
 def _internvl(real_tiles: bool, text=None):
-    names = dict(
-        start_image_token="<img>",
-        end_image_token="</img>",
-        context_image_token="<IMG_CONTEXT>",
-        video_token="<video>",
-    )
     side, patch, unit = (448, 14, 16) if real_tiles else (56, 7, 4)  # a tile is unit x unit tokens
-    tokenizer, size = byte_tokenizer(**names), {"height": side, "width": side}
+    tokenizer, size = byte_tokenizer(**NAMED["internvl"]), {"height": side, "width": side}
     processor = InternVLProcessor(
         GotOcr2ImageProcessor(size=size, min_patches=1, max_patches=12 if real_tiles else 6),
         tokenizer,
         InternVLVideoProcessor(size=size),
         image_seq_length=unit * unit,
-        chat_template=template("<IMG_CONTEXT>\n", "<video>\n"),
+        chat_template=template(*MEDIA["internvl"]),
     )
     text = dict(TEXT, model_type="qwen3", vocab_size=len(tokenizer), head_dim=8) | (text or {})
     vision = dict(
@@ -145,7 +141,7 @@ def _llava_onevision(real_tiles: bool, text=None):
     side, patch, most = (384, 14, 6) if real_tiles else (56, 11, 3)  # neither patch divides its side
     limit = "anyres_max_9" if real_tiles else "anyres_max_4"
     pinpoints = [[a * side, b * side] for a in range(1, most + 1) for b in range(1, most + 1)]
-    tokenizer, size = byte_tokenizer(image_token="<image>", video_token="<video>"), {"height": side, "width": side}
+    tokenizer, size = byte_tokenizer(**NAMED["llava_onevision"]), {"height": side, "width": side}
     processor = LlavaOnevisionProcessor(
         LlavaOnevisionImageProcessor(size=size, image_grid_pinpoints=pinpoints),
         tokenizer,
@@ -153,7 +149,7 @@ def _llava_onevision(real_tiles: bool, text=None):
         num_image_tokens=(side // patch) ** 2,
         vision_feature_select_strategy="full",
         vision_aspect_ratio=limit,
-        chat_template=template("<image>\n", "<video>\n"),
+        chat_template=template(*MEDIA["llava_onevision"]),
     )
     text = dict(TEXT, model_type="qwen2", vocab_size=len(tokenizer)) | (text or {})
     vision = dict(

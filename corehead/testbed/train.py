@@ -16,6 +16,7 @@ import platform
 import time
 from dataclasses import asdict, dataclass, field
 from functools import cache
+from inspect import signature
 from pathlib import Path
 
 import numpy as np
@@ -129,8 +130,12 @@ class Layout:
     cells: torch.Tensor
 
 
+def _layout(family: str, domain: str, layout: dict[str, int]) -> Layout:
+    return _found(family, domain, tuple(sorted(layout.items())))
+
+
 @cache
-def _layout(family: str, domain: str, items: tuple[tuple[str, int], ...]) -> Layout:
+def _found(family: str, domain: str, items: tuple[tuple[str, int], ...]) -> Layout:
     scene = draw(domain, np.random.default_rng(0), 1, **dict(items))
     mllm = _shapes(family)
     tagged = mllm.tag(to_samples(scene, "layout")[0])
@@ -183,7 +188,7 @@ class Batch:
 
 def batch_of(scenes: Scenes, layout: dict[str, int], family: str = "qwen3_vl") -> Batch:
     """Tensorise scenes without PIL and chat template, one context for many questions (tests hold it to both)."""
-    shared = _layout(family, scenes.domain, tuple(sorted(layout.items())))
+    shared = _layout(family, scenes.domain, layout)
     b, q, lq = scenes.question.shape
     n, length = len(shared.ids), lq + 1  # a question and its answer
     ids = torch.empty(b, n + q * length, dtype=torch.long)
@@ -258,22 +263,24 @@ def _probe_visual(model: nn.Module, recipe: Recipe, log) -> None:
         domain = ("image", "document")[step % 2]
         layout = layouts[domain][step // 2 % 3]
         scenes = draw(domain, rng, 20, **layout)
-        media = {k: v.to(device) for k, v in batch_of(scenes, layout, recipe.family).media.items()}
+        shared = _layout(recipe.family, domain, layout)
+        media = {k: v.to(device) for k, v in _media(recipe.family, scenes, shared).items()}
         seen = model.model.get_image_features(**media).pooler_output
         tokens = torch.cat(list(seen)) if isinstance(seen, (tuple, list)) else seen.flatten(0, -2)
-        cells = _layout(recipe.family, domain, tuple(sorted(layout.items()))).cells
-        tokens = tokens.view(len(scenes.key), len(cells), -1)[:, cells >= 0].flatten(0, 1)
-        # (B, tokens that see one cell)
-        key, glyph = (torch.from_numpy(x.reshape(len(x), -1))[:, cells[cells >= 0]] for x in (scenes.key, scenes.glyph))
-        key, glyph = key.flatten(), glyph.flatten()
+        one = shared.cells >= 0  # tokens that see one cell
+        tokens = tokens.view(len(scenes.key), len(one), -1)[:, one].flatten(0, 1)
+
+        def shown(x, cells=shared.cells[one]):  # (B, P, R, C) -> (B * tokens,)
+            return torch.from_numpy(x.reshape(len(x), -1))[:, cells].flatten()
+
+        key, glyph = shown(scenes.key), shown(scenes.glyph)
         answers = dict(
             glyph=glyph_class[glyph],
             colour=torch.where(key < N_KEYS, key % len(COLOURS), -100),
             style=torch.where(key < N_KEYS, key // len(COLOURS), -100),
         )
         if domain == "document":  # the first cell of each page holds its mark
-            mark = torch.from_numpy(scenes.glyph[:, :, :1, :1] - len(digits()[1]) + 0 * scenes.glyph)
-            answers["heading"] = mark.flatten(1)[:, cells[cells >= 0]].flatten()
+            answers["heading"] = shown(scenes.glyph[:, :, :1, :1] - len(digits()[1]) + 0 * scenes.glyph)
         loss = 0.0
         for name, answer in answers.items():
             answer = answer.to(device)
@@ -366,16 +373,7 @@ def train(recipe: Recipe, device: str = "cpu", quiet: bool = False) -> nn.Module
     out = Path(recipe.out)
     out.mkdir(parents=True, exist_ok=True)
     checkpoint, log_file = out / "checkpoint.pt", out / "training_log.csv"
-    model = build_model(
-        recipe.layers,
-        recipe.heads,
-        recipe.kv_heads,
-        recipe.hidden,
-        recipe.intermediate,
-        recipe.head_dim,
-        recipe.seed,
-        recipe.family,
-    ).to(device)
+    model = build_model(**{name: getattr(recipe, name) for name in signature(build_model).parameters}).to(device)
     model.train()
     frozen = {*_eyes(model)}
     trained = [p for p in model.parameters() if p not in frozen]
@@ -432,7 +430,7 @@ def train(recipe: Recipe, device: str = "cpu", quiet: bool = False) -> nn.Module
         for group in optimiser.param_groups:
             group["lr"] = rate
         domain, layout = _choose(rng, progress)
-        length = len(_layout(recipe.family, domain, tuple(sorted(layout.items()))).ids)
+        length = len(_layout(recipe.family, domain, layout).ids)
         n = min(BATCH[domain], 1 + TOKENS // (length or 1))
         scenes = draw(domain, rng, n, questions=QUESTIONS.get(domain, 12), **layout)
         batch = batch_of(scenes, layout, recipe.family).to(device)
@@ -476,20 +474,18 @@ def train(recipe: Recipe, device: str = "cpu", quiet: bool = False) -> nn.Module
             checkpoint.with_suffix(".part").replace(checkpoint)
         if recipe.snapshot_steps and progress.step % recipe.snapshot_steps == 0:
             save(model, recipe, progress, out / "snapshots" / f"{progress.step:05d}")
-            model.train()
         if stop:
             break
     progress.seconds += time.perf_counter() - began
-    save(model, recipe, progress)
+    model.eval()
+    save(model, recipe, progress, out)
     if not stop:
         checkpoint.unlink(missing_ok=True)
     return model
 
 
-def save(model: nn.Module, recipe: Recipe, progress: Progress, folder: Path | None = None) -> None:
+def save(model: nn.Module, recipe: Recipe, progress: Progress, out: Path) -> None:
     """Write weights, config, processor and a card that says how they came about."""
-    out = Path(recipe.out) if folder is None else folder
-    model.eval()
     model.save_pretrained(out)
     build_processor(recipe.family).save_pretrained(out)
     layouts = {domain: levels[progress.level.get(domain, 0)] for domain, levels in progress.levels.items()}
