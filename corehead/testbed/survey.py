@@ -85,6 +85,8 @@ def folders(root: Path) -> list[tuple[str, int, Path]]:
     """(model, step, folder) of every trained model, step 0 for its end, and of its snapshots."""
     found = []
     for card in sorted(root.glob("*/training.json")):
+        if "layouts" not in json.loads(card.read_text()):  # the pretrained row knows other tasks
+            continue
         name = card.parent.name
         found.append((name, 0, card.parent))
         found += [(name, int(p.name), p) for p in sorted(card.parent.glob("snapshots/*"))]

