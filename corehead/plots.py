@@ -409,6 +409,7 @@ CURVE = {  # colour, marker and line of what is ablated
     "bottom": (PALETTE[0], "v", "-"),
     "random": (PALETTE[7], "s", "--"),
     "layer": (PALETTE[2], "D", ":"),
+    "intact": ("black", "P", "-"),
 }
 
 
@@ -757,4 +758,22 @@ def training_time(log: pd.DataFrame, snapshots: pd.DataFrame) -> Figure:
         ax.set(ylabel=label, ylim=(0, 1.03))
     axes[2].set_xlabel("training step")
     axes[1].legend(ncols=4, fontsize="small", loc="lower right")
+    return figure
+
+
+def training_agreement(table: pd.DataFrame, chance: dict[str, float]) -> Figure:
+    """Agreement with the finished model's ranking while it is trained, one panel a measure, one line a domain.
+
+    Parameters
+    ----------
+    table : columns step, domain and the measures of `chance`.
+    chance : measure -> expected value, drawn dotted.
+    """
+    figure, axes = plt.subplots(1, len(chance), figsize=(3.4 * len(chance), 2.9), sharex=True, squeeze=False)
+    for ax, (measure, level) in zip(axes[0], chance.items()):
+        for domain, line in table.groupby("domain", sort=False):
+            ax.plot(line.step, line[measure], label=domain, markersize=4, **_style(domain, 0))
+        ax.axhline(level, ls=":", color="gray")
+        ax.set(xlabel="training step", title=measure, ylim=(min(-0.05, table[measure].min() - 0.05), 1.03))
+    _one_legend(figure)
     return figure

@@ -205,3 +205,8 @@ def test_figures_of_several_models_show_what_they_are_given():
     snapshots = pd.DataFrame({"step": [1, 2], "domain": "text", "correct": [0.1, 0.9], "score": [0.2, 0.8]})
     figure = plots.training_time(log, snapshots)
     np.testing.assert_allclose(figure.axes[2].lines[0].get_ydata(), [0.2, 0.8])
+
+    figure = plots.training_agreement(snapshots.rename(columns={"score": "overlap"}), {"overlap": 0.05})
+    line, level = figure.axes[0].lines
+    np.testing.assert_allclose(line.get_ydata(), [0.2, 0.8])
+    assert level.get_ydata()[0] == 0.05
