@@ -90,7 +90,11 @@ BATCH = {
 
 @dataclass
 class Recipe:
-    """All that determines a training run."""
+    """All that determines a training run.
+
+    A stage of the curriculum ends when its domains are good enough, or after `stage_steps`, one number for all stages
+    or one each.
+    """
 
     out: str = "data/testbed/qwen3vl-s"
     family: str = "qwen3_vl"
@@ -106,7 +110,7 @@ class Recipe:
     lr: float = 2e-3
     warmup: int = 60
     probe_steps: int = 800
-    stage_steps: int = 2500
+    stage_steps: int | dict[str, int] = 2500
     final_steps: int = 1000
     weight_decay: float = 0.01
     snapshot_steps: int = 0
@@ -373,6 +377,9 @@ def train(recipe: Recipe, device: str = "cpu", quiet: bool = False) -> nn.Module
         raise ValueError(f"curriculum={recipe.curriculum!r}: take one of {', '.join(map(repr, CURRICULA))}")
     out = Path(recipe.out)
     out.mkdir(parents=True, exist_ok=True)
+    stages = [name for name, _ in CURRICULA[recipe.curriculum][1]]
+    if isinstance(recipe.stage_steps, dict) and set(recipe.stage_steps) != set(stages):
+        raise ValueError(f"stage_steps={recipe.stage_steps}: give one number, or one for each of {', '.join(stages)}")
     checkpoint, log_file = out / "checkpoint.pt", out / "training_log.csv"
     model = build_model(**{name: getattr(recipe, name) for name in signature(build_model).parameters}).to(device)
     model.train()
@@ -452,7 +459,10 @@ def train(recipe: Recipe, device: str = "cpu", quiet: bool = False) -> nn.Module
         window.append((loss.item(), accuracy))
         if not final:
             waiting = any(_short(progress, d) for d in progress.stages[progress.stage][1])
-            if not waiting or progress.step - progress.stage_start >= recipe.stage_steps:
+            cap = recipe.stage_steps
+            if isinstance(cap, dict):
+                cap = cap[progress.stages[progress.stage][0]]
+            if not waiting or progress.step - progress.stage_start >= cap:
                 progress.stage, progress.stage_start = progress.stage + 1, progress.step
         if progress.step % 25 == 0:
             stage = progress.stages[progress.stage][0] if progress.stage < len(progress.stages) else "all"
