@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,14 +14,14 @@ from transformers import DynamicCache
 
 from .ablation import Ablation, edits_of
 from .acceleration import Acceleration, applied
-from .attention import CACHE, edited, editing, laid_out, own_attention
+from .attention import CACHE, Layout, edited, editing, laid_out, own_attention
 from .contexts import Context, Packed, batches, embedded, pack, require_answers
 from .models import MLLM
 from .samples import Sample
 from .scoring import provenance
 from .stats import mean_interval, proportion_interval
 from .store import Store, digest
-from .tagging import Tagged
+from .tagging import PER_TOKEN, Tagged, pad_id, to_model
 
 # tokens in one forward pass over several conditions: what stays in a CPU's cache, what keeps a GPU busy
 TOKENS = {"cpu": 2**11, "cuda": 2**16}
@@ -34,6 +34,7 @@ def evaluate(
     conditions: Mapping[Hashable, Ablation | Acceleration | None] | None = None,
     *,
     batch_size: int = 32,
+    new_tokens: int = 0,
     store: str | Path | None = None,
     resume: bool = False,
     progress: bool = True,
@@ -50,6 +51,8 @@ def evaluate(
     samples : with answers. Those that follow each other on one context share it, as in `score`.
     conditions : name -> `Ablation`, `Acceleration`, or None for the intact model. Without it, the model as it is.
     batch_size : contexts that run at once, padded on the left.
+    new_tokens : tokens that the model may also write freely (greedily), under every condition; each question then runs
+        alone once more. What it writes is what a sample's `metric` is about: the prediction below knows the answer.
     store : a folder that keeps every finished batch; None keeps nothing. It holds any samples and conditions of one
         model, so that what another run has done is not done again.
     resume : go on with what the store has. Without it a store that is not empty is an error.
@@ -61,7 +64,7 @@ def evaluate(
         field, any other name the column "condition"), sample, context (the first sample on the same context), the
         columns of its `meta`, answer, prediction (the likeliest token at each place of the answer, the ones before it
         given), correct (all of them right), logprob (of the whole answer, nats), margin (first token: logit of the
-        answer less the best other logit).
+        answer less the best other logit); with new_tokens, written (the text) and the values of the samples' metrics.
 
     Raises
     ------
@@ -71,6 +74,8 @@ def evaluate(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: take at least 1")
+    if new_tokens < 0:
+        raise ValueError(f"new_tokens={new_tokens}: take at least 0")
     if store is not None and edited(mllm):
         raise ValueError("a store inside ablate() would not say so: pass the ablation as one of conditions=")
     names = {None: None} if conditions is None else dict(conditions)
@@ -79,10 +84,12 @@ def evaluate(
     for ablation in unique.values():
         if ablation is not None:
             ablation.check(mllm)
-    keep = Store(store, provenance(mllm, table="answers"), resume=resume)
+    writes = {"new_tokens": new_tokens} if new_tokens else {}
+    keep = Store(store, provenance(mllm, table="answers", **writes), resume=resume)
     rows = {(row["sample"], row["ablation"]): row for row in keep.rows}
     marks: dict[str, str] = {}
     given: dict[str, dict] = {}  # meta of each sample, in the order given
+    metrics: dict[str, Callable] = {}
 
     def fresh():
         for i, item in enumerate(samples):
@@ -90,6 +97,8 @@ def evaluate(
             if sample.id in given:
                 raise ValueError(f"two samples have the id {sample.id!r}: ids must differ")
             given[sample.id] = sample.meta
+            if sample.metric is not None:
+                metrics[sample.id] = sample.metric
             marks[sample.id] = digest([item.ids, item.target] if isinstance(item, Tagged) else item)
             done = [rows[sample.id, key] for key in unique if (sample.id, key) in rows]
             if any(row["digest"] != marks[sample.id] for row in done):
@@ -105,6 +114,9 @@ def evaluate(
             ids = [t.sample.id for context in batch for t in context.members]
             todo = {key: a for key, a in unique.items() if any((name, key) not in rows for name in ids)}
             found = [row | {"digest": marks[row["sample"]]} for row in _run(mllm, batch, todo, bar)]
+            if new_tokens:
+                texts = _write(mllm, batch, todo, new_tokens)
+                found = [row | {"written": texts[row["sample"], row["ablation"]]} for row in found]
             keep.append(found)
             rows.update(((row["sample"], row["ablation"]), row) for row in found)
     out = []
@@ -113,8 +125,31 @@ def evaluate(
         for sample, meta in given.items():
             row = rows[sample, key]
             head = {"sample": sample, "context": row["context"], **meta, "answer": row["answer"]}
-            out.append({**label, **head, "prediction": row["prediction"], **{m: row[m] for m in METRICS}})
+            values = {"prediction": row["prediction"], **{m: row[m] for m in METRICS}}
+            if new_tokens:
+                values["written"] = row["written"]
+                values |= metrics[sample](row["written"]) if sample in metrics else {}
+            out.append({**label, **head, **values})
     return pd.DataFrame(out)
+
+
+@torch.inference_mode()
+def _write(mllm: MLLM, batch: list[Context], todo: dict[str, Ablation | None], new_tokens: int) -> dict:
+    """What the model writes behind each prompt under every ablation: (sample, ablation) -> text."""
+    texts = {}
+    options = dict(max_new_tokens=new_tokens, do_sample=False, pad_token_id=pad_id(mllm))
+    for tagged in (t for context in batch for t in context.members):
+        end = tagged.last + 1
+        inputs = {k: v[:, :end] if k in PER_TOKEN else v for k, v in tagged.inputs.items()}
+        prompt = replace(tagged, inputs=inputs, answer=tagged.answer[:0])
+        for key, ablation in todo.items():
+            fast = isinstance(ablation, Acceleration)
+            edits = {} if fast or ablation is None else edits_of(mllm, [ablation])
+            running = applied(mllm, ablation) if fast else own_attention(mllm)
+            with running, laid_out(mllm, Layout.of([prompt])), editing(mllm, edits):
+                ids = mllm.model.generate(**to_model(inputs, mllm), **options)[0, end:]
+            texts[tagged.sample.id, key] = mllm.tokenizer.decode(ids, skip_special_tokens=True).strip()
+    return texts
 
 
 @torch.inference_mode()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,6 +87,8 @@ class Sample:
     answer : the text that the model should say; None where there is none.
     question : the text of the question. None takes the last text part of the last user message.
     meta : anything that should travel along into tables (strings and numbers).
+    metric : what a text that the model wrote is worth, ``text -> {name: value}``, "parsed" first: see
+        `corehead.benchmarks.metrics`. None where the answer is compared as it is.
     """
 
     id: str
@@ -95,3 +97,4 @@ class Sample:
     answer: str | None = None
     question: str | None = None
     meta: dict[str, Any] = field(default_factory=dict)
+    metric: Callable[[str], dict[str, float]] | None = None
