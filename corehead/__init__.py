@@ -59,7 +59,7 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    """``ch.plots`` sets a style and ``ch.testbed`` is not for everybody: both are imported when they are asked for."""
-    if name in ("plots", "testbed"):
+    """``ch.plots`` sets a style, the others are not for everybody: they are imported when they are asked for."""
+    if name in ("plots", "testbed", "benchmarks"):
         return _import(f".{name}", __name__)
     raise AttributeError(f"module 'corehead' has no attribute {name!r}")
