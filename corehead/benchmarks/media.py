@@ -126,7 +126,8 @@ def video(
 ) -> tuple[Video, int]:
     """Decode frames of a video.
 
-    Frames are counted as they are decoded from the start: containers' own indices and time stamps are often wrong.
+    Frames are counted as they are decoded from the start, and each must be the one whose packet is due: a decoder that
+    drops one would shift all that follow against the annotation.
 
     Parameters
     ----------
@@ -146,7 +147,9 @@ def video(
     try:
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
-            total = sum(packet.size > 0 for packet in container.demux(stream))
+            packets = [p for p in container.demux(stream) if p.size and not p.is_discard]
+            stamps = sorted(p.pts for p in packets if p.pts is not None)
+            timed = len(set(stamps)) == (total := len(packets))
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
@@ -158,8 +161,8 @@ def video(
             wanted = sampled(begin, end, rate, fps, most)
             kept, due = [], set(wanted)
             for i, frame in enumerate(container.decode(stream)):
-                if frame.is_corrupt:
-                    raise ValueError(f"frame {i} is corrupt")
+                if frame.is_corrupt or i >= total or (timed and frame.pts != stamps[i]):
+                    raise ValueError(f"frame {i} is corrupt, or one before it is missing")
                 if i in due:
                     shrink = min(1.0, LONGEST / max(frame.width, frame.height))
                     w, h = (max(1, round(side * shrink)) for side in (frame.width, frame.height))

@@ -316,17 +316,20 @@ def yes_no(text: str, right: str) -> dict[str, float]:
 
 def letter(text: str, options: Sequence[str]) -> int | None:
     """Which option a text takes: by its letter or, word for word, by its text; None where that is not to be told."""
-    last = chr(ord("A") + len(options) - 1)
-    for pattern in (rf"^\W*([A-{last}])(?![A-Za-z'])", rf"(?:answer|option)(?: is)?:?\s*\(?([A-{last}])(?![A-Za-z'])"):
-        found = re.search(pattern, text.strip())
-        # "A man ..." is the article, not the option, unless a bracket, a dot or the end follows
-        if found and not re.match(r"\s+[a-z]", text.strip()[found.end() :]):
+    last, text = chr(ord("A") + len(options) - 1), text.strip()
+    bracketed = set(re.findall(rf"\(([A-{last}])\)", text))
+    if len(bracketed) > 1:
+        return None
+    for pattern in (rf"^\W*([A-{last}])(?![A-Za-z'])", rf"(?i:answer|option)(?: is)?:?\s*\(?([A-{last}])(?![A-Za-z'])"):
+        found = re.search(pattern, text)
+        behind = text[found.end() :] if found else ""
+        # "A man ..." is the article, "A or B" is no choice
+        if found and not re.match(r"\W+(or|and)\b", behind) and not (found[1] == "A" and re.match(r"\s+[a-z]", behind)):
             return ord(found[1]) - ord("A")
     same = [i for i, option in enumerate(options) if plain(option) and plain(option) == plain(said(text))]
     if len(same) == 1:
         return same[0]
-    bracketed = set(re.findall(rf"\(([A-{last}])\)", text))
-    return ord(bracketed.pop()) - ord("A") if len(bracketed) == 1 else None
+    return ord(bracketed.pop()) - ord("A") if bracketed else None
 
 
 def choice_metric(text: str, options: Sequence[str], right: int) -> dict[str, float]:

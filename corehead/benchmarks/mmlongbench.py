@@ -74,7 +74,7 @@ def samples(source: str | Path | None, *, split: str = "mmlongdoc_K8", revision:
 def _page(path: Any) -> tuple[str, int] | None:
     """(document, page) that the file name of a page says."""
     found = re.search(r"([^/]+)/[^/]*page[_-]?(\d+)\.\w+$", path) if isinstance(path, str) else None
-    return (found[1], int(found[2])) if found else None
+    return (found[1].removesuffix(".pdf"), int(found[2])) if found else None
 
 
 def _pages(id: str, values: dict, split: str, pictures: Pictures) -> Found:
@@ -131,9 +131,12 @@ def _haystack(id: str, values: object, split: str, pictures: Pictures) -> Found:
     pieces = _interleaved(question, shown)
     quoted = max((part["text"].strip() for part in pieces if part["type"] == "text"), key=len, default="")
     content += [{"type": "text", "text": f"{ASK}. Question: "}, *pieces]
-    evidence = _needles(
-        row, contexts, texts, slots, in_pictures="-image" in split or "_image" in split or split[:2] == "vh"
-    )
+    in_pictures = "-image" in split or "_image" in split or split.startswith("vh")
+    evidence = _needles(row, contexts, texts, slots, in_pictures)
+    whole = "".join(part["text"] for part in content if part["type"] == "text")
+    for span in evidence:
+        if isinstance(span, Span) and whole.count(span.text) != 1:
+            row.fail("positive_ctxs", f"{span.text[:60]!r} stands {whole.count(span.text)} times", "Leave the row out")
     answer, metric = _answer(row, split)
     meta = {"benchmark": "mmlongbench", "task": split}
     yield Sample(id, [{"role": "user", "content": content}], evidence, answer, quoted, meta, metric)
@@ -154,7 +157,6 @@ def _needles(row: Row, contexts: list, texts: list[str], slots: list[int], in_pi
     """Where the positive contexts stand: their pictures, or their text."""
     pages: list[int] = []
     spans: list[Evidence] = []
-    whole = "\n\n".join(texts)
     for needle in row.get("positive_ctxs", list):
         found = [i for i, context in enumerate(contexts) if context == needle]
         if not found and isinstance(needle, dict):
@@ -168,10 +170,7 @@ def _needles(row: Row, contexts: list, texts: list[str], slots: list[int], in_pi
                 if not slots[i]:
                     row.fail("positive_ctxs", f"{str(needle)[:60]!r} holds no picture", "Leave the row out")
             else:
-                spans += [Span(piece.strip()) for piece in texts[i].split(SLOT) if piece.strip()]
-    for span in spans:
-        if whole.count(span.text) != 1:
-            row.fail("positive_ctxs", f"{span.text[:60]!r} stands {whole.count(span.text)} times", "Leave the row out")
+                spans += [Span(piece.strip()) for piece in texts[i].split(SLOT) if re.search(r"\w", piece)]
     return [Pages(sorted(set(pages)))] if pages else spans
 
 

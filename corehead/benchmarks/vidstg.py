@@ -42,7 +42,10 @@ def samples(
     revision : version on the hub.
     fps, max_frames : frames a second, and at most how many.
     """
-    folder = locate(source, HUB, revision=revision, patterns=["*"])
+    try:
+        folder = locate(source, HUB, revision=revision, patterns=["*"])
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}; run `{GIT}` in the same folder for the annotations") from error
     fetch = f"run `{GIT} {folder}/VidSTG-Dataset` (splits {', '.join(SPLITS)})"
     [path, *_] = files(folder, f"{split}_annotations.json", fetch)
     unpack_all(folder)
