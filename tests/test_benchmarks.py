@@ -194,7 +194,7 @@ def docqa_row(**change):
         "ans_page_list": [7],
         "answer_sources": ["Chart"],
         "answer_format": "Integer",
-        "page_list": ["mmlongdoc/other/page7.png", "mmlongdoc/x/page3.png", "mmlongdoc/x/page7.png"],
+        "page_list": ["mmlongdoc/other/other_page7.png", "mmlongdoc/x/x_page3.png", "mmlongdoc/x/x_page7.png"],
     } | change
 
 
@@ -202,10 +202,10 @@ def niah_row(**change):
     return {
         "id": "n1",
         "ctxs": [{"id": "0", "text": "First hay <image> and more."}, {"id": "1", "text": "The needle is red <image>."}],
-        "image_list": ["niah/0.png", "niah/1.png"],
+        "image_list": ["mm-niah/niah/0.png", "mm-niah/niah/1.png"],
         "needle_image_list": [],
         "question": "What is the needle?",
-        "positive_ctxs": [{"id": "1", "text": "The needle is red <image>."}],
+        "positive_ctxs": [{"type": "text", "text": "The needle is red <image>.", "has_ans": True, "nid": 0}],
         "answer": "red",
         "category": "retrieval-text",
     } | change
@@ -215,8 +215,9 @@ def mmlongbench(folder, rows, split="mmlongdoc_K8"):
     folder.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(row) + "\n" for row in rows).encode()
     with tarfile.open(folder / "0_mmlb_data.tar.gz", "w:gz") as data:
-        add(data, f"mmlb_data/{split}.jsonl", text)
-    names = ["mmlongdoc/other/page7", "mmlongdoc/x/page3", "mmlongdoc/x/page7", *(f"niah/{i}" for i in range(4))]
+        add(data, f"mmlb_data/documentQA/{split}.jsonl", text)
+    names = ["other/other_page7", "x/x_page3", "x/x_page7", "deck/a-deck-3-1024", "deck/a-deck-4-1024"]
+    names = [*(f"documentQA/mmlongdoc/{name}" for name in names), *(f"mm-niah/niah/{i}" for i in range(4))]
     with tarfile.open(folder / "1_images.tar.gz", "w:gz") as images:
         for i, name in enumerate(names):
             out = io.BytesIO()
@@ -497,6 +498,15 @@ def test_docqa_finds_pages_by_file_name(tmp_path):
     assert error.where == "ans_page_list" and "not in page_list" in error.problem
 
 
+def test_slides_count_from_1_in_their_file_names(tmp_path):
+    slides = ["mmlongdoc/deck/a-deck-3-1024.png", "mmlongdoc/deck/a-deck-4-1024.png"]
+    row = docqa_row(doc_name="deck", page_list=slides, ans_page_list=[3])
+    [sample] = load("mmlongbench", mmlongbench(tmp_path / "a", [row]))
+    assert sample.evidence == [ch.Pages([1])]
+    row["page_list"] = ["mmlongdoc/deck/a-deck-0-1024.png"]
+    assert only_error("mmlongbench", mmlongbench(tmp_path / "b", [row])).where == "page_list"
+
+
 def test_docqa_paths_stay_inside(tmp_path):
     for path in ("/etc/x/page7.png", "../../x/page7.png", 7):
         error = only_error("mmlongbench", mmlongbench(tmp_path / str(path)[-8:], [docqa_row(page_list=[path])]))
@@ -511,24 +521,39 @@ def test_niah_needles_in_text_and_pictures(tmp_path):
     )
     assert text.evidence == [ch.Span("The needle is red")] and text.metric("It is Red.")["sub_em"] == 1
     name = "niah_retrieval-image_K8"
-    row = niah_row(choices_image=["niah/2.png", "niah/3.png"], question="Which was shown?", answer=1)
+    # all contexts of pictures read alike
+    hay = [{"type": "image", "text": "<image>", "image": f"niah/{i}.png"} for i in range(2)]
+    row = niah_row(ctxs=hay, positive_ctxs=hay[1:], question="Which was shown?", answer=1)
+    row["choices_image"] = ["mm-niah/niah/2.png", "mm-niah/niah/3.png"]
     [sample] = load("mmlongbench", mmlongbench(tmp_path / "b", [row], name), split=name)
     assert sample.evidence == [ch.Pages([1])] and sample.answer == "B"
     assert [p["type"] for p in content(sample)].count("image") == 4 and sample.question.startswith("Which was shown?")
     assert sample.metric("Answer: B")["accuracy"] == 1 and sample.metric("no idea")["parsed"] == 0
     name = "niah_counting-image_K8"
-    row = niah_row(needle_image_list=["niah/2.png"], question="How often is <image> shown?", answer=[0, 2])
+    row = niah_row(ctxs=hay, positive_ctxs=hay, question="How often is <image> shown?", answer=[0, 2])
+    row["needle_image_list"] = ["mm-niah/niah/2.png"]
     [sample] = load("mmlongbench", mmlongbench(tmp_path / "c", [row], name), split=name)
-    assert sample.answer == "[0, 2]" and sample.metric("[1, 1]")["soft_acc"] == 1
-    error = only_error("mmlongbench", mmlongbench(tmp_path / "d", [niah_row(image_list=[])]))
-    assert error.where == "image_list"
+    assert (
+        sample.evidence == [ch.Pages([0, 1])] and sample.answer == "[0, 2]" and sample.metric("[1, 1]")["soft_acc"] == 1
+    )
+    for change, where in [
+        (dict(image_list=[]), "image_list"),
+        (dict(image="i.png"), "image"),
+        (dict(positive_ctxs=[{"text": "The needle is blue"}]), "positive_ctxs"),
+        (dict(question="The needle is red?"), "positive_ctxs"),  # it would stand twice
+        (dict(answer=""), "answer"),
+    ]:
+        assert only_error("mmlongbench", mmlongbench(tmp_path / str(change), [niah_row(**change)])).where == where
+    name = "retrieval-image_K8"
+    row = niah_row(ctxs=hay, positive_ctxs=[{"type": "image", "text": "<image>", "image": "9.png"}])
+    assert only_error("mmlongbench", mmlongbench(tmp_path / "e", [row], name), split=name).where == "positive_ctxs"
 
 
 def test_haystack_of_pictures(tmp_path):
     row = {
         "id": "1",
-        "ctxs": ["niah/0.png", "niah/1.png"],
-        "positive_ctxs": ["niah/1.png"],
+        "ctxs": ["mm-niah/niah/0.png", "mm-niah/niah/1.png"],
+        "positive_ctxs": ["mm-niah/niah/1.png"],
         "question": "Is there a cat?",
         "answer": "Yes",
     }

@@ -56,8 +56,8 @@ def samples(source: str | Path | None, *, split: str = "mmlongdoc_K8", revision:
     unpack_all(folder)
     known = ", ".join(sorted(p.stem for p in folder.rglob("*.jsonl"))) or "none"
     [path, *_] = files(folder, f"{split}.jsonl", f"take as split= one of: {known}")
-    below = [d for d in sorted(folder.iterdir()) if d.is_dir()]
-    roots = [folder, *below, *(e for d in below for e in sorted(d.iterdir()) if e.is_dir())]
+    below = [d for pattern in ("*", "*/*", "*/*/documentQA") for d in sorted(folder.glob(pattern)) if d.is_dir()]
+    roots = [folder, *below]
     groups: dict[tuple, list[tuple[str, object]]] = {}
     for name, values in json_lines(path):
         id = f"mmlongbench-{name}"
@@ -72,9 +72,15 @@ def samples(source: str | Path | None, *, split: str = "mmlongdoc_K8", revision:
 
 
 def _page(path: Any) -> tuple[str, int] | None:
-    """(document, page) that the file name of a page says."""
-    found = re.search(r"([^/]+)/[^/]*page[_-]?(\d+)\.\w+$", path) if isinstance(path, str) else None
-    return (found[1].removesuffix(".pdf"), int(found[2])) if found else None
+    """(document, page from 0) that a file name says.
+
+    ``document/..._page7.jpg`` counts from 0, as ans_page_list does; ``document/...-8-1024.jpg``, of SlideVQA, from 1.
+    """
+    for pattern, first in ((r"([^/]+)/[^/]*page[_-]?(\d+)\.\w+$", 0), (r"([^/]+)/[^/]*-(\d+)-\d+\.\w+$", 1)):
+        found = re.search(pattern, path) if isinstance(path, str) else None
+        if found and int(found[2]) >= first:
+            return found[1].removesuffix(".pdf"), int(found[2]) - first
+    return None
 
 
 def _pages(id: str, values: dict, split: str, pictures: Pictures) -> Found:
@@ -87,7 +93,7 @@ def _pages(id: str, values: dict, split: str, pictures: Pictures) -> Found:
     names = [_page(path) for path in listed]
     for name, path in zip(names, listed):
         if name is None:
-            row.fail("page_list", f"{str(path)[:60]!r} does not end in .../document/page<number>")
+            row.fail("page_list", f"{str(path)[:60]!r} does not say document and page")
         content.append({"type": "text", "text": f"\nDocument {name[0]} (page {name[1]}): "})
         content.append({"type": "image", "image": pictures(row, "page_list", path)})
     places = []
@@ -114,6 +120,8 @@ def _pages(id: str, values: dict, split: str, pictures: Pictures) -> Found:
 def _haystack(id: str, values: object, split: str, pictures: Pictures) -> Found:
     """MM-NIAH (paragraphs with pictures between) and Visual Haystack (pictures alone)."""
     row = Row(id, values)
+    if "image" in row.values:
+        row.fail("image", "belongs to another task", "Take files on documents, needles or haystacks")
     contexts, question = row.get("ctxs", list), row.text("question")
     if values.get("choices_image"):
         question += "".join(f"\n{chr(ord('A') + i)}. {SLOT}" for i in range(len(row.get("choices_image", list))))
@@ -123,16 +131,16 @@ def _haystack(id: str, values: object, split: str, pictures: Pictures) -> Found:
         texts, names = [SLOT] * len(contexts), contexts + names
     else:
         texts = [Row(id, context).get("text", str) for context in contexts]
-    slots = [text.count(SLOT) for text in texts]
-    if sum(slots) + question.count(SLOT) != len(names):
-        row.fail("image_list", f"{len(names)} pictures for {sum(slots) + question.count(SLOT)} places {SLOT}")
+    places = sum(text.count(SLOT) for text in texts)
+    if places + question.count(SLOT) != len(names):
+        row.fail("image_list", f"{len(names)} pictures for {places + question.count(SLOT)} places {SLOT}")
     shown = iter([pictures(row, "image_list", name) for name in names])
     content = [part for text in texts for part in (*_interleaved(text, shown), {"type": "text", "text": "\n\n"})]
     pieces = _interleaved(question, shown)
     quoted = max((part["text"].strip() for part in pieces if part["type"] == "text"), key=len, default="")
     content += [{"type": "text", "text": f"{ASK}. Question: "}, *pieces]
     in_pictures = "-image" in split or "_image" in split or split.startswith("vh")
-    evidence = _needles(row, contexts, texts, slots, in_pictures)
+    evidence = _needles(row, names[:places], in_pictures)
     whole = "".join(part["text"] for part in content if part["type"] == "text")
     for span in evidence:
         if isinstance(span, Span) and whole.count(span.text) != 1:
@@ -153,24 +161,21 @@ def _interleaved(text: str, shown) -> list[dict]:
     return parts
 
 
-def _needles(row: Row, contexts: list, texts: list[str], slots: list[int], in_pictures: bool) -> list[Evidence]:
-    """Where the positive contexts stand: their pictures, or their text."""
+def _needles(row: Row, names: list[str], in_pictures: bool) -> list[Evidence]:
+    """Where the positive contexts stand: their pictures, among those of `names`, or their text."""
     pages: list[int] = []
     spans: list[Evidence] = []
     for needle in row.get("positive_ctxs", list):
-        found = [i for i, context in enumerate(contexts) if context == needle]
-        if not found and isinstance(needle, dict):
-            found = [i for i, text in enumerate(texts) if text == needle.get("text")]
-        if not found:
-            row.fail("positive_ctxs", f"{str(needle)[:60]!r} is not among ctxs", "Leave the row out")
-        for i in found:
-            if in_pictures:
-                first = sum(slots[:i])
-                pages += range(first, first + slots[i])
-                if not slots[i]:
-                    row.fail("positive_ctxs", f"{str(needle)[:60]!r} holds no picture", "Leave the row out")
-            else:
-                spans += [Span(piece.strip()) for piece in texts[i].split(SLOT) if re.search(r"\w", piece)]
+        needle = {"image": needle} if isinstance(needle, str) else Row(row.id, needle).values
+        if in_pictures:  # all pictures have the same text, so only the file's name tells them apart
+            name = Row(row.id, needle).text("image")
+            found = [i for i, other in enumerate(names) if other == name or other.endswith("/" + name)]
+            if not found:
+                row.fail("positive_ctxs", f"the picture {name} is not among those shown", "Leave the row out")
+            pages += found
+        else:
+            text = Row(row.id, needle).text("text")
+            spans += [Span(piece.strip()) for piece in text.split(SLOT) if re.search(r"\w", piece)]
     return [Pages(sorted(set(pages)))] if pages else spans
 
 
@@ -193,11 +198,8 @@ def _answer(row: Row, split: str) -> tuple[str, partial]:
         if right not in ("yes", "no"):
             row.fail("answer", f"{right!r} is neither yes nor no")
         return right.capitalize(), partial(yes_no, right=right)
-    golds = (
-        [str(gold) for gold in values]
-        if isinstance(values := row.values.get("answer"), list)
-        else [_text(row, "answer")]
-    )
+    several = isinstance(row.values.get("answer"), list)
+    golds = [str(gold) for gold in row.values["answer"]] if several else [_text(row, "answer")]
     if not golds or not all(gold.strip() for gold in golds):
         row.fail("answer", "is empty")
     return golds[0], partial(sub_em, golds=golds)
