@@ -5,9 +5,11 @@ import itertools
 import json
 import math
 import random
+import stat
 import subprocess
 import sys
 import tarfile
+import zipfile
 
 import av
 import numpy as np
@@ -583,9 +585,11 @@ def test_mlvu_has_no_evidence_and_its_prompt_ends_in_a_bracket(tmp_path):
 
 
 def test_mlvu_an_answer_that_is_no_candidate_is_an_error(tmp_path):
-    error = only_error("mlvu", mlvu(tmp_path, [mlvu_row(answer="flies")]))
+    error = only_error("mlvu", mlvu(tmp_path, [mlvu_row(answer="flies", question_type="findNeedle")], "2_needle"))
     assert error.where == "answer" and "0 times" in error.problem
-    assert "2 times" in only_error("mlvu", mlvu(tmp_path, [mlvu_row(candidates=["eats", "eats"])])).problem
+    assert "2 times" in only_error("mlvu", mlvu(tmp_path / "b", [mlvu_row(candidates=["eats", "eats"])])).problem
+    [sample] = load("mlvu", mlvu(tmp_path / "c", [mlvu_row(question_type="findNeedle")], "2_needle"))
+    assert sample.meta["task"] == "needle"
 
 
 # Metrics, by hand
@@ -798,6 +802,39 @@ def test_archives_cannot_write_elsewhere(tmp_path, header, problem):
     assert [p.name for p in tmp_path.rglob("*")] == ["x.tar.gz"]
 
 
+@pytest.mark.parametrize(
+    "name, kind, problem", [("../out", 0, "outside"), ("/out", 0, "outside"), ("l", stat.S_IFLNK, "link")]
+)
+def test_zip_archives_cannot_either(tmp_path, name, kind, problem):
+    entry = zipfile.ZipInfo(name)
+    entry.external_attr = (kind | 0o644) << 16
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        archive.writestr("good", b"fine")
+        archive.writestr(entry, b"/etc/passwd")
+    with pytest.raises(ValueError, match=problem):
+        media.unpack(tmp_path / "x.zip")
+    with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("zeros", bytes(2**22))
+    with pytest.raises(ValueError, match="times its size"):
+        media.unpack(tmp_path / "x.zip")
+    (tmp_path / "x.zip").write_bytes(b"PK no")
+    with pytest.raises(ValueError, match="download it again"):
+        media.unpack(tmp_path / "x.zip")
+    assert [p.name for p in tmp_path.rglob("*")] == ["x.zip"]
+
+
+def test_vidor_is_read_from_its_zip_archives(tmp_path):
+    vidstg(tmp_path)
+    with zipfile.ZipFile(tmp_path / "training-video-part1.zip", "w") as archive:
+        archive.writestr("video/", b"")
+        archive.write(tmp_path / "video/0001/77.mp4", "video/0001/77.mp4")
+    with zipfile.ZipFile(tmp_path / "training-annotation.zip", "w") as archive:
+        archive.write(tmp_path / "video/0001/77.json", "training/0001/77.json")
+    for path in (tmp_path / "video/0001").iterdir():
+        path.unlink()
+    assert len(list(load("vidstg", tmp_path))) == 2
+
+
 def test_archives_have_a_size_bound(tmp_path):
     with tarfile.open(tmp_path / "x.tar.gz", "w:gz") as archive:
         add(archive, "zeros", bytes(2**22))
@@ -999,6 +1036,7 @@ def test_broken_files_are_named_and_the_others_read(tmp_path):
     samples, errors = read("mmdocir", tmp_path / "docs")
     assert not samples and [e.where for e in errors] == ["row", "file", "page_indices"]
     mlvu(tmp_path / "mlvu")
+    (tmp_path / "mlvu/MLVU/json/9_summary.json").write_text("{")  # an open-ended task is not read
     (tmp_path / "mlvu/MLVU/json/2_needle.json").write_text("{")
     samples, errors = read("mlvu", tmp_path / "mlvu")
     assert len(samples) == 1 and errors[0].sample_id == "2_needle.json"

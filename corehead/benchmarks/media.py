@@ -6,8 +6,10 @@ import io
 import os
 import re
 import shutil
+import stat
 import tarfile
-import zlib
+import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -20,6 +22,7 @@ from ..samples import SampleError
 DPI = 144  # of rendered pages, as MMLongBench-Doc has it
 MOST_PIXELS = 10**8  # of one rendered page: a page that claims more is broken
 LONGEST = 768  # pixels of a frame's longer side: hundreds of frames are in memory at once
+ENDINGS = re.compile(r"\.(tar|tar\.gz|tgz|zip)$")
 GROWTH = 100  # times its own size that an archive may unpack to; pictures hardly shrink, text about tenfold
 
 
@@ -179,7 +182,7 @@ def video(
 
 
 def unpack(archive: Path) -> Path:
-    """Unpack a tar archive beside itself, once; the folder is the archive's name without endings.
+    """Unpack a tar or zip archive beside itself, once; the folder is the archive's name without endings.
 
     Nothing is written outside that folder, no links or devices are made, and no more than `GROWTH` times the archive's
     size or the free space of the disk is written. The folder appears when all of it is there.
@@ -188,7 +191,7 @@ def unpack(archive: Path) -> Path:
     ------
     ValueError : the archive is broken, or holds what it must not; nothing of it is left.
     """
-    folder = archive.with_name(re.sub(r"\.(tar|tgz)(\.gz)?$", "", archive.name))
+    folder = archive.with_name(ENDINGS.sub("", archive.name))
     if folder.is_dir():
         return folder
     part = folder.with_name(folder.name + ".part")
@@ -196,7 +199,7 @@ def unpack(archive: Path) -> Path:
     part.mkdir()
     left = min(GROWTH * archive.stat().st_size + 2**20, shutil.disk_usage(part).free)
     try:
-        with tarfile.open(archive) as members:
+        with _Zip(archive) if archive.suffix == ".zip" else tarfile.open(archive) as members:
             for member in members:
                 name = PurePosixPath(member.name)
                 if name.is_absolute() or ".." in name.parts:
@@ -207,14 +210,41 @@ def unpack(archive: Path) -> Path:
                 if left < 0:
                     raise ValueError(f"it unpacks to more than {GROWTH} times its size, or than the disk has room for")
                 members.extract(member, part, filter="data")
-    except (tarfile.TarError, OSError, EOFError, ValueError, zlib.error) as error:
+    except Exception as error:  # packed streams break in many ways
         shutil.rmtree(part)
         raise ValueError(f"the archive {archive} was not unpacked ({error}): download it again") from error
     part.rename(folder)
     return folder
 
 
+class _Zip:
+    """A zip archive, read as `tarfile` reads the others."""
+
+    def __init__(self, path: Path):
+        self.file = zipfile.ZipFile(path)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.file.close()
+
+    def __iter__(self) -> Iterator[tarfile.TarInfo]:
+        for entry in self.file.infolist():
+            member = tarfile.TarInfo(entry.filename)
+            member.size, kind = entry.file_size, stat.S_IFMT(entry.external_attr >> 16)
+            if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+                member.type = tarfile.SYMTYPE
+            elif entry.is_dir():
+                member.type = tarfile.DIRTYPE
+            yield member
+
+    def extract(self, member: tarfile.TarInfo, folder: Path, filter: str) -> None:
+        self.file.extract(member.name + "/" * (member.isdir() and not member.name.endswith("/")), folder)
+
+
 def unpack_all(folder: Path) -> None:
-    """Unpack every tar archive right in a folder that is not unpacked yet."""
-    for archive in sorted([*folder.glob("*.tar.gz"), *folder.glob("*.tar"), *folder.glob("*.tgz")]):
-        unpack(archive)
+    """Unpack every archive right in a folder that is not unpacked yet."""
+    for archive in sorted(folder.iterdir()):
+        if archive.is_file() and ENDINGS.search(archive.name):
+            unpack(archive)

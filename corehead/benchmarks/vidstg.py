@@ -48,7 +48,7 @@ def samples(
         raise FileNotFoundError(f"{error}; run `{GIT}` in the same folder for the annotations") from error
     fetch = f"run `{GIT} {folder}/VidSTG-Dataset` (splits {', '.join(SPLITS)})"
     [path, *_] = files(folder, f"{split}_annotations.json", fetch)
-    unpack_all(folder)
+    unpack_all(folder)  # VidOR comes as zip archives
     listed = json_list(path)
     at_hand = {p.name: p for kind in ("*.mp4", "*.json") for p in folder.rglob(kind)}
     groups: dict[str, list[tuple[str, object]]] = {}
