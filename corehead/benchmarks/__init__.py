@@ -53,7 +53,7 @@ def load(
 
     Raises
     ------
-    ValueError : no such benchmark or option.
+    ValueError : no such benchmark or option; an archive that must not be unpacked.
     FileNotFoundError : files of the split are missing; the message says how to fetch them.
     SampleError : a bad row, with ``errors="raise"``; it names the row, the field and the mend.
     """

@@ -186,12 +186,12 @@ _EXACT = re.compile(
     r"https?://|\.(py|ipynb)$|^page|^\d+([-\s]\d+)?$|[ap]\.m\.|^\d{4}[-/\s]\d{1,2}([-/\s]\d{1,2})?$"
     r"|^\d{1,2}[-/\s]\d{1,2}[-/\s]\d{2,4}$|^[\w.%+-]+@[\w.-]+\.[a-z]{2,}$"
 )  # addresses, files, dates, numbers: nearly right is wrong
-_UNITS = re.compile(r"\s*(miles?|million|billion|thousand|kg|meters|acres|minutes|feet|mm|m)$")
+_UNITS = re.compile(r"(?<=[\d\s])(miles?|million|billion|thousand|kg|meters|acres|minutes|feet|mm|m)$")
 
 
 def _bare(value: object) -> str:
     """A text in lower case without unit, brackets behind it, quotes, currency and per cent signs."""
-    text = _UNITS.sub("", str(value).lower().strip())
+    text = _UNITS.sub("", str(value).lower().strip()).strip()
     text = re.sub(r"\s*\([^)]*\)", "", text).strip()
     return text.strip("'\"").strip().lstrip("$£").rstrip("%").strip()
 
