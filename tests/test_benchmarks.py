@@ -418,6 +418,17 @@ def test_mmdocir_never_takes_another_document(tmp_path):
     assert "is of 'a', not of 'b'" in errors[0].problem and "missing" in errors[1].problem
 
 
+def test_mmdocir_a_broken_page_names_the_questions(tmp_path):
+    mmdocir(tmp_path)
+    [path] = tmp_path.glob("*.parquet")
+    cells = pq.read_table(path).to_pylist()
+    cells[3]["image_binary"] = cells[3]["image_binary"][:200]
+    parquet(path, cells)
+    samples, errors = read("mmdocir", tmp_path)
+    assert not samples
+    assert [(e.sample_id, e.where) for e in errors] == [("mmdocir-b-q0", "page 1"), ("mmdocir-b-q1", "page 1")]
+
+
 def test_mmdocir_documents_may_come_in_any_order(tmp_path):
     rows = [docir_row(), docir_row("a.pdf", 0, 1, [docir_question()])]
     samples, errors = read("mmdocir", mmdocir(tmp_path, rows))

@@ -91,7 +91,7 @@ def _question(id, values, document: Row, count: int, pages: list, decoded: list,
     for page in wanted:
         _inside(row, "page_id", page, count, len(pages))
     if not decoded:
-        fresh = [image(data, f"{document.id}", f"page {i}") for i, data in enumerate(pages)]
+        fresh = [image(data, id, f"page {i}") for i, data in enumerate(pages)]
         decoded.extend(fresh)
     layouts = []
     for entry in row.rows("layout_mapping"):
