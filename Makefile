@@ -10,12 +10,15 @@ BIN      := $(VENV)/bin
 READY    := $(VENV)/.ready
 # notebooks of the default profile are committed where they lie; other profiles' go beside their results
 OUT      := $(if $(filter testbed,$(PROFILE)),notebooks,data/results/$(PROFILE))
+# one YAML a profile; those of released checkpoints have another one in common
+PARAMS   := $(firstword $(wildcard notebooks/params/$(PROFILE).yaml notebooks/params/benchmarks/$(PROFILE).yaml))
+PARAMS   := $(strip $(if $(findstring /benchmarks/,$(PARAMS)),notebooks/params/benchmarks/shared.yaml) $(PARAMS))
 export HF_HUB_DISABLE_TELEMETRY := 1
 export HF_HUB_DISABLE_PROGRESS_BARS := 1
 
 help:  ## print this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
-	@echo 'PROFILE=name  takes notebooks/params/name.yaml;  LOCK=1  installs the exact versions of requirements.lock'
+	@echo 'PROFILE=name  takes name.yaml of notebooks/params;  LOCK=1  installs the exact versions of requirements.lock'
 
 setup: $(READY)  ## make .venv from pyproject.toml
 
@@ -25,12 +28,12 @@ $(READY): pyproject.toml
 	@touch $@
 
 reproduce: $(READY) $(if $(filter smollm2,$(PROFILE)),data/testbed/smollm2/training.json)  ## run the notebooks end to end and rewrite figures/
-	@test $(PROFILE) = testbed -o -f notebooks/params/$(PROFILE).yaml || { echo "no profile notebooks/params/$(PROFILE).yaml" >&2; exit 2; }
+	@test $(PROFILE) = testbed -o -n "$(PARAMS)" || { echo "no profile notebooks/params/$(PROFILE).yaml" >&2; exit 2; }
 	@mkdir -p $(OUT) data/cache
 	@set -e; for n in $(NOTEBOOKS); do \
 	  echo "== $$n ($(PROFILE))"; \
 	  $(BIN)/python -m papermill notebooks/$$n.ipynb data/cache/$$n.ipynb --cwd notebooks \
-	    $(if $(filter testbed,$(PROFILE)),,-f notebooks/params/$(PROFILE).yaml) --execution-timeout 7200 --no-progress-bar --log-level WARNING; \
+	    $(addprefix -f ,$(PARAMS)) --execution-timeout 86400 --no-progress-bar --log-level WARNING; \
 	  $(BIN)/python -m corehead.notebooks clean data/cache/$$n.ipynb; \
 	  mv data/cache/$$n.ipynb $(OUT)/$$n.ipynb; \
 	done

@@ -61,10 +61,12 @@ def evaluate(
     Returns
     -------
     DataFrame, one row a condition and sample in the order given: the condition (a named tuple gives one column a
-        field, any other name the column "condition"), sample, context (the first sample on the same context), the
+        field, any other name the column "condition"), sample, context (the first sample on the same context; its own
+        where nothing stands in front of the question, however the samples were packed), the
         columns of its `meta`, answer, prediction (the likeliest token at each place of the answer, the ones before it
         given), correct (all of them right), logprob (of the whole answer, nats), margin (first token: logit of the
-        answer less the best other logit); with new_tokens, written (the text) and the values of the samples' metrics.
+        answer less the best other logit); with new_tokens, written (the text) and, where a sample has a metric, its
+        values, of which correct then says whether the first is at least one half.
 
     Raises
     ------
@@ -90,6 +92,7 @@ def evaluate(
     marks: dict[str, str] = {}
     given: dict[str, dict] = {}  # meta of each sample, in the order given
     metrics: dict[str, Callable] = {}
+    bare: set[str] = set()
 
     def fresh():
         for i, item in enumerate(samples):
@@ -99,6 +102,8 @@ def evaluate(
             given[sample.id] = sample.meta
             if sample.metric is not None:
                 metrics[sample.id] = sample.metric
+            if _bare(sample):
+                bare.add(sample.id)
             marks[sample.id] = digest([item.ids, item.target] if isinstance(item, Tagged) else item)
             done = [rows[sample.id, key] for key in unique if (sample.id, key) in rows]
             if any(row["digest"] != marks[sample.id] for row in done):
@@ -124,13 +129,25 @@ def evaluate(
         label = name._asdict() if hasattr(name, "_asdict") else {} if conditions is None else {"condition": name}
         for sample, meta in given.items():
             row = rows[sample, key]
-            head = {"sample": sample, "context": row["context"], **meta, "answer": row["answer"]}
+            context = sample if sample in bare else row["context"]
+            head = {"sample": sample, "context": context, **meta, "answer": row["answer"]}
             values = {"prediction": row["prediction"], **{m: row[m] for m in METRICS}}
             if new_tokens:
                 values["written"] = row["written"]
-                values |= metrics[sample](row["written"]) if sample in metrics else {}
+                if sample in metrics:
+                    found = metrics[sample](row["written"])
+                    values |= found | {"correct": next(v for k, v in found.items() if k != "parsed") >= 0.5}
             out.append({**label, **head, **values})
     return pd.DataFrame(out)
+
+
+def _bare(sample: Sample) -> bool:
+    """Whether nothing stands in front of the question but what the chat template writes."""
+    if len(sample.messages) != 1:
+        return False
+    content = sample.messages[0]["content"]
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    return len(parts) == 1 and parts[0]["type"] == "text" and parts[0]["text"].startswith(sample.question or "")
 
 
 @torch.inference_mode()

@@ -21,8 +21,14 @@ from .stats import mean_interval
 from .tagging import Prompt, Tagged, to_image
 
 PALETTE = sns.color_palette("colorblind")
-DOMAIN = {"image": 0, "document": 1, "video": 2, "text": 4}
-MARKER = {"image": "o", "document": "s", "video": "^", "text": "D"}
+LOOKED_AT = {  # colour in the palette and marker of the tasks that look at pictures, documents, videos, text
+    (0, "o"): ("image", "copy_image", "refcocog"),
+    (1, "s"): ("document", "mmdocir", "mmlongbench", "mmlongbench-doc"),
+    (2, "^"): ("video", "vidstg", "mlvu"),
+    (4, "D"): ("text", "copy_text"),
+}
+DOMAIN = {task: colour for (colour, _), tasks in LOOKED_AT.items() for task in tasks}
+MARKER = {task: marker for (_, marker), tasks in LOOKED_AT.items() for task in tasks}
 KINDS = {  # of tokens, in the order of the strip's colour map
     "text": "#d9d9d9",
     "question": PALETTE[2],

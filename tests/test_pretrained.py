@@ -155,6 +155,9 @@ def test_facts_are_split_and_say_nothing_of_their_answer():
     asked = {split: {s.messages[0]["content"][0]["text"] for s in part} for split, part in parts.items()}
     assert not set.intersection(*asked.values()) and all(len(a) == 40 for a in asked.values())
     assert not [(q, a) for q, a in facts() if a.lower() in q.lower()]
+    [plain], [chat] = (samples("facts", n=1, ask=ask) for ask in ("", "Go on: "))
+    assert chat.messages[0]["content"][0]["text"] == "Go on: " + plain.messages[0]["content"][0]["text"]
+    assert plain.answer == " " + chat.answer
     with pytest.raises(ValueError, match="n=500"):
         samples("facts", n=500)
 

@@ -18,7 +18,9 @@ else:
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("0*.ipynb"))
-PROFILES = sorted((ROOT / "notebooks/params").glob("*.yaml"))
+PARAMS = ROOT / "notebooks/params"
+SHARED = PARAMS / "benchmarks/shared.yaml"  # by all profiles beside it
+PROFILES = sorted(p for p in PARAMS.glob("**/*.yaml") if p != SHARED)
 
 
 def cells(path, kind="code"):
@@ -53,6 +55,10 @@ def test_every_key_of_a_profile_is_a_parameter_somewhere(profile):
     """papermill only warns about a mistyped one."""
     known = set().union(*(parameters(path) for path in NOTEBOOKS))
     values = yaml.safe_load(profile.read_text())
+    if profile.parent == SHARED.parent:
+        shared = yaml.safe_load(SHARED.read_text())
+        assert not set(shared) & set(values)
+        values |= shared
     assert set(values) <= known and values["profile"] == profile.stem
 
 

@@ -154,8 +154,9 @@ def samples(
     questions: int = 1,
     pages: int = 2,
     repeat: int = 8,
+    ask: str = "",
 ) -> list[Sample]:
-    """Samples for the grafted model.
+    """Samples for the grafted model; facts can be asked of any language model.
 
     Parameters
     ----------
@@ -165,6 +166,7 @@ def samples(
     n, seed, questions : as in `corehead.testbed.samples`.
     pages : pictures, at least 2 (of a single one LLaVA-OneVision would also show crops); 35 names fill two.
     repeat : names that are said again before the model must go on.
+    ask : words in front of a fact that make a chat model complete it; its answer then begins without a blank.
 
     Returns
     -------
@@ -182,9 +184,11 @@ def samples(
         thirds = np.random.default_rng(0).permutation(len(known))[list(SPLITS).index(split) :: 3]
         if n > len(thirds):
             raise ValueError(f"n={n}: there are {len(thirds)} facts a split")
+        meta = {"domain": task}
         return [
-            Sample(f"facts-{split}-{seed}-{i}", [_user(known[i][0])], [], " " + known[i][1], meta={"domain": task})
+            Sample(f"facts-{split}-{seed}-{i}", [_user(ask + said)], [], answer if ask else f" {answer}", meta=meta)
             for i in rng.permutation(thirds)[:n]
+            for said, answer in [known[i]]
         ]
     if task not in TASKS:
         raise ValueError(f"task={task!r}: take one of {', '.join(map(repr, TASKS))}")
