@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
+import warnings
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,6 +25,7 @@ from transformers import (
 )
 from transformers.image_processing_utils import select_best_resolution
 from transformers.models.got_ocr2.image_processing_got_ocr2 import get_optimal_tiled_canvas
+from transformers.utils import cached_file
 
 
 @dataclass
@@ -329,7 +334,8 @@ class MLLM:
 
     @property
     def device(self) -> torch.device:
-        return self.model.get_input_embeddings().weight.device
+        """Where token ids go in; layers may be on others."""
+        return device_of(self.model.get_input_embeddings())
 
     @property
     def tokenizer(self) -> Any:
@@ -351,6 +357,204 @@ class MLLM:
         )
 
 
+GIB = 2**30
+ROWS = 2**13  # tokens that the decoder computes at once
+
+
+def device_of(module: torch.nn.Module) -> torch.device:
+    """Where a module computes: where its weights are, or where accelerate takes them to if they are offloaded."""
+    weight = next(module.parameters())
+    if not weight.is_meta:
+        return weight.device
+    hooks = (getattr(part, "_hf_hook", None) for part in module.modules())
+    return next((torch.device(h.execution_device) for h in hooks if h is not None), weight.device)
+
+
+def resident(model: torch.nn.Module, name: str, parameter: torch.Tensor) -> torch.Tensor:
+    """A parameter of a model, or, where it is offloaded, its copy in host memory or on disk."""
+    if not parameter.is_meta:
+        return parameter
+    owner, _, own = name.rpartition(".")
+    return model.get_submodule(owner)._hf_hook.weights_map[own]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What scoring takes, in bytes; `total` is their sum.
+
+    Attributes
+    ----------
+    weights : parameters and buffers.
+    cache : keys and values of all tokens in all layers.
+    features : embeddings of all tokens, with the vision tower's features for the first layers (deepstack).
+    work : one layer over one chunk, and the rows that are read: it does not grow with the context, except for one
+        layer's keys in float32.
+    """
+
+    weights: int
+    cache: int
+    features: int
+    work: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.cache + self.features + self.work
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{f} {getattr(self, f) / GIB:.1f}" for f in ("weights", "cache", "features", "work"))
+        return f"{self.total / GIB:.1f} GiB ({parts})"
+
+
+def memory(
+    source: str | Path | PretrainedConfig,
+    dtype: str | torch.dtype = "auto",
+    *,
+    tokens: int = 0,
+    revision: str | None = None,
+) -> Memory:
+    """What it takes to score a prompt, from the configuration alone: nothing is loaded.
+
+    Parameters
+    ----------
+    source : a checkpoint's folder or hub id, of which config.json is read, or a configuration.
+    dtype : as for `load`.
+    tokens : length of the context; 0 counts the weights alone.
+    revision : as for `load`.
+
+    Returns
+    -------
+    Memory, in bytes
+
+    Raises
+    ------
+    FileNotFoundError, ValueError : as `load`.
+
+    Examples
+    --------
+    >>> print(ch.models.memory("Qwen/Qwen3-VL-8B-Instruct", "bfloat16", tokens=131072))
+    """
+    config = source if isinstance(source, PretrainedConfig) else _find(str(source), revision)[0]
+    dtype = _dtype(config, dtype)
+    with torch.device("meta"):
+        model = _auto(config).from_config(config, dtype=dtype)
+    weights = sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
+    if not tokens:
+        return Memory(weights, 0, 0, 0)
+    text, size = config.get_text_config(), dtype.itemsize
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    keys = text.num_key_value_heads * head_dim * tokens  # of one layer
+    deepstack = getattr(getattr(config, "vision_config", None), "deepstack_visual_indexes", ())
+    rows, heads = min(tokens, ROWS), text.num_attention_heads * head_dim
+    layer = rows * (6 * text.hidden_size + 4 * heads + 3 * text.intermediate_size) * size
+    return Memory(
+        weights=weights,
+        cache=2 * text.num_hidden_layers * keys * size,
+        features=(1 + len(deepstack)) * tokens * text.hidden_size * size,
+        work=layer + 2 * 4 * keys + 4 * 4 * 2**26,  # float32: keys and their transpose, blocks of attention rows
+    )
+
+
+def _free(device: str) -> int:
+    """Bytes of free memory on a device; for "auto" on all of them."""
+    if device == "auto":
+        return sum(_free(f"cuda:{i}") for i in range(torch.cuda.device_count())) + _free("cpu")
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
+def _require_room(name: str, config: PretrainedConfig, dtype: str | torch.dtype, device: str) -> None:
+    """Raise MemoryError where the weights cannot fit; warn where they would be offloaded."""
+    need, free = memory(config, dtype).weights, _free(device)
+    if need > free:
+        raise MemoryError(
+            f"{name}: its weights take {need / GIB:.1f} GiB in {_dtype(config, dtype)}, but {device} has "
+            f"{free / GIB:.1f} GiB free. Take dtype='bfloat16', device='auto' (all GPUs and the host's memory), or a "
+            "smaller checkpoint"
+        )
+    gpus = torch.cuda.device_count() if device == "auto" else 0
+    if gpus and need > sum(_free(f"cuda:{i}") for i in range(gpus)):
+        warnings.warn(
+            f"{name}: its weights take {need / GIB:.1f} GiB, more than the {gpus} GPUs have free: some layers stay in "
+            "the host's memory, which is slow",
+            stacklevel=3,
+        )
+
+
+def _dtype(config: PretrainedConfig, dtype: str | torch.dtype) -> torch.dtype:
+    """A dtype by name; "auto" is the one that the checkpoint was saved in."""
+    found = (config.dtype or torch.float32) if dtype == "auto" else dtype
+    return getattr(torch, found) if isinstance(found, str) else found
+
+
+def _auto(config: PretrainedConfig):
+    multimodal = FAMILIES[config.model_type].name != "text"
+    return AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
+
+
+def _find(name: str, revision: str | None, trust_remote_code: bool = False) -> tuple[PretrainedConfig, Path]:
+    """The configuration of a folder or hub id of a supported architecture, and the folder that it lies in."""
+    folder = Path(name)
+    if not folder.is_dir() and (folder.is_absolute() or name.count("/") != 1 or name.startswith(("data/", "."))):
+        mend = "Give a checkpoint's folder, or a hub id"
+        if folder.with_name(f"{folder.name}.yaml").is_file():
+            mend = f"`make testbed MODELS={folder.name}` trains it"
+        raise FileNotFoundError(f"{name}: no such folder. {mend}")
+    try:
+        place = Path(cached_file(name, "config.json", revision=revision)).parent
+        config = AutoConfig.from_pretrained(
+            name, revision=_commit(place) or revision, trust_remote_code=trust_remote_code
+        )
+    except OSError as error:
+        said = str(error).splitlines()[0]
+        fetch = f"hf download {name}" + (f" --revision {revision}" if revision else "")
+        if "gated" in said:
+            mend = f"Ask for access at https://huggingface.co/{name}, then `hf auth login` and `{fetch}`"
+        elif "not a valid git identifier" in said:
+            mend = f"Take a branch, tag or commit that https://huggingface.co/{name}/tree/main lists"
+        else:
+            mend = f"With a network, `{fetch}` fetches it; without one, give the folder"
+        raise FileNotFoundError(f"{name}: cannot be loaded ({said}). {mend}") from error
+    except ValueError as error:  # an architecture that transformers does not know, with code of its own or without
+        raise ValueError(
+            f"{name}: its model_type is not supported; {', '.join(FAMILIES)} are. Code that a checkpoint brings along "
+            "is not run: take the checkpoint in transformers' own format (InternVL's end in -HF)"
+        ) from error
+    if config.model_type not in FAMILIES:
+        raise ValueError(f"{name}: model_type {config.model_type!r} is not supported; {', '.join(FAMILIES)} are")
+    return config, place
+
+
+def _commit(place: Path) -> str | None:
+    """The commit that a folder of the hub's cache holds."""
+    return place.name if place.parent.name == "snapshots" else None
+
+
+def _bad_file(folder: Path) -> str | None:
+    """What is wrong with the weight files of a folder, and the mend; None if nothing is."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    else:
+        files = sorted(folder.glob("*.safetensors"))
+    pickled = sorted(path.name for path in folder.glob("*.bin"))
+    if not files and pickled:
+        return (
+            f"it holds pickled weights alone ({pickled[0]}), and reading those can run code. Take a revision with "
+            f"safetensors, or, where you trust the file, let transformers convert it: from_pretrained({str(folder)!r}, "
+            f"use_safetensors=False).save_pretrained({str(folder)!r})"
+        )
+    for file in files:
+        if not file.is_file():
+            return f"{file.name} is missing, one of {len(files)} pieces. Fetch it again"
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except SafetensorError as error:
+            return f"{file.name} is damaged or cut off ({error}). Fetch it again"
+    return None
+
+
 def load(
     source: str | Path,
     *,
@@ -363,10 +567,11 @@ def load(
 
     Parameters
     ----------
-    source : a folder, or a hub id such as "Qwen/Qwen3-VL-8B-Instruct".
+    source : a folder, or a hub id such as "Qwen/Qwen3-VL-8B-Instruct". With HF_HUB_OFFLINE=1 the hub's cache is read
+        alone. Weights are read from safetensors only.
     dtype : "auto" (as saved), "float32", "bfloat16", "float16" or a torch dtype.
     device : "cpu", "cuda", "cuda:1" ..., or "auto" to spread the layers over what there is.
-    revision : branch, tag or commit on the hub.
+    revision : branch, tag or commit on the hub; None is its main branch. `MLLM.revision` is the commit.
     trust_remote_code : run code that the checkpoint brings along; off unless you say so.
 
     Returns
@@ -376,40 +581,26 @@ def load(
     Raises
     ------
     FileNotFoundError : no such folder, and not to be had from the hub.
-    ValueError : the architecture is not supported; the weights do not fit the architecture.
+    MemoryError : the weights do not fit on the device: see `memory`.
+    ValueError : the architecture is not supported; a file of weights is missing, damaged or no safetensors; the
+        weights do not fit the architecture.
     """
-    folder = Path(source)
     name = str(source)
-    if not folder.is_dir() and (folder.is_absolute() or name.count("/") != 1 or name.startswith(("data/", "."))):
-        mend = "Give a checkpoint's folder, or a hub id"
-        if folder.with_name(f"{folder.name}.yaml").is_file():
-            mend = f"`make testbed MODELS={folder.name}` trains it"
-        raise FileNotFoundError(f"{name}: no such folder. {mend}")
-    options = dict(revision=revision, trust_remote_code=trust_remote_code)
+    config, place = _find(name, revision, trust_remote_code)
+    commit = _commit(place) or revision  # a branch that moves meanwhile must not mix two commits
+    options = dict(revision=commit, trust_remote_code=trust_remote_code)
+    _require_room(name, config, dtype, device)
+    placement = {} if device == "cpu" else dict(device_map=device)
     try:
-        config = AutoConfig.from_pretrained(name, **options)
-    except OSError as error:
-        raise FileNotFoundError(
-            f"{name}: cannot be loaded ({str(error).splitlines()[0]}). "
-            f"With a network, `hf download {name}` fetches it; without one, give the folder"
-        ) from error
-    if config.model_type not in FAMILIES:
-        raise ValueError(f"{name}: model_type {config.model_type!r} is not supported; {', '.join(FAMILIES)} are")
-    multimodal = FAMILIES[config.model_type].name != "text"
-    auto = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
-    placement = dict(device_map="auto") if device == "auto" else {}
-    try:
-        model, info = auto.from_pretrained(
+        model, info = _auto(config).from_pretrained(
             name, dtype=dtype, use_safetensors=True, output_loading_info=True, **placement, **options
         )
     except Exception as error:  # safetensors and transformers raise many kinds for a bad file
-        raise ValueError(
-            f"{name}: the weights cannot be read ({error}). Fetch or train the checkpoint again"
-        ) from error
+        problem = _bad_file(place) or f"{error}. Fetch or train the checkpoint again"
+        raise ValueError(f"{name}: the weights cannot be read: {problem}") from error
     lacking = {k: sorted(info[k])[:3] for k in ("missing_keys", "mismatched_keys", "unexpected_keys") if info.get(k)}
     if lacking:
         raise ValueError(f"{name}: the weights do not fit the architecture: {lacking}. Fetch or train it again")
-    if device != "auto":
-        model = model.to(device)
+    multimodal = FAMILIES[config.model_type].name != "text"
     processor = (AutoProcessor if multimodal else AutoTokenizer).from_pretrained(name, **options)
-    return MLLM(model.eval(), processor, source=name, revision=revision or getattr(config, "_commit_hash", None))
+    return MLLM(model.eval(), processor, source=name, revision=commit)

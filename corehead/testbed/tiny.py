@@ -5,6 +5,9 @@ They know nothing; their geometry is real. Tests and the notebook on tagging nee
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
+
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -212,3 +215,31 @@ def tiny(family: str, *, real_tiles: bool = False, seed: int = 0, **options) -> 
         for projection in (layer.q_proj, layer.k_proj):
             torch.nn.init.normal_(projection.weight, std=0.25)
     return mllm
+
+
+def save(mllm: MLLM, root: str | Path, hub_id: str | None = None) -> Path:
+    """Write a checkpoint as the hub has it: configurations, safetensors in pieces with an index, processor files.
+
+    Parameters
+    ----------
+    mllm : a tiny model.
+    root : the folder; with a hub id, the folder that HF_HUB_CACHE names.
+    hub_id : "organisation/name", so that ``load(hub_id)`` finds it in the cache without a network.
+
+    Returns
+    -------
+    Path, the checkpoint's folder; with a hub id its name is the commit
+    """
+    root = Path(root)
+    if hub_id is None:
+        mllm.model.save_pretrained(root, max_shard_size="100KB")
+        mllm.processor.save_pretrained(root)
+        return root
+    repository = root / f"models--{hub_id.replace('/', '--')}"
+    fresh = save(mllm, repository / "snapshots" / "fresh")
+    files = sorted(file.read_bytes() for file in fresh.iterdir())
+    commit = hashlib.sha1(b"".join(files)).hexdigest()
+    folder = fresh.rename(fresh.with_name(commit))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    return folder
