@@ -160,6 +160,18 @@ def to_image(value: Any, sample_id: str, where: str) -> Image.Image:
     )
 
 
+def _same(a: Any, b: Any) -> bool:
+    """Whether two media are one object, or have the same content."""
+    if a is b or type(a) is not type(b):
+        return a is b
+    if isinstance(a, (str, os.PathLike)):
+        return a == b
+    try:
+        return a == b if isinstance(a, Image.Image) else bool(np.array_equal(a, b))
+    except Exception:  # what cannot be read is reported where it is read
+        return False
+
+
 def _join(parts: list[dict]) -> str:
     return "".join(part["text"] for part in parts)
 
@@ -170,8 +182,8 @@ class Prompt:
     Parameters
     ----------
     mllm, sample : what to process.
-    like : an earlier prompt. Where it has the same media (the same objects) behind the same text, their
-        preprocessing is not done again: only the text behind the last of them is tokenised.
+    like : an earlier prompt. Where it has the same media (the same objects, or equal ones) behind the same text,
+        their preprocessing is not done again: only the text behind the last of them is tokenised.
     """
 
     def __init__(self, mllm: MLLM, sample: Sample, like: Prompt | None = None):
@@ -215,7 +227,7 @@ class Prompt:
         return (
             like.mllm is self.mllm
             and len(like.raw) == len(self.raw) > 0
-            and all(a is b or (isinstance(a, (str, os.PathLike)) and a == b) for a, b in zip(like.raw, self.raw))
+            and all(map(_same, like.raw, self.raw))
             and like.metadata == self.metadata
             and like.before_text == self.before_text
         )

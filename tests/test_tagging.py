@@ -226,7 +226,14 @@ def test_media_are_processed_once_for_questions_that_share_them(mllm):
     assert np.array_equal(shared.ids, alone.ids) and np.array_equal(shared.place, alone.place)
     assert all(torch.equal(shared.inputs[k], v) for k, v in alone.inputs.items() if torch.is_tensor(v))
     assert np.array_equal(shared.tag().target, alone.tag().target)
-    assert not Prompt(mllm, ask(video_part(video.copy()), "first", image_part(image), "then"), like=first).shares
+    equal = ask(video_part(video.copy()), "first", image_part(image.copy()), "then", question="And where, if at all?")
+    assert Prompt(mllm, equal, like=first).shares
+    other = video.copy()
+    other[3, 0, 0, 0] ^= 1  # one pixel of one frame
+    assert not Prompt(mllm, ask(video_part(other), "first", image_part(image), "then"), like=first).shares
+    pixel = image.copy()
+    pixel.putpixel((3, 3), (0, 0, 0))
+    assert not Prompt(mllm, ask(video_part(video), "first", image_part(pixel), "then"), like=first).shares
     assert not Prompt(mllm, ask(video_part(video), "FIRST", image_part(image), "then"), like=first).shares
 
 
