@@ -17,7 +17,7 @@ import torch
 
 from .attention import Call, Edit, Layout, editing, laid_out, watching
 from .contexts import forward
-from .models import MLLM
+from .models import MLLM, device_of
 from .ranking import HeadRanking, HeadSet, random_heads
 from .samples import Sample
 from .store import digest
@@ -192,7 +192,7 @@ def edits_of(mllm: MLLM, ablations: Sequence[Ablation], rows: int = 1) -> dict[i
     outputs = reference.outputs(every) if mode == "resample" else {}
     found, modules = {}, mllm.attentions
     for layer, columns in _by_layer(every).items():
-        device = next(modules[layer].parameters()).device
+        device = device_of(modules[layer])
         values = None
         if mode == "mean":
             values = reference.means[layer].to(device)

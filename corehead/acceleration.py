@@ -24,7 +24,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin
 
 from .attention import CACHE, Call, hybrid, hybrid_in, waiting
-from .models import MLLM
+from .models import MLLM, device_of
 from .ranking import HeadSet
 from .store import digest
 
@@ -146,7 +146,7 @@ def applied(mllm: MLLM, condition: Acceleration) -> Iterator[list[Pattern]]:
     decoder, run = mllm.family.decoder(mllm.model), _Run()
     heads = condition.heads(mllm)
     patterns = [
-        Pattern(run, heads[i], mllm.n_kv_heads, condition.window, condition.sinks, next(module.parameters()).device)
+        Pattern(run, heads[i], mllm.n_kv_heads, condition.window, condition.sinks, device_of(module))
         for i, module in enumerate(mllm.attentions)
     ]
 
@@ -276,8 +276,8 @@ class Pattern:
         # place of a head's group among the whole ones
         place = np.cumsum(kept) - 1
         self.dense_place, self.mixed_place = (
-            torch.from_numpy(place[h.cpu().numpy() // self.size]).to(device)
-            for h in (self.dense_heads, self.mixed_heads)
+            torch.from_numpy(place[np.flatnonzero(h) // self.size]).to(device)
+            for h in (dense, kept.repeat(self.size) & ~dense)
         )
 
     def near(self, rows: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,7 @@ from inspect import signature
 from typing import Any
 
 import torch
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, LlamaModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -32,6 +33,7 @@ CACHE = "cache" if "cache" in signature(LlamaModel.forward).parameters else "pas
 _UNKNOWN = "pass tagged=, or run corehead's evaluate or score inside"
 # attention weights (float32) held at once while rows are read: what stays in a CPU's cache, what keeps a GPU busy
 BLOCK = {"cpu": 2**18, "cuda": 2**26}
+MASK = 2**26  # elements of a mask that is held at once
 
 
 @dataclass
@@ -200,7 +202,8 @@ class RowReader:
 
     Parameters
     ----------
-    rows : (R,) int64, query rows of the present chunk to read.
+    rows : (R,) int64, query rows to read, in order, counted from the first token that is fed. They may be fed in
+        several chunks, one behind the other.
     groups : (B, N, G) float32, membership of each key in each of G token groups.
 
     Attributes
@@ -213,26 +216,34 @@ class RowReader:
     groups: torch.Tensor
     sums: dict[int, torch.Tensor] = field(default_factory=dict)
     entropy: dict[int, torch.Tensor] = field(default_factory=dict)
+    _first: dict[int, int] = field(default_factory=dict)  # position of the first token that is fed, a layer
 
     def __call__(self, layer: int, call: Call, query, key, value, out, scaling: float, edits: list[Edit]) -> None:
-        allowed = call.allowed(self.rows)
-        query = query[:, :, self.rows]
+        past = call.first - self._first.setdefault(layer, call.first)  # tokens that were fed before
+        rows = self.rows.to(call.device)
+        if past or call.n < self.groups.shape[1]:
+            rows = rows[(rows >= past) & (rows < past + call.rows)] - past
+            if len(rows) == 0 and call.n < self.groups.shape[1]:
+                return
+        allowed, query = call.allowed(rows), query[:, :, rows]
+        groups = self.groups[:, : call.n].to(call.device)
 
         def read(allowed):
-            found = row_sums(query, key, self.groups, allowed, scaling)
+            found = row_sums(query, key, groups, allowed, scaling)
             if call.pattern is None:
                 return found
-            near = row_sums(query, key, self.groups, allowed & call.pattern.seen(call, self.rows), scaling)
+            near = row_sums(query, key, groups, allowed & call.pattern.seen(call, rows), scaling)
             dense = call.pattern.dense
             return torch.where(dense[:, None], found[0], near[0]), torch.where(dense, found[1], near[1])
 
         sums, entropy = read(allowed)
         for edit in edits:
             if edit.mode == "knockout":
-                edges, where = edit.cut(call, self.rows)
+                edges, where = edit.cut(call, rows)
                 fewer, less = read(allowed & ~edges)
                 sums, entropy = torch.where(where[..., None], fewer, sums), torch.where(where, less, entropy)
-        self.sums[layer], self.entropy[layer] = sums, entropy
+        for kept, new in (self.sums, sums), (self.entropy, entropy):
+            kept[layer] = torch.cat([kept[layer], new], 1) if layer in kept else new
 
 
 # by id of the attention module
@@ -303,7 +314,7 @@ def _knock_out(edit: Edit, call: Call, query, key, value, out, scaling: float) -
     out = out.clone()
     step = max(1, BLOCK.get(call.device.type, 2**24) // (len(query) * len(heads) * call.n))
     for i in range(0, len(rows), step):
-        part = rows[i : i + step]
+        part = rows_here[i : i + step]
         q = query[:, heads][:, :, part].float() * scaling
         weights = (q @ k.transpose(-1, -2)).masked_fill(~allowed[:, :, i : i + step], -torch.inf).softmax(-1)
         new = (weights @ v).transpose(1, 2).to(out.dtype)  # (B, r, h, D)
@@ -312,27 +323,49 @@ def _knock_out(edit: Edit, call: Call, query, key, value, out, scaling: float) -
     return out
 
 
-def _sdpa(module, query, key, value, attention_mask, dropout, scaling, **kwargs):
-    """Scaled dot-product attention, as transformers runs it; (B, R, H, D)."""
-    if attention_mask is not None and attention_mask.shape[1] == 1 and query.shape[2] < key.shape[2]:
-        # a short chunk behind a cache: the query heads of a KV head become rows, so that the cache is not repeated
-        b, h, r, d = query.shape
-        packed = query.reshape(b, key.shape[1], -1, d)
-        mask = attention_mask[..., : key.shape[2]].repeat(1, 1, h // key.shape[1], 1)
-        out = scaled_dot_product_attention(packed, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
-        return out.view(b, h, r, -1).transpose(1, 2).contiguous()
-    return sdpa_attention_forward(
-        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-    )[0]
+def _sdpa(module, call: Call, query, key, value, attention_mask, dropout, scaling, **kwargs):
+    """Scaled dot-product attention; (B, R, H, D)."""
+    whole, mask = call.rows == call.n, attention_mask
+    if (whole or call.rows == 1) if mask is None else mask.dim() == 4 and (whole or mask.shape[1] > 1):
+        return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)[0]
+    return _behind(call, query, key, value, dropout, scaling)
+
+
+def _behind(call: Call, query, key, value, dropout: float, scaling: float | None) -> torch.Tensor:
+    """Attention of a chunk behind a cache, or under padding, (B, R, H, D): no mask of more than MASK elements.
+
+    The query heads of a KV head become rows, so that the cache is not repeated.
+    """
+    (b, h, r, _), groups, n = query.shape, key.shape[1], call.n
+    options = dict(dropout_p=dropout, scale=scaling)
+    if call.mask is None and query.is_cuda and query.element_size() == 2:  # flash attention
+        mask = causal_lower_right(r, n)
+        out = scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=h > groups, **options)
+        return out.transpose(1, 2).contiguous()
+    out = query.new_empty(b, r, h, value.shape[-1])
+    packed = query.unflatten(1, (groups, -1))  # (B, Hkv, g, R, D)
+    step = max(1, MASK // (h // groups * n * (1 if call.mask is None else len(call.mask))))
+    for i in range(0, r, step):
+        rows = torch.arange(i, min(i + step, r), device=call.device)
+        if call.mask is not None and call.mask.dim() == 4:
+            mask = call.mask[:, :, rows, :n]
+        else:  # padding sees itself, so that it is no NaN
+            itself = torch.arange(n, device=call.device) == (call.first + rows)[:, None]
+            mask = (call.allowed(rows) | itself)[:, None]
+        part, mask = packed[:, :, :, i : i + step].flatten(2, 3), mask.repeat(1, 1, h // groups, 1)
+        found = scaled_dot_product_attention(part, key, value, attn_mask=mask, **options)
+        out[:, i : i + step] = found.unflatten(2, (h // groups, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+    return out
 
 
 def attention_forward(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
     """SDPA, or the module's hybrid pattern, with the edits and the readers that wait for it."""
     edits, watchers = _EDITS.get(id(module), ()), _WATCHERS.get(id(module), ())
     pattern = _PATTERNS.get(id(module))
-    if not edits and not watchers and pattern is None:
-        return _sdpa(module, query, key, value, attention_mask, dropout, scaling, **kwargs), None
     (b, _, r, d), n = query.shape, key.shape[2]
+    if not edits and not watchers and pattern is None:
+        call = Call(b, n - r, r, n, attention_mask, query.device, None)
+        return _sdpa(module, call, query, key, value, attention_mask, dropout, scaling, **kwargs), None
     if hasattr(key, "kept"):  # the layer of a split cache, which holds the keys before these
         n += key.kept.n
     scale = d**-0.5 if scaling is None else scaling
@@ -343,7 +376,7 @@ def attention_forward(module, query, key, value, attention_mask, dropout=0.0, sc
         if edit.mode == "uniform":
             query = query.masked_fill(edit.where(call).transpose(1, 2)[..., None], 0)
     if pattern is None:
-        out = _sdpa(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+        out = _sdpa(module, call, query, key, value, attention_mask, dropout, scaling, **kwargs)
     else:
         out = pattern.attend(call, query, key, value, scale)
     for edit in edits:

@@ -15,14 +15,16 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
-from .attention import CACHE, Layout
-from .models import MLLM
+from .attention import CACHE, HYBRID, Layout, own_attention
+from .models import MLLM, ROWS
 from .samples import Sample, SampleError
 from .tagging import PER_TOKEN, Prompt, Tagged, collate, pad_id, to_model
 
 NULL = "N/A"
 MOST = 32  # questions behind one context in one chunk
+FULL = 2**17  # tokens of the contexts of a batch, padding included: what their keys and values may take
 
 
 @dataclass
@@ -155,7 +157,7 @@ def batches(
     Parameters
     ----------
     mllm, samples : the model and what to tag; a `Tagged` must name its sample.
-    batch_size : contexts in a batch.
+    batch_size : contexts in a batch; fewer where they would have more than FULL tokens.
     null : give every sample also a block with the question "N/A".
     fail : what to do with the error of a sample that cannot be tagged; None raises it.
     """
@@ -166,7 +168,8 @@ def batches(
             kind = context.prefix is not None, int(2 * math.log2(context.shared or len(context.members[0].ids)))
             queue = waiting.setdefault(kind, [])
             queue.append(context)
-            if len(queue) == batch_size:
+            longest = max(len(c.members[0].ids) for c in queue)
+            if len(queue) == batch_size or (len(queue) + 1) * longest > FULL:
                 yield waiting.pop(kind)
     yield from waiting.values()
 
@@ -263,6 +266,70 @@ class _Decoded(Exception):
     """Raised where the decoder would begin."""
 
 
+def prefill(mllm: MLLM, inputs: dict[str, Any]) -> None:
+    """`forward`, ROWS tokens at a time where there are more, so that activations do not grow with the context.
+
+    The attention function is called for each chunk behind the chunks before it. Nothing holds N x N elements, and
+    there are no logits at all: peak memory is that of keys, values and embeddings, and of one chunk.
+    """
+    length = inputs["input_ids"].shape[1]
+    if length <= ROWS:
+        forward(mllm, inputs)
+        return
+    past = inputs.get(CACHE) or room_for(mllm, length)
+    feed = embedded(mllm, {k: v for k, v in inputs.items() if k != CACHE})
+    before = past.get_seq_length()
+    with own_attention(mllm, HYBRID):
+        for i in range(0, length, ROWS):
+            part = _chunk(feed, i, min(i + ROWS, length), before)
+            mllm.family.decoder(mllm.model)(**part, **{CACHE: past}, use_cache=True)
+
+
+def _chunk(feed: dict[str, Any], i: int, j: int, before: int) -> dict[str, Any]:
+    """The decoder's inputs of the tokens i ... j - 1, `before` cached ones in front of the first."""
+    mask = feed.get("attention_mask")
+    part = dict(inputs_embeds=feed["inputs_embeds"][:, i:j], position_ids=feed["position_ids"][..., i:j])
+    if mask is not None:
+        rows = mask if mask.dim() == 2 else mask[:, :, i:j]
+        part["attention_mask"] = rows[..., : before + j]
+    visual = feed.get("visual_pos_masks")
+    if visual is not None and feed.get("deepstack_visual_embeds") is not None:
+        order = visual.flatten().cumsum(0).view(visual.shape) - 1  # of the visual tokens among all of the batch
+        own = order[:, i:j][visual[:, i:j]]
+        part["visual_pos_masks"] = visual[:, i:j]
+        part["deepstack_visual_embeds"] = [x[own.to(x.device)] for x in feed["deepstack_visual_embeds"]]
+    return part
+
+
+class _Room(DynamicLayer):
+    """A layer of a cache with memory for `room` tokens from the start: chunks are written, nothing is copied."""
+
+    def __init__(self, room: int):
+        super().__init__()
+        self.room = room
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        n, new = self.get_seq_length(), (key_states, value_states)
+        end = n + key_states.shape[2]
+        if end > self.room or key_states.requires_grad:  # autograd would miss what was there before
+            self.room = 0
+            return super().update(key_states, value_states)
+        if not n:
+            self.lazy_initialization(key_states, value_states)
+            self.buffers = [x.new_empty(*x.shape[:2], self.room, x.shape[3]) for x in new]
+        for buffer, x in zip(self.buffers, new):
+            buffer[:, :, n:end] = x
+        self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
+        return self.keys, self.values
+
+
+def room_for(mllm: MLLM, tokens: int) -> DynamicCache:
+    """An empty cache with memory for `tokens` tokens."""
+    cache = DynamicCache(config=mllm.text_config)
+    cache.layers, cache.layer_class_to_replicate = [_Room(tokens) for _ in cache.layers], None
+    return cache
+
+
 def embedded(mllm: MLLM, inputs: dict[str, Any]) -> dict[str, Any]:
     """What the decoder gets for the model's inputs: embeddings with the visual features in, masks, positions."""
     caught = {}
@@ -278,6 +345,8 @@ def embedded(mllm: MLLM, inputs: dict[str, Any]) -> dict[str, Any]:
         pass
     finally:
         handle.remove()
+    if "inputs_embeds" not in caught:  # a plain language model hands the ids on
+        caught["inputs_embeds"] = mllm.model.get_input_embeddings()(caught.pop("input_ids"))
     return {k: v for k, v in caught.items() if k not in ("use_cache", CACHE)}
 
 
@@ -285,8 +354,8 @@ def behind_prefix(mllm: MLLM, packed: Packed) -> dict[str, Any]:
     """Model inputs of the chunk, with the cache of the prefixes, which run now."""
     if packed.prefix is None:
         return packed.feed
-    cache = DynamicCache(config=mllm.text_config)
-    forward(mllm, packed.prefix | {CACHE: cache})
+    cache = room_for(mllm, packed.before + packed.feed["input_ids"].shape[1])
+    prefill(mllm, packed.prefix | {CACHE: cache})
     return packed.feed | {CACHE: cache}
 
 

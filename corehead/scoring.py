@@ -24,8 +24,8 @@ import xarray as xr
 from tqdm.auto import tqdm
 
 from .attention import Layout, edited, laid_out, own_attention, reading
-from .contexts import Context, Packed, batches, behind_prefix, forward, pack
-from .models import MLLM
+from .contexts import Context, Packed, batches, behind_prefix, forward, pack, prefill
+from .models import MLLM, resident
 from .ranking import HeadRanking
 from .samples import Sample, SampleError
 from .store import Store, digest
@@ -114,8 +114,8 @@ def score(
     Parameters
     ----------
     mllm : the model.
-    samples : any iterable. Samples that follow each other with the same media objects (or the same text) in front of
-        the question share one prefill.
+    samples : any iterable. Samples that follow each other with the same media (or the same text) in front of the
+        question share one prefill.
     batch_size : contexts that run at once, padded on the left.
     null : also run the question "N/A", which the "calibrated" variant needs. Not for `Tagged` input.
     store : a folder that keeps every finished batch; None keeps nothing.
@@ -211,7 +211,8 @@ def attention_map(mllm: MLLM, tagged: Tagged, query: str = "last") -> np.ndarray
 
 def provenance(mllm: MLLM, **options) -> dict:
     """What determines a table of scores: the model, its weights and preprocessing, the versions, the options."""
-    weights = {name: p.detach().flatten()[:8].float().tolist() for name, p in mllm.model.named_parameters()}
+    named = ((name, resident(mllm.model, name, p)) for name, p in mllm.model.named_parameters())
+    weights = {name: p.detach().flatten()[:8].float().tolist() for name, p in named}
     settings = mllm.processor.to_json_string() if hasattr(mllm.processor, "to_json_string") else "{}"
     return dict(
         model=mllm.source,
@@ -276,7 +277,7 @@ def _read(mllm: MLLM, feed: dict, packed: Packed) -> dict:
         wanted[c, k] = {query: packed.rows(c, k, tokens) for query, tokens in _query_sets(tagged).items()}
     rows = np.unique(np.concatenate([r for sets in wanted.values() for r in sets.values()]))
     with reading(mllm, torch.from_numpy(rows).to(mllm.device), groups.to(mllm.device)) as reader:
-        forward(mllm, feed)
+        prefill(mllm, feed)
     sums = torch.stack([reader.sums[i].cpu() for i in range(mllm.n_layers)]).numpy()  # (L, B, R, H, G)
     entropy = torch.stack([reader.entropy[i].cpu() for i in range(mllm.n_layers)]).numpy()
     out = {}

@@ -11,11 +11,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import FAMILIES, ask, film, image_part, picture, tiny, video_part
+from transformers import Qwen3VLConfig
 
 import corehead as ch
-from corehead.attention import BLOCK, row_sums
-from corehead.contexts import null_sample
+from corehead import testbed
+from corehead.attention import BLOCK, CACHE, HYBRID, own_attention, row_sums
+from corehead.contexts import batches, null_sample, room_for
+from corehead.models import memory
 from corehead.scoring import QUERIES
+from corehead.speed import GEOMETRIES
 
 EVERY = [*FAMILIES, "llama", "qwen3"]
 
@@ -106,6 +110,145 @@ def test_rows_in_blocks_are_the_same_rows(monkeypatch):
         sums, entropy = row_sums(query, key, groups, mask, 8**-0.5)
         torch.testing.assert_close(sums, torch.einsum("bhrn,bng->brhg", expected, groups))
         torch.testing.assert_close(entropy, torch.special.entr(expected).sum(-1).transpose(1, 2))
+
+
+def in_chunks(monkeypatch, rows: int, elements: int):
+    """Prefill and masks in small pieces."""
+    monkeypatch.setattr("corehead.contexts.ROWS", rows)
+    monkeypatch.setattr("corehead.attention.MASK", elements)
+
+
+@pytest.mark.parametrize("family", EVERY)
+@pytest.mark.parametrize("rows", [1, 7, 64])
+def test_chunked_prefill_is_the_whole_one(family, rows, monkeypatch):
+    """Shared contexts, sequences that run alone, padding, knockout, hybrid attention: the same table."""
+    mllm = tiny(family)
+    samples = samples_for(mllm) if rows > 1 else samples_for(mllm)[-2:]
+    heads = [(0, 1), (1, 3)]
+
+    def tables():
+        yield ch.score(mllm, samples, progress=False, on_error="raise")
+        yield ch.score(mllm, samples, batch_size=1, progress=False)
+        with ch.ablate(mllm, heads, mode="knockout"):
+            yield ch.score(mllm, samples, progress=False)
+        with ch.accelerate(mllm, heads, window=9, sinks=2):
+            yield ch.score(mllm, samples, progress=False)
+
+    whole = list(tables())
+    calls = []
+    count = mllm.attentions[0].register_forward_pre_hook(
+        lambda module, args, kwargs: calls.append(kwargs["hidden_states"].shape[1]), with_kwargs=True
+    )
+    try:
+        in_chunks(monkeypatch, rows, 500)
+        for a, b in zip(whole, tables()):
+            assert_same(a, b)
+    finally:
+        count.remove()
+    assert max(calls) <= rows
+
+
+def test_batches_end_where_their_contexts_have_many_tokens(monkeypatch):
+    mllm = tiny("llama")
+    samples = [ask(f"record {i}: ", "alpha is 5. " * 9, id=f"s{i}", evidence=[]) for i in range(6)]
+    [whole] = batches(mllm, samples, 16)
+    monkeypatch.setattr("corehead.contexts.FULL", 2 * len(whole[0].members[0].ids))
+    assert [len(batch) for batch in batches(mllm, samples, 16)] == [2, 2, 2]
+
+
+def peak_bytes(function) -> int:
+    """Peak of what torch allocates on the CPU during a call, inside its operations too."""
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:
+        function()
+    events = [e for e in profile.kineto_results.events() if e.name() == "[memory]"]
+    return int(np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]).max())
+
+
+def test_memory_grows_by_keys_values_and_embeddings_alone(monkeypatch):
+    """And at the geometry of Qwen3-VL-8B, 128k tokens fit a GPU of 80 GB."""
+    in_chunks(monkeypatch, 128, 2**17)
+    monkeypatch.setattr("corehead.models.ROWS", 128)
+    monkeypatch.setitem(BLOCK, "cpu", 2**12)
+    text = dict(hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=8)
+    mllm = testbed.tiny("qwen3_vl", text=text | dict(num_key_value_heads=4, head_dim=32))
+
+    def run(n: int) -> tuple[int, int]:
+        words = ["alpha is 5. ", "filler. " * n]
+        tagged = mllm.tag(ask(*words, question="alpha?", evidence=[ch.Span("alpha is 5")]))
+        return len(tagged.ids), peak_bytes(
+            lambda: ch.score(mllm, [tagged], null=False, progress=False, on_error="raise")
+        )
+
+    run(20)
+    tokens, peaks = zip(*(run(n) for n in (120, 200, 280)))
+    slopes = np.diff(peaks) / np.diff(tokens)
+    assert abs(slopes[1] / slopes[0] - 1) < 0.02  # linear
+    keys_and_values = 2 * 4 * 4 * 32 * 4  # layers, KV heads, head_dim, float32
+    assert memory(mllm.model.config, tokens=1000).cache == 1000 * keys_and_values
+    rest = slopes[1] - keys_and_values - 192 * 4  # embeddings; then ids, masks, positions, groups
+    assert 0 < rest < 150
+
+    monkeypatch.undo()
+    released = Qwen3VLConfig(
+        text_config=GEOMETRIES["qwen3-vl-8b"][1],
+        vision_config=dict(out_hidden_size=4096, deepstack_visual_indexes=[8, 16, 24]),
+        tie_word_embeddings=False,
+    )
+    need = memory(released, "bfloat16", tokens=2**17)
+    assert abs(need.weights / 2 / 8.77e9 - 1) < 0.01 and need.cache == 18 * 2**30
+    assert need.total < 50e9 < 80e9
+
+
+def test_prompts_behind_a_cache_are_causal_without_a_mask():
+    """Chunks of any length by corehead's attention under transformers' own prefill."""
+    mllm = tiny("llama")
+    ids = torch.arange(3, 43)[None].repeat(2, 1)
+    pad = torch.ones_like(ids)
+    pad[0, :9] = 0
+    with torch.inference_mode():
+        for mask in (None, pad):
+            whole = mllm.model(input_ids=ids, attention_mask=mask).logits
+            cache, found = room_for(mllm, 30), []  # too little room: it grows
+            with own_attention(mllm, HYBRID):
+                for i, j in ((0, 7), (7, 8), (8, 40)):
+                    seen = None if mask is None else mask[:, :j]
+                    places = None if mask is None else (mask.cumsum(1) - 1).clamp(min=0)[:, i:j]
+                    more = {CACHE: cache, "position_ids": places}
+                    found.append(mllm.model(input_ids=ids[:, i:j], attention_mask=seen, **more).logits)
+            if mask is not None:
+                places = (mask.cumsum(1) - 1).clamp(min=0)
+                whole = mllm.model(input_ids=ids, attention_mask=mask, position_ids=places).logits
+            real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+            torch.testing.assert_close(torch.cat(found, 1)[real], whole[real], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_questions_on_equal_media_share_one_prefill(mllm, copied):
+    """Five questions on one document: its pages go through the vision tower once, whoever holds the objects."""
+    pages = [picture(60, 90), picture(50, 60, seed=2)]
+    samples = [
+        ask(
+            *(image_part(p.copy() if copied else p) for p in pages),
+            id=f"q{i}",
+            question=f"Where is {i}?",
+            evidence=[ch.Pages([i % 2])],
+        )
+        for i in range(5)
+    ]
+    [[context]] = batches(mllm, samples, 16, null=True)
+    assert len(context.members) == 5 and context.shared > len(context.members[0].visual)
+    runs = []
+    tower = mllm.model.model.visual if mllm.family.name == "qwen3_vl" else mllm.model.model.vision_tower
+    count = tower.register_forward_hook(lambda *given: runs.append(1))
+    try:
+        together = ch.score(mllm, samples, progress=False)
+        assert len(runs) == 1
+    finally:
+        count.remove()
+    for i, sample in enumerate(samples):
+        alone = ch.score(mllm, [sample], progress=False).data
+        for name in alone.data_vars:
+            np.testing.assert_allclose(together.data[name][i], alone[name][0], atol=1e-5)
 
 
 def test_the_model_is_left_as_it_was(mllm):
