@@ -6,6 +6,9 @@ Prefill and decode apart; medians, after a warm-up. Beside each time stands its 
 the rate of a large matrix product, or the counted bytes at the rate at which a large product of one row with a matrix
 reads, both measured in the same process.
 Random weights serve speed alone. The vision tower, whose work is the same either way, runs before the clock.
+
+*Scoring* (scoring-*.csv), chunk by chunk, beside one plain forward pass over the same pages, both from pixels on: time,
+peak memory, and the memory that is counted from the configuration.
 """
 
 from __future__ import annotations
@@ -31,10 +34,11 @@ from .acceleration import Acceleration, HybridLayer, Pattern, applied
 from .attention import CACHE, HYBRID, attention_forward
 from .bench import in_fresh_process, machine, print_peak, write
 from .contexts import embedded
-from .models import MLLM, load
+from .models import MLLM, load, memory
 from .ranking import HeadRanking
-from .samples import Sample
-from .tagging import to_model
+from .samples import Pages, Sample
+from .scoring import score
+from .tagging import Tagged, to_model
 from .testbed.generator import samples
 from .testbed.tiny import tiny
 
@@ -68,7 +72,7 @@ GEOMETRIES: dict[str, tuple[str, dict]] = {
     ),
 }
 PAGE = {"qwen3_vl": 512, "internvl": 448, "llava_onevision": 384}  # pixels; 256, 256 and 730 tokens
-PARTS = ("counted", "prefill", "decode", "testbed")
+PARTS = ("counted", "prefill", "decode", "scoring", "testbed")
 SHARES = (0.05, 0.1, 0.2, 0.5)
 
 
@@ -105,22 +109,28 @@ def build(geometry: str, device: str = "cpu", dtype: torch.dtype = torch.float32
         torch.set_default_dtype(before)
 
 
-@torch.inference_mode()
-def prompt(mllm: MLLM, tokens: int) -> dict:
-    """The decoder's inputs for pages and a question of `tokens` tokens in all, the vision tower's features in them."""
+def pages(mllm: MLLM, tokens: int) -> Tagged:
+    """A question on pages, `tokens` tokens in all; the first page is the evidence."""
     side = PAGE[mllm.family.name]
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8))
 
-    def read(pages: int, letters: int) -> dict:
-        content = [{"type": "image", "image": picture}] * pages + [{"type": "text", "text": "?" * letters}]
-        return to_model(mllm.tag(Sample("pages", [{"role": "user", "content": content}])).inputs, mllm)
+    def read(pages: int, letters: int) -> Tagged:
+        texts = [{"type": "text", "text": text} for text in ("." * letters, "Which page is it?")]
+        content = [{"type": "image", "image": picture}] * pages + texts
+        return mllm.tag(Sample("pages", [{"role": "user", "content": content}], [Pages([0])]))
 
-    two, three = (read(n, 1)["input_ids"].shape[1] for n in (2, 3))
-    pages = max(2, 2 + (tokens - two) // (three - two))
-    fill = 1 + tokens - two - (pages - 2) * (three - two)  # a token a letter
+    two, three = (len(read(n, 1).ids) for n in (2, 3))
+    count = max(2, 2 + (tokens - two) // (three - two))
+    fill = 1 + tokens - two - (count - 2) * (three - two)  # a token a letter
     if fill < 1:
         raise ValueError(f"tokens={tokens}: two pages and a question have {two}, so take at least as many")
-    return embedded(mllm, read(pages, fill))
+    return read(count, fill)
+
+
+@torch.inference_mode()
+def prompt(mllm: MLLM, tokens: int) -> dict:
+    """The decoder's inputs for pages and a question of `tokens` tokens in all, the vision tower's features in them."""
+    return embedded(mllm, to_model(pages(mllm, tokens).inputs, mllm))
 
 
 def seconds(run: Callable[[], object], device: str) -> float:
@@ -380,6 +390,59 @@ def decode_rows(mllm: MLLM, tokens: int, which: list[Way], window: int, sinks: i
     return rows
 
 
+@torch.inference_mode()
+def read_plainly(mllm: MLLM, tagged: Tagged) -> None:
+    """One forward pass over the whole prompt, as transformers runs it, with its cache."""
+    mllm.model(**to_model(tagged.inputs, mllm), use_cache=True, logits_to_keep=1)
+
+
+def read_rows(mllm: MLLM, tagged: Tagged) -> None:
+    """Score the question; no null question, so that the prompt runs once."""
+    score(mllm, [tagged], null=False, progress=False, on_error="raise")
+
+
+READERS = {"plain": read_plainly, "score": read_rows}
+
+
+def scoring_rows(mllm: MLLM, tagged: Tagged, repeats: int) -> list[dict]:
+    """Time and memory of scoring beside a plain forward pass, both from pixels on; NaN where memory does not suffice.
+
+    "counted MiB" is what `corehead.models.memory` says of scoring, weights left out.
+    """
+    device = mllm.device.type
+
+    def run(way: str) -> dict:
+        if device == "cpu":
+            return {"seconds": seconds(lambda: READERS[way](mllm, tagged), device)}
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        try:
+            taken = seconds(lambda: READERS[way](mllm, tagged), device)
+        except torch.OutOfMemoryError:
+            return {"seconds": float("nan"), "peak MiB": float("nan")}
+        return {"seconds": taken, "peak MiB": (torch.cuda.max_memory_allocated() - before) / 2**20}
+
+    results = in_turn({way: lambda way=way: run(way) for way in READERS}, repeats)
+    need = memory(mllm.model.config, mllm.model.dtype, tokens=len(tagged.ids))
+    rows = []
+    for way in READERS:
+        row = {"tokens": len(tagged.ids), "way": way, "seconds": _median(results[way], "seconds")}
+        row["time / plain"] = statistics.median(
+            a["seconds"] / b["seconds"] for a, b in zip(results[way], results["plain"])
+        )
+        if device != "cpu":
+            row["peak MiB"] = _median(results[way], "peak MiB")
+        rows.append(row | {"counted MiB": (need.total - need.weights) / 2**20, "repeats": repeats})
+    return rows
+
+
+def print_reader_memory(geometry: str, tokens: int, way: str) -> None:
+    """Print the peak in MiB of one way of `scoring_rows`."""
+    mllm = build(geometry)
+    tagged = pages(mllm, tokens)
+    print_peak(lambda: READERS[way](mllm, tagged))
+
+
 def cpu_peak(geometry: str, tokens: int, way: Way, window: int, sinks: int) -> float:
     """Peak memory in MiB of a prompt above the loaded model and its input, in a fresh process; Linux."""
     given = geometry, tokens, way.name, way.share, window, sinks
@@ -432,12 +495,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--sinks", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--testbed", default="data/testbed/qwen3vl-s-long")
-    parser.add_argument("--only", nargs="+", default=PARTS, choices=PARTS)
+    parser.add_argument("--only", nargs="+", choices=PARTS, help="all; without scoring on a CPU, which bench.py times")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA device is at hand: leave --device out to time the CPU")
     out, cpu = Path(options.out), options.device == "cpu"
     out.mkdir(parents=True, exist_ok=True)
+    only = options.only or [part for part in PARTS if not (cpu and part == "scoring")]
     window = options.window or (256 if cpu else 2048)
     lengths = options.lengths or [2**i for i in (range(10, 15) if cpu else range(13, 18))]
     released = [name for name in GEOMETRIES if name != "cpu"]
@@ -450,22 +514,31 @@ def main(arguments: list[str] | None = None) -> None:
         sinks=options.sinks,
     )
 
-    if "counted" in options.only:
+    if "counted" in only:
         rows = [row for g in released for row in counted_rows(g, [2**i for i in range(13, 18)], ways(), 2048, 16)]
         more = dict(machine="none: counted", window=2048, sinks=16)
         write(out, "acceleration-counted", rows, card | more | dict(geometries={g: GEOMETRIES[g] for g in released}))
     geometries = options.geometry or (["cpu"] if cpu else released)
-    tables: dict[str, list[dict]] = {"prefill": [], "decode": []}
+    tables: dict[str, list[dict]] = {"prefill": [], "decode": [], "scoring": []}
     for geometry in geometries:
-        if {"prefill", "decode"} & set(options.only):
+        if set(tables) & set(only):
             mllm = build(geometry, options.device, torch.float32 if cpu else torch.bfloat16)
         for tokens in lengths:
             for name, rows in tables.items():
-                if name not in options.only:
+                if name not in only:
                     continue
-                subject = prompt(mllm, tokens) if name == "prefill" else tokens
-                function = prefill_rows if name == "prefill" else decode_rows
-                found = function(mllm, subject, ways(), *given)
+                if name == "prefill":
+                    found = prefill_rows(mllm, prompt(mllm, tokens), ways(), *given)
+                elif name == "decode":
+                    found = decode_rows(mllm, tokens, ways(), *given)
+                else:
+                    found = scoring_rows(mllm, pages(mllm, tokens), options.repeats)
+                if cpu and name == "scoring":
+                    for row in found:
+                        code = (
+                            f"from corehead import speed; speed.print_reader_memory{(geometry, tokens, row['way'])!r}"
+                        )
+                        row["peak MiB"] = in_fresh_process(code)
                 if cpu and name == "prefill":
                     for row, way in zip(found, ways()):
                         if way.name in ("dense", "hybrid 10%", "streaming"):
@@ -473,9 +546,10 @@ def main(arguments: list[str] | None = None) -> None:
                 rows += [{"geometry": geometry} | row for row in found]
                 print(pd.DataFrame(found).round(3).to_string(), flush=True)
                 more = dict(geometries={g: GEOMETRIES[g] for g in geometries})
-                write(out, f"acceleration-{options.device}-{name}", rows, card | more)
+                table = f"scoring-{options.device}" if name == "scoring" else f"acceleration-{options.device}-{name}"
+                write(out, table, rows, card | more)
         mllm = None  # free it before the next is built
-    if "testbed" in options.only and cpu:
+    if "testbed" in only and cpu:
         mllm, rows = load(options.testbed), []
         for hay in (164, 340):
             rows += prefill_rows(mllm, document(mllm, hay), ways(), 64, 4, options.repeats)

@@ -72,13 +72,14 @@ def test_the_commands_run_with_tiny_shapes(small, device, tmp_path, monkeypatch,
     """`make bench` and, its device and clock replaced, `make bench-gpu`."""
     monkeypatch.setattr(speed, "counted_rows", lambda *given: [dict(geometry=given[0])])
     monkeypatch.setattr(speed, "cpu_peak", lambda *given: 1.0)  # a process of its own for each
+    monkeypatch.setattr(speed, "in_fresh_process", lambda code: 1.0)
     arguments = ["--out", str(tmp_path), "--device", device, "--repeats", "1", "--window", "64", "--sinks", "4"]
     if device == "cuda":
         monkeypatch.setattr(speed.torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(speed.torch.cuda, "get_device_name", lambda: "none")
         original = speed.build
         monkeypatch.setattr(speed, "build", lambda geometry, device, dtype: original(geometry, "cpu", dtype))
-    speed.main([*arguments, "--only", "counted", "prefill", "decode", "--lengths", "1500"])
+    speed.main([*arguments, "--only", "counted", "prefill", "decode", "scoring", "--lengths", "1500"])
     names = ["cpu"] if device == "cpu" else [n for n in speed.GEOMETRIES if n != "cpu"]
     for part in ("prefill", "decode"):
         table = pd.read_csv(tmp_path / f"acceleration-{device}-{part}.csv")
@@ -87,6 +88,9 @@ def test_the_commands_run_with_tiny_shapes(small, device, tmp_path, monkeypatch,
         assert (table["cache MiB"][table.way == "streaming"] < table["cache MiB"][table.way == "dense"].min()).all()
         card = json.loads((tmp_path / f"acceleration-{device}-{part}.json").read_text())
         assert card["weights"].startswith("random") and card["window"] == 64
+    table = pd.read_csv(tmp_path / f"scoring-{device}.csv")
+    assert list(table.way) == ["plain", "score"] * len(names) and set(table.tokens) == {1500}
+    assert (table.seconds > 0).all() and (table["counted MiB"] > 0).all()
 
 
 def test_without_a_gpu_the_gpu_benchmark_says_so(tmp_path, capsys):
