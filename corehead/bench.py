@@ -6,6 +6,8 @@ eight questions on the same pages, and eager attention with `output_attentions=T
 read elsewhere. All include the processor's work. Times are medians; peak memory is each way's own, in a process of its
 own, above the loaded model.
 
+*Sharing*: k questions on one document in one call of `score`, which computes the document once, and in k calls.
+
 *Ablation*: conditions per second over the same samples, all conditions in one call of `evaluate`, one call for each
 condition, and a plain forward pass for each question and condition; on the testbed and on the same random weights.
 """
@@ -182,6 +184,27 @@ def ablation_rows(testbed: str | None, conditions: int, repeats: int, tokens: in
     return rows
 
 
+def sharing_rows(counts: tuple[int, ...], repeats: int, tokens: int = 2048) -> list[dict]:
+    """Scoring k questions on one document together and each for itself, in turn, the median of `repeats`."""
+    mllm, rows = build(), []
+    score(mllm, questions(PAGE, 1), progress=False)  # a warm-up
+    for k in counts:
+        asked, times = questions(tokens, k), {"together": [], "one by one": []}
+        for _ in range(repeats):
+            for way, calls in ("together", [asked]), ("one by one", [[sample] for sample in asked]):
+                begin = time.perf_counter()
+                for given in calls:
+                    score(mllm, given, progress=False, on_error="raise")
+                times[way].append(time.perf_counter() - begin)
+        ratio = statistics.median(b / a for a, b in zip(*times.values()))
+        for way, taken in times.items():
+            row = {"visual tokens": tokens, "questions": k, "way": way, "seconds": round(statistics.median(taken), 3)}
+            gain = round(ratio, 2) if way == "one by one" else 1.0
+            rows.append(row | {"time / together": gain, "repeats": repeats})
+            print(*rows[-1].values(), sep="\t", flush=True)
+    return rows
+
+
 def scoring_rows(lengths: list[int], most: int) -> list[dict]:
     """Time and memory of every way to score, at every length."""
     rows = []
@@ -220,7 +243,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     parser.add_argument("--repeats", type=int, default=15, help="up to 2048 tokens; fewer, in proportion, beyond")
     parser.add_argument("--testbed", default="data/testbed/qwen3vl-s")
-    parser.add_argument("--only", choices=("scoring", "ablation"))
+    parser.add_argument("--only", choices=("scoring", "sharing", "ablation"))
     options = parser.parse_args()
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -232,6 +255,7 @@ def main() -> None:
     )
     tables = {
         "scoring": lambda: scoring_rows(options.lengths, options.repeats),
+        "sharing": lambda: sharing_rows((1, 2, 5, 10), repeats=3),
         "ablation": lambda: ablation_rows(options.testbed, conditions=8, repeats=3),
     }
     for name, rows in tables.items():

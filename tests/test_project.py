@@ -126,5 +126,7 @@ def test_the_benchmark_runs(tmp_path):
     times = bench.measure_times(256, 1)
     assert set(times) == set(bench.WAYS) and all(t[0] > 0 for t in times.values())
     assert bench.measure_memory("plain", 256) >= 0
+    rows = bench.sharing_rows((1, 2), repeats=1, tokens=256)
+    assert [row["questions"] for row in rows] == [1, 1, 2, 2] and all(row["time / together"] > 0 for row in rows)
     rows = bench.ablation_rows(None, conditions=2, repeats=1, tokens=256)
     assert len(rows) == 6 and all(row["time / together"] > 0 for row in rows)
