@@ -252,9 +252,8 @@ def weights(cache: Path = Path("data/cache")) -> Path:
 
 def language_model(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model in float32, as the file's four bits say, and its tokenizer."""
-    missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ImportError(f'reading {path.name} needs {" and ".join(missing)}: pip install "corehead[smollm2]"')
+    if importlib.util.find_spec("gguf") is None:
+        raise ImportError(f'reading {path.name} needs gguf: pip install "corehead[smollm2]"')
     where = dict(gguf_file=path.name)
     model = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **where)
     del model.config.quantization_config
