@@ -63,8 +63,8 @@ bench: $(READY)  ## time scoring, ablation and acceleration; rewrites data/resul
 	$(BIN)/python -m corehead.bench
 	$(BIN)/python -m corehead.speed
 
-bench-gpu: $(READY)  ## time acceleration at the released geometries on a CUDA device
-	$(BIN)/python -m corehead.speed --device cuda --only prefill decode
+bench-gpu: $(READY)  ## time acceleration and long scoring at the released geometries on a CUDA device
+	$(BIN)/python -m corehead.speed --device cuda --only prefill decode scoring
 
 clean:  ## remove caches and half-written files
 	rm -rf data/cache .pytest_cache .hypothesis .ruff_cache build *.egg-info
