@@ -1,12 +1,5 @@
 """Scores against brute force: the full attention matrices of transformers' eager attention."""
 
-import os
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -377,55 +370,3 @@ def test_configurations_do_not_mix(tmp_path):
     changed[0].answer = "8"
     with pytest.raises(ValueError, match="'s0' is not the one in the store"):
         ch.score(mllm, changed, store=tmp_path, resume=True, progress=False)
-
-
-def test_two_runs_on_one_store(tmp_path):
-    from corehead.store import Store
-
-    with Store(tmp_path, {"a": 1}), pytest.raises(BlockingIOError, match="another run"):
-        Store(tmp_path, {"a": 1})
-    Store(tmp_path, {"a": 1})
-
-
-def test_a_store_that_cannot_be_written(tmp_path):
-    from corehead.store import Store
-
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="give another folder"):
-        Store(tmp_path / "file" / "run", {})
-
-
-KILLED = """
-import sys, time
-sys.path.insert(0, {tests!r})
-from conftest import tiny
-from test_scoring import samples_for
-import corehead as ch
-
-def slowly(samples):
-    for i, sample in enumerate(samples):
-        if i == 4:
-            open({flag!r}, "w").close()
-            time.sleep(60)
-        yield sample
-
-mllm = tiny("llama")
-ch.score(mllm, slowly(samples_for(mllm)), batch_size=1, store={store!r}, progress=False)
-"""
-
-
-def test_kill_minus_nine(tmp_path):
-    """A run that is killed keeps what it had finished, and the table is the same in the end."""
-    flag, store = tmp_path / "flag", tmp_path / "run"
-    code = KILLED.format(tests=str(Path(__file__).parent), flag=str(flag), store=str(store))
-    process = subprocess.Popen([sys.executable, "-c", code], env=os.environ)
-    deadline = time.time() + 120
-    while not flag.exists() and process.poll() is None and time.time() < deadline:
-        time.sleep(0.1)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    mllm = tiny("llama")
-    kept = {part: part.stat().st_mtime_ns for part in store.glob("part-*.parquet")}
-    resumed = ch.score(mllm, samples_for(mllm), batch_size=1, store=store, resume=True, progress=False)
-    assert kept and all(part.stat().st_mtime_ns == stamp for part, stamp in kept.items())
-    assert_same(resumed, ch.score(mllm, samples_for(mllm), progress=False))
