@@ -10,6 +10,9 @@ own, above the loaded model.
 
 *Ablation*: conditions per second over the same samples, all conditions in one call of `evaluate`, one call for each
 condition, and a plain forward pass for each question and condition; on the testbed and on the same random weights.
+
+*Store*: rows per second that are appended, 128 at a time, and read back, up to a million; bytes of a sample on the
+disk. "answers" are rows of `evaluate`; "scores" those of `score` for a model of 6 layers x 8 heads, with random values.
 """
 
 from __future__ import annotations
@@ -22,8 +25,9 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +40,7 @@ from .models import MLLM, load
 from .ranking import HeadRanking
 from .samples import Pages, Sample
 from .scoring import score
+from .store import Store
 from .tagging import collate, pad_id, to_model
 from .testbed.generator import samples
 from .testbed.tiny import tiny
@@ -227,6 +232,43 @@ def scoring_rows(lengths: list[int], most: int) -> list[dict]:
     return rows
 
 
+def answers_row(i: int, rng: np.random.Generator) -> dict:
+    row = dict(sample=f"sample-{i}", context=f"sample-{i // 8}", ablation="0123456789abcdef", answer="7")
+    return row | dict(prediction="7", correct=True, logprob=-rng.random(), margin=rng.random(), digest=f"{i:016x}")
+
+
+def scores_row(i: int, rng: np.random.Generator) -> dict:
+    row = dict(sample=f"sample-{i}", n_target=4, n_context=1024, on_text=False, depth=rng.random(), meta={"cells": 25})
+    arrays = rng.random((7, 3, 6, 8), dtype=np.float32)
+    return row | dict(zip("abcdefg", arrays)) | dict(digest=f"{i:016x}")
+
+
+def store_rows(sizes: Iterable[int], at_once: int = 128) -> list[dict]:
+    """Appending and reading back tables of `sizes` rows, each in a folder of its own."""
+    rows = []
+    for kind, make in {"answers": answers_row, "scores": scores_row}.items():
+        rng = np.random.default_rng(0)
+        fresh = [make(i, rng) for i in range(at_once)]
+        for size in sizes:
+            with tempfile.TemporaryDirectory() as folder:
+                begin = time.perf_counter()
+                with Store(folder, {}) as keep:
+                    for first in range(0, size, at_once):
+                        part = fresh[: size - first]
+                        keep.append([row | {"sample": f"sample-{first + i}"} for i, row in enumerate(part)])
+                written = time.perf_counter()
+                files = list(Path(folder).glob("part-*"))
+                with Store(folder, {}, resume=True) as keep:
+                    read = time.perf_counter()
+                    assert len(keep.rows) == size
+                row = {"table": kind, "rows": size, "appended / s": round(size / (written - begin))}
+                row |= {"read / s": round(size / (read - written)), "files": len(files)}
+                row["bytes / row"] = round(sum(file.stat().st_size for file in files) / size)
+                rows.append(row)
+                print(*row.values(), sep="\t", flush=True)
+    return rows
+
+
 def machine() -> str:
     return f"{platform.machine()}, {os.cpu_count()} cores, CPU"
 
@@ -243,7 +285,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     parser.add_argument("--repeats", type=int, default=15, help="up to 2048 tokens; fewer, in proportion, beyond")
     parser.add_argument("--testbed", default="data/testbed/qwen3vl-s")
-    parser.add_argument("--only", choices=("scoring", "sharing", "ablation"))
+    parser.add_argument("--only", choices=("scoring", "sharing", "ablation", "store"))
     options = parser.parse_args()
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -257,6 +299,7 @@ def main() -> None:
         "scoring": lambda: scoring_rows(options.lengths, options.repeats),
         "sharing": lambda: sharing_rows((1, 2, 5, 10), repeats=3),
         "ablation": lambda: ablation_rows(options.testbed, conditions=8, repeats=3),
+        "store": lambda: store_rows((10**4, 10**5, 10**6)),
     }
     for name, rows in tables.items():
         if options.only in (None, name):

@@ -130,3 +130,5 @@ def test_the_benchmark_runs(tmp_path):
     assert [row["questions"] for row in rows] == [1, 1, 2, 2] and all(row["time / together"] > 0 for row in rows)
     rows = bench.ablation_rows(None, conditions=2, repeats=1, tokens=256)
     assert len(rows) == 6 and all(row["time / together"] > 0 for row in rows)
+    rows = bench.store_rows([200, 300])
+    assert [(row["table"], row["rows"]) for row in rows] == [(t, n) for t in ("answers", "scores") for n in (200, 300)]
