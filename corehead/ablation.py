@@ -49,6 +49,10 @@ class Reference:
         self.names = ["" if t.sample is None else t.sample.id for t in self.tagged]
         self._kept: tuple[HeadSet, dict] = HeadSet(), {}
 
+    def __getstate__(self) -> dict:
+        """Without the model: who takes the reference elsewhere gives it the model that is there."""
+        return self.__dict__ | dict(mllm=None, _kept=(HeadSet(), {}))
+
     @cached_property
     def key(self) -> str:
         return digest([[t.ids, t.sample] for t in self.tagged])

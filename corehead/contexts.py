@@ -146,7 +146,7 @@ def null_sample(sample: Sample, question: str) -> Sample:
 
 def batches(
     mllm: MLLM,
-    samples: Iterable[Sample | Tagged],
+    samples: Iterable[Sample | Tagged | None],
     batch_size: int,
     *,
     null: bool = False,
@@ -156,7 +156,8 @@ def batches(
 
     Parameters
     ----------
-    mllm, samples : the model and what to tag; a `Tagged` must name its sample.
+    mllm, samples : the model and what to tag; a `Tagged` must name its sample. None, where samples were left out, keeps
+        those on either side apart, so that a run that goes on has the batches of one that was not stopped.
     batch_size : contexts in a batch; fewer where they would have more than FULL tokens.
     null : give every sample also a block with the question "N/A".
     fail : what to do with the error of a sample that cannot be tagged; None raises it.
@@ -180,6 +181,9 @@ def _groups(mllm, samples, null, fail) -> Iterator[list[tuple[Tagged, Tagged | N
     like: Prompt | None = None  # the last sample's
     before = ""  # its text in front of the question
     for sample in samples:
+        if sample is None:
+            like = None
+            continue
         if isinstance(sample, Tagged):
             pair, joins, like = (sample, None), False, None
         else:

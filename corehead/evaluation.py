@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from .attention import CACHE, Layout, edited, editing, laid_out, own_attention
 from .contexts import Context, Packed, batches, embedded, pack, require_answers
 from .models import MLLM
 from .samples import Sample
+from .scale import check_engine, on_ray, shards
 from .scoring import provenance
 from .stats import mean_interval, proportion_interval
 from .store import Store, digest
@@ -37,6 +39,8 @@ def evaluate(
     new_tokens: int = 0,
     store: str | Path | None = None,
     resume: bool = False,
+    engine: str = "local",
+    workers: int | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
     """Compare the model's greedy answer with the expected one, intact, under many ablations or accelerated.
@@ -56,6 +60,7 @@ def evaluate(
     store : a folder that keeps every finished batch; None keeps nothing. It holds any samples and conditions of one
         model, so that what another run has done is not done again.
     resume : go on with what the store has. Without it a store that is not empty is an error.
+    engine, workers : as in `score`.
     progress : show a bar with the time left.
 
     Returns
@@ -73,13 +78,17 @@ def evaluate(
     SampleError : a sample cannot be tagged, or has no answer; what was finished before is in the store.
     ValueError : two samples have one id; heads of another geometry; the store belongs to another model, or is used
         inside `ablate`.
+    ImportError : engine="ray", and Ray is not installed.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: take at least 1")
     if new_tokens < 0:
         raise ValueError(f"new_tokens={new_tokens}: take at least 0")
+    check_engine(engine, workers)
     if store is not None and edited(mllm):
         raise ValueError("a store inside ablate() would not say so: pass the ablation as one of conditions=")
+    if engine == "ray" and edited(mllm):
+        raise ValueError("workers know nothing of ablate(): pass the ablation as one of conditions=")
     names = {None: None} if conditions is None else dict(conditions)
     keys = {name: "" if ablation is None else ablation.key for name, ablation in names.items()}
     unique = {keys[name]: ablation for name, ablation in names.items()}
@@ -112,18 +121,30 @@ def evaluate(
                 yield replace(item, sample=sample) if isinstance(item, Tagged) else item
             else:
                 bar.update(len(unique))
+                yield None
+
+    def lacking(ids: Iterable[str]) -> list[str]:
+        ids = list(ids)
+        return [key for key in unique if any((name, key) not in rows for name in ids)]
+
+    def local():
+        for batch in batches(mllm, fresh(), batch_size):
+            todo = lacking(t.sample.id for context in batch for t in context.members)
+            yield _answers(mllm, batch, {key: unique[key] for key in todo}, new_tokens)
+
+    def cut():
+        for shard in shards(fresh(), batch_size):
+            ids = (s.sample.id if isinstance(s, Tagged) else s.id for s in shard if s is not None)
+            yield lacking(ids), shard
 
     total = len(samples) * len(unique) if hasattr(samples, "__len__") else None
     with keep, tqdm(total=total, desc="evaluating", unit="answer", disable=not progress) as bar:
-        for batch in batches(mllm, fresh(), batch_size):
-            ids = [t.sample.id for context in batch for t in context.members]
-            todo = {key: a for key, a in unique.items() if any((name, key) not in rows for name in ids)}
-            found = [row | {"digest": marks[row["sample"]]} for row in _run(mllm, batch, todo, bar)]
-            if new_tokens:
-                texts = _write(mllm, batch, todo, new_tokens)
-                found = [row | {"written": texts[row["sample"], row["ablation"]]} for row in found]
-            keep.append(found)
-            rows.update(((row["sample"], row["ablation"]), row) for row in found)
+        answered = partial(_answered, conditions=unique, batch_size=batch_size, new_tokens=new_tokens)
+        for found in local() if engine == "local" else on_ray(mllm, answered, cut(), workers):
+            bar.update(len(found))
+            new = [r | {"digest": marks[r["sample"]]} for r in found if (r["sample"], r["ablation"]) not in rows]
+            keep.append(new)
+            rows.update(((row["sample"], row["ablation"]), row) for row in new)
     out = []
     for name, key in keys.items():
         label = name._asdict() if hasattr(name, "_asdict") else {} if conditions is None else {"condition": name}
@@ -169,8 +190,27 @@ def _write(mllm: MLLM, batch: list[Context], todo: dict[str, Ablation | None], n
     return texts
 
 
+def _answered(mllm: MLLM, shard: tuple, *, conditions: dict, batch_size: int, new_tokens: int) -> Iterator[list[dict]]:
+    """What a worker does with the keys of conditions and the samples of a shard."""
+    keys, samples = shard
+    for key in keys:
+        if isinstance(conditions[key], Ablation) and conditions[key].reference is not None:
+            conditions[key].reference.mllm = mllm
+    for batch in batches(mllm, samples, batch_size):
+        yield _answers(mllm, batch, {key: conditions[key] for key in keys}, new_tokens)
+
+
+def _answers(mllm: MLLM, batch: list[Context], todo: dict[str, Ablation | None], new_tokens: int) -> list[dict]:
+    """Answers of a batch of contexts under every ablation, a row each; with new_tokens also written freely."""
+    found = _run(mllm, batch, todo)
+    if new_tokens:
+        texts = _write(mllm, batch, todo, new_tokens)
+        found = [row | {"written": texts[row["sample"], row["ablation"]]} for row in found]
+    return found
+
+
 @torch.inference_mode()
-def _run(mllm: MLLM, batch: list[Context], todo: dict[str, Ablation | None], bar: tqdm) -> list[dict]:
+def _run(mllm: MLLM, batch: list[Context], todo: dict[str, Ablation | Acceleration | None]) -> list[dict]:
     """Answers of a batch of contexts under every ablation, a row each."""
     require_answers(batch)
     rows, decoded = [], {}
@@ -190,7 +230,6 @@ def _run(mllm: MLLM, batch: list[Context], todo: dict[str, Ablation | None], bar
                         decoded[best] = mllm.tokenizer.decode(best).strip() if mllm.processor else str(best)
                     label = dict(sample=tagged.sample.id, context=context, ablation=key)
                     rows.append(label | dict(answer=tagged.sample.answer or "", prediction=decoded[best]) | answers)
-            bar.update(len(part) * sum(len(context.members) for context in batch))
     return rows
 
 

@@ -27,6 +27,8 @@ from transformers.image_processing_utils import select_best_resolution
 from transformers.models.got_ocr2.image_processing_got_ocr2 import get_optimal_tiled_canvas
 from transformers.utils import cached_file
 
+from .store import digest
+
 
 @dataclass
 class Medium:
@@ -553,6 +555,12 @@ def _bad_file(folder: Path) -> str | None:
         except SafetensorError as error:
             return f"{file.name} is damaged or cut off ({error}). Fetch it again"
     return None
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """A digest of the first weights of every parameter."""
+    named = ((name, resident(model, name, p)) for name, p in model.named_parameters())
+    return digest(json.dumps({name: p.detach().flatten()[:8].float().tolist() for name, p in named}))
 
 
 def load(

@@ -14,6 +14,7 @@ import json
 import platform
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +26,10 @@ from tqdm.auto import tqdm
 
 from .attention import Layout, edited, laid_out, own_attention, reading
 from .contexts import Context, Packed, batches, behind_prefix, forward, pack, prefill
-from .models import MLLM, resident
+from .models import MLLM, fingerprint
 from .ranking import HeadRanking
 from .samples import Sample, SampleError
+from .scale import check_engine, on_ray, shards
 from .store import Store, digest
 from .tagging import Tagged, to_model
 
@@ -107,6 +109,8 @@ def score(
     store: str | Path | None = None,
     resume: bool = False,
     on_error: str = "record",
+    engine: str = "local",
+    workers: int | None = None,
     progress: bool = True,
 ) -> HeadScores:
     """Score every head on samples.
@@ -121,6 +125,9 @@ def score(
     store : a folder that keeps every finished batch; None keeps nothing.
     resume : go on with what the store has. Without it a store that is not empty is an error.
     on_error : "record" notes a sample that fails in `HeadScores.failures` and goes on; "raise" stops.
+    engine : "local", or "ray": over many GPUs or machines. A worker takes `batch_size` contexts at a time, so that the
+        batches are not those of "local", and the scores equal to rounding (1e-6); with batch_size=1, to the bit.
+    workers : for "ray"; None takes one a GPU, or one a CPU where there is no GPU.
     progress : show a bar with the time left.
 
     Returns
@@ -130,25 +137,23 @@ def score(
     Raises
     ------
     ValueError : two samples have one id; no sample could be scored; the store belongs to another configuration.
+    ImportError : engine="ray", and Ray is not installed.
     SampleError : with on_error="raise", what is wrong with a sample, or the layer whose attention is not finite.
     """
     if on_error not in ("record", "raise"):
         raise ValueError(f"on_error={on_error!r}: take 'record' or 'raise'")
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: take at least 1")
+    check_engine(engine, workers)
     if store is not None and edited(mllm):
         raise ValueError("a store inside ablate() would not say so: score without one")
+    if engine == "ray" and edited(mllm):
+        raise ValueError("workers know nothing of ablate(): score with engine='local' inside it")
     keep = Store(store, provenance(mllm, null=null), resume=resume)
     rows: dict[str, dict] = {row["sample"]: row for row in keep.rows}
     order: list[str] = []
     marks: dict[str, str] = {}  # digests of the samples that run
     failures: list[dict] = []
-
-    def fail(error: SampleError):
-        if on_error == "raise":
-            raise error
-        failures.append({"sample": error.sample_id, "reason": str(error)})
-        bar.update()
 
     def fresh():
         seen = set()
@@ -163,6 +168,7 @@ def score(
                 if rows[name]["digest"] != mark:
                     raise ValueError(f"sample {name!r} is not the one in the store: it has another content")
                 bar.update()
+                yield None
                 continue
             marks[name] = mark
             unnamed = isinstance(sample, Tagged) and sample.sample is None
@@ -170,15 +176,18 @@ def score(
 
     total = len(samples) if hasattr(samples, "__len__") else None
     with keep, tqdm(total=total, desc="scoring", unit="sample", disable=not progress) as bar:
-        for batch in batches(mllm, fresh(), batch_size, null=null, fail=fail):
-            finished = list(_run(mllm, batch))
+        run = partial(_finished, batch_size=batch_size, null=null, on_error=on_error)
+        local = engine == "local"
+        for finished in run(mllm, fresh()) if local else on_ray(mllm, run, shards(fresh(), batch_size), workers):
             done = [r | {"digest": marks[r["sample"]]} for r in finished if not isinstance(r, SampleError)]
             keep.append(done)
             rows.update((row["sample"], row) for row in done)
-            bar.update(len(done))
+            bar.update(len(finished))
             for error in finished:
                 if isinstance(error, SampleError):
-                    fail(error)
+                    if on_error == "raise":
+                        raise error
+                    failures.append({"sample": error.sample_id, "reason": str(error)})
     found = [rows[name] for name in order if name in rows]
     if not found:
         reason = failures[0]["reason"] if failures else "there are no samples"
@@ -211,15 +220,13 @@ def attention_map(mllm: MLLM, tagged: Tagged, query: str = "last") -> np.ndarray
 
 def provenance(mllm: MLLM, **options) -> dict:
     """What determines a table of scores: the model, its weights and preprocessing, the versions, the options."""
-    named = ((name, resident(mllm.model, name, p)) for name, p in mllm.model.named_parameters())
-    weights = {name: p.detach().flatten()[:8].float().tolist() for name, p in named}
     settings = mllm.processor.to_json_string() if hasattr(mllm.processor, "to_json_string") else "{}"
     return dict(
         model=mllm.source,
         revision=mllm.revision,
         architecture=mllm.model.config.model_type,
         dtype=str(mllm.model.dtype),
-        weights=digest(json.dumps(weights)),
+        weights=fingerprint(mllm.model),
         config=digest(json.dumps(_settings(mllm.model.config.to_dict()), sort_keys=True, default=str)),
         processor=json.loads(settings),
         python=platform.python_version(),
@@ -241,6 +248,18 @@ def _id(sample: Sample | Tagged, index: int) -> str:
     if isinstance(sample, Tagged):
         return sample.sample.id if sample.sample is not None else str(index)
     return sample.id
+
+
+def _finished(
+    mllm: MLLM, samples: Iterable[Sample | Tagged | None], *, batch_size: int, null: bool, on_error: str
+) -> Iterator[list[dict | SampleError]]:
+    """A table row or an error for each sample, a list a batch."""
+    failed: list[SampleError] = []
+    fail = None if on_error == "raise" else failed.append
+    for batch in batches(mllm, samples, batch_size, null=null, fail=fail):
+        yield [*failed, *_run(mllm, batch)]
+        failed.clear()
+    yield failed
 
 
 @torch.inference_mode()

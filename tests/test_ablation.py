@@ -373,9 +373,9 @@ def test_a_store_resumes_and_takes_more_conditions(mllm, tmp_path, monkeypatch):
     ran = []
     original = ch.evaluation._run
 
-    def spy(mllm, batch, todo, bar):
+    def spy(mllm, batch, todo):
         ran.append((sum(len(c.members) for c in batch), len(todo)))
-        return original(mllm, batch, todo, bar)
+        return original(mllm, batch, todo)
 
     monkeypatch.setattr(ch.evaluation, "_run", spy)
     options = dict(store=tmp_path / "s", batch_size=1, progress=False)

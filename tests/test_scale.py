@@ -1,0 +1,184 @@
+"""engine="ray" with two workers on this machine: the local engine's tables, also when a worker dies or a run stops."""
+
+import os
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import ask, image_part, tiny
+from test_store import questions
+
+import corehead as ch
+from corehead.ablation import Ablation, Reference, curve
+from corehead.contexts import MOST
+from corehead.scale import shards
+from corehead.store import Store
+
+RAY = dict(engine="ray", workers=2, progress=False)
+
+
+@pytest.fixture(scope="module")
+def ray(tmp_path_factory):
+    """Ray on this machine, for two workers."""
+    ray = pytest.importorskip("ray")
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not see this folder
+    # Jupyter brings a checker of URLs that jsonschema imports, in each of Ray's processes; it takes seconds to compile
+    # its grammar, and on a busy machine Ray gives up waiting. jsonschema does without it where it cannot be imported.
+    folder = tmp_path_factory.mktemp("light")
+    (folder / "rfc3987_syntax.py").write_text("raise ImportError")
+    path = os.pathsep.join([str(folder), str(Path(ch.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", path)
+        options = dict(include_dashboard=False, object_store_memory=10**8, log_to_driver=False)
+        ray.init(num_cpus=2, num_gpus=0, **options)
+        yield ray
+        ray.shutdown()
+
+
+def appended(monkeypatch, stop_after: int | None = None) -> list[str]:
+    """Names of what is appended to stores from here on; Ctrl-C after some appends."""
+    seen, calls, original = [], [], Store.append
+
+    def append(self, rows):
+        original(self, rows)
+        seen.extend(row["sample"] for row in rows)
+        calls.append(len(rows))
+        if stop_after is not None and len(calls) == stop_after:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Store, "append", append)
+    return seen
+
+
+def test_shards_never_split_what_shares_a_context():
+    samples = questions(None, 18)
+    assert [[s.id for s in shard] for shard in shards(samples, 2)] == [
+        [f"s{i}" for i in range(begin, begin + 6)] for begin in (0, 6, 12)
+    ]
+    asked = [ask("One text.", id=f"t{i}", question=f"{i}?") for i in range(MOST + 1)]
+    assert [len(shard) for shard in shards(asked, 1)] == [MOST, 1]  # a chunk ends there in any case
+    inside = [ask(id=text, question=text) for text in ("One. a?", "One. b?", "Two. c?")]
+    for sample in inside:  # the question is a piece of a part
+        sample.question = sample.id[5:]
+    assert [len(shard) for shard in shards(inside, 1)] == [2, 1]
+    left_out = [*samples[:2], None, None, samples[2], None, *samples[3:6], None]
+    cut = list(shards(left_out, 2))
+    assert cut == [[*samples[:2], None, samples[2], None], [*samples[3:6], None]]
+
+
+def test_the_table_is_the_local_one(ray):
+    mllm = tiny("qwen3_vl")
+    samples = [*questions(mllm), ask(image_part("nowhere.png"), id="bad")]
+    local, far = (ch.score(mllm, samples, batch_size=1, **more) for more in (dict(progress=False), RAY))
+    assert far.data.identical(local.data) and far.failures.equals(local.failures)
+    # batches are filled from one shard and not from all samples, so that paddings differ, and with them the last bits
+    for name, values in ch.score(mllm, samples, batch_size=4, **RAY).data.items():
+        np.testing.assert_allclose(values, local.data[name], atol=1e-5)
+    with pytest.raises(ch.SampleError, match="'bad'"):
+        ch.score(mllm, samples, on_error="raise", **RAY)
+
+
+def test_ablation_curves_are_the_local_ones(ray):
+    mllm = tiny("qwen3_vl")
+    samples = questions(mllm)
+    ranking = ch.HeadRanking(np.random.default_rng(0).random((mllm.n_layers, mllm.n_heads)))
+    reference = Reference(mllm, samples[:3])
+    conditions = {
+        "intact": None,
+        **curve(ranking, [0.1, 0.3]),
+        "mean": Ablation(ranking.top(0.2), "mean", reference=reference),
+        "resample": Ablation(ranking.top(0.2), "resample", reference=reference),
+        "fast": ch.Acceleration(ranking.top(0.2), window=16),
+    }
+    far = ch.evaluate(mllm, samples, conditions, batch_size=1, **RAY)
+    assert reference.mllm is mllm
+    pd.testing.assert_frame_equal(far, ch.evaluate(mllm, samples, conditions, batch_size=1, progress=False))
+    samples[-1].answer = None
+    with pytest.raises(ch.SampleError, match="answer: is missing"):
+        ch.evaluate(mllm, samples, **RAY)
+
+
+@dataclass(frozen=True)
+class Deadly(os.PathLike):
+    """The path of a picture; the first process that opens it is killed."""
+
+    path: str
+    flag: str
+
+    def __fspath__(self):
+        if not Path(self.flag).exists():
+            Path(self.flag).write_text(str(os.getpid()))
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.path
+
+
+def test_a_worker_that_is_killed_loses_and_doubles_nothing(ray, tmp_path, monkeypatch):
+    mllm = tiny("qwen3_vl")
+    samples = questions(mllm)
+    samples[9].messages[0]["content"][0]["image"].save(tmp_path / "picture.png")
+    deadly = Deadly(str(tmp_path / "picture.png"), str(tmp_path / "flag"))
+    for sample in samples[9:12]:
+        sample.messages[0]["content"][0] = image_part(deadly)
+    seen = appended(monkeypatch)
+    far = ch.score(mllm, samples, batch_size=1, store=tmp_path / "s", **RAY)
+    assert int((tmp_path / "flag").read_text()) != os.getpid()
+    assert sorted(seen) == sorted(s.id for s in samples)
+    local = ch.score(mllm, samples, batch_size=1, progress=False)
+    assert far.data.identical(local.data)
+
+
+def test_a_run_that_was_stopped_goes_on_with_either_engine(ray, tmp_path, monkeypatch):
+    mllm = tiny("qwen3_vl")
+    samples, store = questions(mllm), tmp_path / "s"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        appended(patch, stop_after=2)
+        ch.score(mllm, samples, batch_size=1, store=store, **RAY)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        second = appended(patch, stop_after=2)
+        ch.score(mllm, samples, batch_size=1, store=store, resume=True, **RAY)
+    third = appended(monkeypatch)
+    whole = ch.score(mllm, samples, batch_size=1, store=store, resume=True, progress=False)
+    assert len(second) == 6 and len(third) == 6 and not set(second) & set(third)
+    local = ch.score(mllm, samples, batch_size=1, progress=False)
+    assert {k: v for k, v in whole.data.items() if not v.identical(local.data[k])} == {}
+    third.clear()
+    again = ch.score(mllm, samples, batch_size=1, store=store, resume=True, **RAY)
+    assert not third and again.data.identical(whole.data)
+
+
+def test_workers_load_a_checkpoint_by_its_source(ray, tmp_path):
+    source = tiny("llama")
+    source.model.save_pretrained(tmp_path / "model")
+    source.processor.save_pretrained(tmp_path / "model")
+    mllm = ch.load(tmp_path / "model")
+    samples = [ask("key is 7. ", id="s", evidence=[ch.Span("key is 7.")], question="key?")]
+    far = ch.score(mllm, samples, **RAY)
+    assert far.data.identical(ch.score(mllm, samples, progress=False).data)
+    next(mllm.model.parameters()).data[0] += 1
+    with pytest.raises(Exception, match="the weights in memory are not those of"):
+        ch.score(mllm, samples, **RAY)
+
+
+def test_without_ray_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    mllm = tiny("llama")
+    for function in (ch.score, ch.evaluate):
+        with pytest.raises(ImportError, match=r"pip install 'corehead\[ray\]'"):
+            function(mllm, [ask(id="s")], **RAY)
+
+
+def test_bad_engines_are_named():
+    mllm = tiny("llama")
+    for function in (ch.score, ch.evaluate):
+        with pytest.raises(ValueError, match="engine='rays': take one of 'local', 'ray'"):
+            function(mllm, [], engine="rays")
+        with pytest.raises(ValueError, match="workers=2 with engine='local'"):
+            function(mllm, [], workers=2)
+        with pytest.raises(ValueError, match="workers=0"):
+            function(mllm, [], engine="ray", workers=0)
+        with pytest.raises(ValueError, match=r"know nothing of ablate\(\)"), ch.ablate(mllm, [(0, 1)]):
+            function(mllm, [], **RAY)
