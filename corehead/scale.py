@@ -6,7 +6,6 @@ back to the driver, which alone writes to the store; an actor that dies is repla
 
 from __future__ import annotations
 
-import os
 import pickle
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 from .contexts import MOST
 from .models import MLLM, fingerprint, load
 from .samples import Sample, SampleError
-from .tagging import Tagged
+from .tagging import Tagged, same_content
 
 ENGINES = ("local", "ray")
 
@@ -72,7 +71,7 @@ def _in_front(sample: Sample | Tagged) -> list | None:
 
 def _same(a: list, b: list | None) -> bool:
     same = b is not None and len(a) == len(b)
-    return same and all(x is y or (isinstance(x, (str, os.PathLike)) and x == y) for x, y in zip(a, b))
+    return same and all(map(same_content, a, b))
 
 
 def on_ray(mllm: MLLM, work: Callable, cut: Iterable, workers: int | None = None) -> Iterator[list[dict]]:

@@ -160,7 +160,7 @@ def to_image(value: Any, sample_id: str, where: str) -> Image.Image:
     )
 
 
-def _same(a: Any, b: Any) -> bool:
+def same_content(a: Any, b: Any) -> bool:
     """Whether two media are one object, or have the same content."""
     if a is b or type(a) is not type(b):
         return a is b
@@ -227,7 +227,7 @@ class Prompt:
         return (
             like.mllm is self.mllm
             and len(like.raw) == len(self.raw) > 0
-            and all(map(_same, like.raw, self.raw))
+            and all(map(same_content, like.raw, self.raw))
             and like.metadata == self.metadata
             and like.before_text == self.before_text
         )
