@@ -201,4 +201,4 @@ def test_the_grafted_model_copies_words_and_pictures_and_knows_its_facts():
     assert (mllm.n_layers, mllm.n_heads, mllm.n_kv_heads) == (30, 9, 3)
     assert len(name_ids(mllm.tokenizer)) == len(NAMES)
     for task, least in (("copy_text", 0.6), ("copy_image", 0.6), ("facts", 0.4)):
-        assert ch.evaluate(mllm, samples(task, n=16), progress=False).correct.mean() >= least
+        assert ch.evaluate(mllm, samples(task, n=40), progress=False).correct.mean() >= least
