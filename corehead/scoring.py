@@ -126,7 +126,8 @@ def score(
     resume : go on with what the store has. Without it a store that is not empty is an error.
     on_error : "record" notes a sample that fails in `HeadScores.failures` and goes on; "raise" stops.
     engine : "local", or "ray": over many GPUs or machines. A worker takes `batch_size` contexts at a time, so that the
-        batches are not those of "local", and the scores equal to rounding (1e-6); with batch_size=1, to the bit.
+        batches are not those of "local", and the scores equal to rounding (1e-6); with batch_size=1, to the bit on one
+        kind of device with as many threads (on a CPU, Ray gives a worker one).
     workers : for "ray"; None takes one a GPU, or one a CPU where there is no GPU.
     progress : show a bar with the time left.
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from conftest import ask, image_part, tiny
 from test_store import questions
 
@@ -17,6 +18,7 @@ from corehead.ablation import Ablation, Reference, curve
 from corehead.contexts import MOST
 from corehead.scale import shards
 from corehead.store import Store
+from corehead.testbed import save
 
 RAY = dict(engine="ray", workers=2, progress=False)
 
@@ -35,7 +37,10 @@ def ray(tmp_path_factory):
         patch.setenv("PYTHONPATH", path)
         options = dict(include_dashboard=False, object_store_memory=10**8, log_to_driver=False)
         ray.init(num_cpus=2, num_gpus=0, **options)
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)  # as Ray's workers have it: sums over other pieces have other last bits
         yield ray
+        torch.set_num_threads(before)
         ray.shutdown()
 
 
@@ -151,10 +156,7 @@ def test_a_run_that_was_stopped_goes_on_with_either_engine(ray, tmp_path, monkey
 
 
 def test_workers_load_a_checkpoint_by_its_source(ray, tmp_path):
-    source = tiny("llama")
-    source.model.save_pretrained(tmp_path / "model")
-    source.processor.save_pretrained(tmp_path / "model")
-    mllm = ch.load(tmp_path / "model")
+    mllm = ch.load(save(tiny("llama"), tmp_path / "model"))
     samples = [ask("key is 7. ", id="s", evidence=[ch.Span("key is 7.")], question="key?")]
     far = ch.score(mllm, samples, **RAY)
     assert far.data.identical(ch.score(mllm, samples, progress=False).data)
