@@ -19,7 +19,7 @@ from .attention import CACHE, Layout, edited, editing, laid_out, own_attention
 from .contexts import Context, Packed, batches, embedded, pack, require_answers
 from .models import MLLM
 from .samples import Sample
-from .scale import check_engine, on_ray, shards
+from .scale import check_engine, in_front, on_ray, shards
 from .scoring import provenance
 from .stats import mean_interval, proportion_interval
 from .store import Store, digest
@@ -67,11 +67,11 @@ def evaluate(
     -------
     DataFrame, one row a condition and sample in the order given: the condition (a named tuple gives one column a
         field, any other name the column "condition"), sample, context (the first sample on the same context; its own
-        where nothing stands in front of the question, however the samples were packed), the
-        columns of its `meta`, answer, prediction (the likeliest token at each place of the answer, the ones before it
-        given), correct (all of them right), logprob (of the whole answer, nats), margin (first token: logit of the
-        answer less the best other logit); with new_tokens, written (the text) and, where a sample has a metric, its
-        values, of which correct then says whether the first is at least one half.
+        where nothing stands in front of the question, however the samples were packed), the columns of its `meta`,
+        answer, prediction (the likeliest token at each place of the answer, the ones before it given), correct (all of
+        them right), logprob (of the whole answer, nats), margin (first token: logit of the answer less the best other
+        logit); with new_tokens, written (the text) and, where a sample has a metric, its values, of which correct then
+        says whether the first is at least one half.
 
     Raises
     ------
@@ -101,7 +101,6 @@ def evaluate(
     marks: dict[str, str] = {}
     given: dict[str, dict] = {}  # meta of each sample, in the order given
     metrics: dict[str, Callable] = {}
-    bare: set[str] = set()
 
     def fresh():
         for i, item in enumerate(samples):
@@ -111,8 +110,6 @@ def evaluate(
             given[sample.id] = sample.meta
             if sample.metric is not None:
                 metrics[sample.id] = sample.metric
-            if _bare(sample):
-                bare.add(sample.id)
             marks[sample.id] = digest([item.ids, item.target] if isinstance(item, Tagged) else item)
             done = [rows[sample.id, key] for key in unique if (sample.id, key) in rows]
             if any(row["digest"] != marks[sample.id] for row in done):
@@ -150,8 +147,7 @@ def evaluate(
         label = name._asdict() if hasattr(name, "_asdict") else {} if conditions is None else {"condition": name}
         for sample, meta in given.items():
             row = rows[sample, key]
-            context = sample if sample in bare else row["context"]
-            head = {"sample": sample, "context": context, **meta, "answer": row["answer"]}
+            head = {"sample": sample, "context": row["context"], **meta, "answer": row["answer"]}
             values = {"prediction": row["prediction"], **{m: row[m] for m in METRICS}}
             if new_tokens:
                 values["written"] = row["written"]
@@ -160,15 +156,6 @@ def evaluate(
                     values |= found | {"correct": next(v for k, v in found.items() if k != "parsed") >= 0.5}
             out.append({**label, **head, **values})
     return pd.DataFrame(out)
-
-
-def _bare(sample: Sample) -> bool:
-    """Whether nothing stands in front of the question but what the chat template writes."""
-    if len(sample.messages) != 1:
-        return False
-    content = sample.messages[0]["content"]
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    return len(parts) == 1 and parts[0]["type"] == "text" and parts[0]["text"].startswith(sample.question or "")
 
 
 @torch.inference_mode()
@@ -228,7 +215,8 @@ def _run(mllm: MLLM, batch: list[Context], todo: dict[str, Ablation | Accelerati
                     best = tuple(answers.pop("best"))
                     if best not in decoded:
                         decoded[best] = mllm.tokenizer.decode(best).strip() if mllm.processor else str(best)
-                    label = dict(sample=tagged.sample.id, context=context, ablation=key)
+                    bare = in_front(tagged.sample) == [""]  # what it shares is the chat template's alone
+                    label = dict(sample=tagged.sample.id, context=tagged.sample.id if bare else context, ablation=key)
                     rows.append(label | dict(answer=tagged.sample.answer or "", prediction=decoded[best]) | answers)
     return rows
 

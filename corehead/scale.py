@@ -39,7 +39,7 @@ def shards(samples: Iterable[Sample | Tagged | None], contexts: int) -> Iterator
                 shard.append(None)
             before = None
             continue
-        now = _in_front(sample)
+        now = in_front(sample)
         if before is not None and _same(before, now) and length < MOST:
             length += 1
         else:
@@ -53,7 +53,7 @@ def shards(samples: Iterable[Sample | Tagged | None], contexts: int) -> Iterator
         yield shard
 
 
-def _in_front(sample: Sample | Tagged) -> list | None:
+def in_front(sample: Sample | Tagged) -> list | None:
     """Texts and media of a sample's messages, its question cut off."""
     if isinstance(sample, Tagged):
         return None

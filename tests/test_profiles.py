@@ -24,7 +24,7 @@ from test_benchmarks import (
 
 import corehead as ch
 from corehead.tasks import samples
-from corehead.testbed import tiny
+from corehead.testbed import save, tiny
 
 ROOT = Path(__file__).parent.parent
 PARAMS = ROOT / "notebooks/params/benchmarks"
@@ -124,8 +124,7 @@ def run(path: Path, given: dict) -> dict:
 @pytest.mark.parametrize("profile", PROFILES)
 def test_every_notebook_runs_on_a_checkpoint_of_the_family(profile, data, tmp_path, monkeypatch):
     mllm = tiny(PROFILES[profile], text=dict(num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=4))
-    mllm.model.save_pretrained(tmp_path / "checkpoint", max_shard_size="100KB")  # in pieces, as on the hub
-    mllm.processor.save_pretrained(tmp_path / "checkpoint")
+    save(mllm, tmp_path / "checkpoint")  # in pieces, as on the hub
     values = {k: v for p in ("shared", profile) for k, v in yaml.safe_load((PARAMS / f"{p}.yaml").read_text()).items()}
     # the real profile, smaller: what it names must be what is overridden here
     assert set(values) >= set(SMALL) - {"n_reference", "questions", "resamples", "random_shares"}

