@@ -6,12 +6,14 @@ back to the driver, which alone writes to the store; an actor that dies is repla
 
 from __future__ import annotations
 
+import copyreg
 import pickle
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import output_capturing
 
 from .contexts import MOST
 from .models import MLLM, fingerprint, load
@@ -128,7 +130,14 @@ def _portable(ray, mllm: MLLM) -> Any:
     folder = Path(mllm.source)
     if mllm.source and folder.is_dir():
         return options | dict(source=str(folder.resolve()))
-    return options | dict(source=mllm.source) if mllm.source.count("/") == 1 else [ray.put(mllm)]
+    if mllm.source.count("/") == 1:
+        return options | dict(source=mllm.source)
+    # A model that has once returned its attentions keeps transformers' hooks, and they a variable of that module that
+    # cannot be pickled by value: it goes by its name.
+    collector = getattr(output_capturing, "_active_collector", None)
+    if collector is not None:
+        copyreg.pickle(type(collector), lambda _: "_active_collector")
+    return [ray.put(mllm)]
 
 
 class _Worker:

@@ -77,6 +77,7 @@ def test_shards_never_split_what_shares_a_context():
 
 def test_the_table_is_the_local_one(ray):
     mllm = tiny("qwen3_vl")
+    mllm.model(torch.arange(9)[None], output_attentions=True)  # leaves hooks that cannot be pickled by value
     samples = [*questions(mllm), ask(image_part("nowhere.png"), id="bad")]
     local, far = (ch.score(mllm, samples, batch_size=1, **more) for more in (dict(progress=False), RAY))
     assert far.data.identical(local.data) and far.failures.equals(local.failures)
