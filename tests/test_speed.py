@@ -77,6 +77,7 @@ def test_the_commands_run_with_tiny_shapes(small, device, tmp_path, monkeypatch,
     if device == "cuda":
         monkeypatch.setattr(speed.torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(speed.torch.cuda, "get_device_name", lambda: "none")
+        monkeypatch.setattr(speed, "rates", lambda mllm: (1e10, 1e10))  # large products, twice a geometry
         original = speed.build
         monkeypatch.setattr(speed, "build", lambda geometry, device, dtype: original(geometry, "cpu", dtype))
     speed.main([*arguments, "--only", "counted", "prefill", "decode", "scoring", "--lengths", "1500"])

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import corehead as ch
@@ -322,6 +323,8 @@ def test_every_recipe_trains(recipe, tmp_path):
     mllm = ch.load(tmp_path / "a")
     given = yaml.safe_load(text)
     assert mllm.family.name == given["family"] and mllm.n_layers == given.get("layers", 12)
+    on_disk = [t.dtype for file in (tmp_path / "a").glob("*.safetensors") for t in load_file(file).values()]
+    assert mllm.model.dtype == torch.float32 and set(on_disk) == {getattr(torch, given.get("weights", "float32"))}
     sample = samples("image", n=1, **json.loads((tmp_path / "a/training.json").read_text())["layouts"]["image"])
     assert len(ch.evaluate(mllm, sample, progress=False)) == 1
 
@@ -376,7 +379,9 @@ SHIPPED = [folder for _, step, folder in survey.folders(FOLDER.parent) if not st
 def test_every_model_that_ships_can_read(folder):
     """On validation digits, at the hardest layouts that it came to; sizes as promised."""
     mllm, card = ch.load(folder), json.loads((folder / "training.json").read_text())
-    assert card["data_sha256"] == data_hash() and (folder / "model.safetensors").stat().st_size <= 12 * 2**20
+    assert card["data_sha256"] == data_hash() and mllm.model.dtype == torch.float32
+    pieces = [file.stat().st_size for file in folder.glob("*.safetensors")]
+    assert max(pieces) < 16 * 2**20 and sum(pieces) <= (12 if "-s" in folder.name else 24) * 2**20
     for domain in survey.RETRIEVAL:
         asked = samples(domain, "validation", 96, questions=6, **card["layouts"][domain])
         assert ch.evaluate(mllm, asked, progress=False).correct.mean() >= 0.8, domain

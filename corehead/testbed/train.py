@@ -93,7 +93,7 @@ class Recipe:
     """All that determines a training run.
 
     A stage of the curriculum ends when its domains are good enough, or after `stage_steps`, one number for all stages
-    or one each.
+    or one each. `weights` is the dtype on disk alone: a model is trained, and loaded again, in float32.
     """
 
     out: str = "data/testbed/qwen3vl-s"
@@ -114,6 +114,7 @@ class Recipe:
     final_steps: int = 1000
     weight_decay: float = 0.01
     snapshot_steps: int = 0
+    weights: str = "float32"
     max_seconds: float = math.inf
 
 
@@ -495,7 +496,8 @@ def train(recipe: Recipe, device: str = "cpu", quiet: bool = False) -> nn.Module
 
 def save(model: nn.Module, recipe: Recipe, progress: Progress, out: Path) -> None:
     """Write weights, config, processor and a card that says how they came about."""
-    model.save_pretrained(out)
+    state = {name: values.to(getattr(torch, recipe.weights)) for name, values in model.state_dict().items()}
+    model.save_pretrained(out, state_dict=state, max_shard_size="16MB")
     build_processor(recipe.family).save_pretrained(out)
     layouts = {domain: levels[progress.level.get(domain, 0)] for domain, levels in progress.levels.items()}
     card = dict(
