@@ -705,13 +705,16 @@ def layer_profiles(heads: pd.DataFrame, value: str = "ram last") -> Figure:
     )
     for ax in axes.flat[len(models) :]:
         ax.remove()
-    for ax, name in zip(axes.flat, models):
+    for i, (ax, name) in enumerate(zip(axes.flat, models)):
         best = heads[heads.model == name].groupby(["domain", "layer"], sort=False)[value].max()
         for domain, line in best.groupby("domain", sort=False):
             depth = line.index.get_level_values("layer")
             ax.plot(depth / depth.max(), line, label=domain, markersize=3, **_style(domain, 0))
         ax.set_title(name, fontsize="small")
-        ax.set(ylim=(0, 1), xlabel="depth" if ax in axes[-1] else None)
+        ax.set_ylim(0, 1)
+        if i + columns >= len(models):  # the lowest of its column
+            ax.set_xlabel("depth")
+            ax.tick_params(labelbottom=True)
     for ax in axes[:, 0]:
         ax.set_ylabel("RAM, best head")
     _one_legend(figure)
