@@ -2,8 +2,8 @@
 PROFILE  ?= testbed
 # the grafted row has no regions to draw and no long contexts: it has no use for the first and last notebook
 NOTEBOOKS ?= $(filter-out $(if $(filter smollm2,$(PROFILE)),01_% 06_%),$(basename $(notdir $(wildcard notebooks/0*.ipynb))))
-# recipes of data/testbed; all but the two largest scales, which want a GPU
-MODELS   ?= qwen3vl-s qwen3vl-s-long qwen3vl-s-seed1 qwen3vl-s-seed2 internvl-s llava-onevision-s
+# recipes of data/testbed that a CPU can train
+MODELS   ?= qwen3vl-s qwen3vl-s-long qwen3vl-s-seed1 qwen3vl-s-seed2 internvl-s llava-onevision-s qwen3vl-m
 PYTHON   ?= python3
 VENV     := .venv
 BIN      := $(VENV)/bin
