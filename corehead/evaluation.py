@@ -215,8 +215,7 @@ def _run(mllm: MLLM, batch: list[Context], todo: dict[str, Ablation | Accelerati
                     best = tuple(answers.pop("best"))
                     if best not in decoded:
                         decoded[best] = mllm.tokenizer.decode(best).strip() if mllm.processor else str(best)
-                    bare = in_front(tagged.sample) == [""]  # what it shares is the chat template's alone
-                    label = dict(sample=tagged.sample.id, context=tagged.sample.id if bare else context, ablation=key)
+                    label = dict(sample=tagged.sample.id, context=context, ablation=key)
                     rows.append(label | dict(answer=tagged.sample.answer or "", prediction=decoded[best]) | answers)
     return rows
 
@@ -242,6 +241,9 @@ class _Feed:
         self.asked = [
             (c, k, b) for c, context in enumerate(packed.contexts) for k, b in enumerate(context.blocks) if not b.null
         ]
+        named = [(b.tagged.sample, packed.contexts[c].name) for c, _, b in self.asked]
+        # what a bare question shares with others is the chat template's alone
+        self.labels = [sample.id if in_front(sample) == [""] else name for sample, name in named]
         spans = [b.tagged.last + np.arange(len(b.tagged.answer)) for _, _, b in self.asked]
         self.lengths = [len(span) for span in spans]
         self.at = (
@@ -303,11 +305,11 @@ class _Feed:
         rivals = logits.scatter(1, ids[:, None], -torch.inf).amax(1)
         margin = (own - rivals).split(self.lengths)
         right = (best == ids).split(self.lengths)
-        for (c, _, block), *found in zip(self.asked, best.split(self.lengths), right, logprob, margin):
-            tokens, correct, log, first = found
+        found = zip(self.asked, self.labels, best.split(self.lengths), right, logprob, margin)
+        for (_, _, block), label, tokens, correct, log, first in found:
             yield (
                 block.tagged,
-                self.packed.contexts[c].name,
+                label,
                 dict(
                     best=tokens.tolist(), correct=bool(correct.all()), logprob=float(log.sum()), margin=float(first[0])
                 ),

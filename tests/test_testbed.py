@@ -306,6 +306,9 @@ def test_a_stage_ends_at_its_own_cap(tmp_path):
     assert json.loads((tmp_path / "a/training.json").read_text())["steps"] == 8
     with pytest.raises(ValueError, match="one for each of image, text, video, document, count"):
         train(Recipe(out=str(tmp_path / "b"), stage_steps={"image": 2}, **recipe), quiet=True)
+    with pytest.raises(ValueError, match="weights='bfloat': take a dtype"):
+        train(Recipe(out=str(tmp_path / "b"), weights="bfloat", **recipe), quiet=True)
+    assert not (tmp_path / "b").exists()
 
 
 RECIPES = sorted(p for p in FOLDER.parent.glob("*.yaml") if p.stem != "smollm2")  # it has tests of its own

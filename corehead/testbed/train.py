@@ -380,6 +380,8 @@ def train(recipe: Recipe, device: str = "cpu", quiet: bool = False) -> nn.Module
     caps = caps if isinstance(caps, dict) else dict.fromkeys(stages, caps)
     if set(caps) != set(stages):
         raise ValueError(f"stage_steps={caps}: give one number, or one for each of {', '.join(stages)}")
+    if not isinstance(getattr(torch, recipe.weights, None), torch.dtype):
+        raise ValueError(f"weights={recipe.weights!r}: take a dtype, 'float32' or 'bfloat16'")
     out = Path(recipe.out)
     out.mkdir(parents=True, exist_ok=True)
     checkpoint, log_file = out / "checkpoint.pt", out / "training_log.csv"
@@ -464,7 +466,7 @@ def train(recipe: Recipe, device: str = "cpu", quiet: bool = False) -> nn.Module
             if not waiting or progress.step - progress.stage_start >= caps[stages[progress.stage]]:
                 progress.stage, progress.stage_start = progress.stage + 1, progress.step
         if progress.step % 25 == 0:
-            stage = progress.stages[progress.stage][0] if progress.stage < len(progress.stages) else "all"
+            stage = stages[progress.stage] if progress.stage < len(stages) else "all"
             what = " ".join(f"{d}@{progress.level.get(d, 0)}:{a:.2f}" for d, a in progress.accuracy.items())
             log(progress.step, stage, what, *np.mean(window, 0).tolist(), round(rate, 6))
             window.clear()
