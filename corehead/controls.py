@@ -15,8 +15,8 @@ import torch
 import xarray as xr
 from tqdm.auto import tqdm
 
-from .attention import Edit, editing, laid_out, own_attention, watching
-from .contexts import Packed, batches, behind_prefix, forward, pack, require_answers
+from .attention import Call, Hook, hooks
+from .batching import Feed, Packed, batches, pack
 from .models import MLLM
 from .ranking import HeadRanking
 from .samples import Sample
@@ -33,15 +33,20 @@ def text_entropy(scores: HeadScores, query: str = "last") -> xr.DataArray:
 
     Parameters
     ----------
-    scores : of text-only samples.
-    query : rows.
+    scores : HeadScores
+        Of text-only samples.
+    query : str
+        The query rows.
 
     Raises
     ------
-    ValueError : a sample has visual tokens.
+    ValueError
+        A sample has visual tokens.
     """
     if (scores.data.visual.sel(query=query) > 0).any():
-        raise ValueError("text_entropy is about text-only input, but a sample has visual tokens: score others")
+        raise ValueError(
+            "text_entropy is about text-only input, but a sample has visual tokens: score others"
+        )
     return -scores.data.entropy.sel(query=query, drop=True)
 
 
@@ -61,7 +66,9 @@ def query_focused(scores: HeadScores) -> xr.DataArray:
 def layer_index(shape: tuple[int, int], first: int, seed: int = 0) -> xr.DataArray:
     """The layer alone, (layer, head): heads of layer `first`, then of its neighbours; at random within a layer."""
     distance = abs(np.arange(shape[0]) - first)[:, None]
-    return xr.DataArray(-distance - np.random.default_rng(seed).random(shape) / 2, dims=("layer", "head"))
+    return xr.DataArray(
+        -distance - np.random.default_rng(seed).random(shape) / 2, dims=("layer", "head")
+    )
 
 
 def random_ranking(shape: tuple[int, int], seed: int = 0) -> HeadRanking:
@@ -76,7 +83,8 @@ def output_norm(mllm: MLLM, samples: Iterable[Sample], **options) -> xr.DataArra
     """
 
     def measure(seen: _Seen) -> torch.Tensor:
-        return torch.einsum("rhd,ohd->rho", seen.out, seen.o_proj).norm(dim=-1)
+        out = seen.call.out[:, seen.rows].float()
+        return torch.einsum("brhd,ohd->brho", out, seen.o_proj).norm(dim=-1)
 
     return _observe(mllm, samples, measure, **options)
 
@@ -85,10 +93,13 @@ def value_norm(mllm: MLLM, samples: Iterable[Sample], **options) -> xr.DataArray
     r"""Attention weighted with norms of values (arXiv 2004.10102): :math:`\sum_j A_{qj} \lVert v_j W_O^h \rVert_2`."""
 
     def measure(seen: _Seen) -> torch.Tensor:
-        gram = torch.einsum("ohd,ohe->hde", seen.o_proj, seen.o_proj)  # |v W|^2 = v (W' W) v, without v W in full
-        value = seen.value.repeat_interleave(len(gram) // len(seen.value), 0)  # (H, N, D)
-        norm = torch.einsum("hnd,hde,hne->hn", value, gram, value).clamp(min=0).sqrt()
-        return torch.einsum("rhn,hn->rh", seen.weights, norm)
+        gram = torch.einsum(
+            "ohd,ohe->hde", seen.o_proj, seen.o_proj
+        )  # |v W|^2 = v (W' W) v, without v W in full
+        value = seen.call.value.float()
+        value = value.repeat_interleave(len(gram) // value.shape[1], 1)  # (B, H, N, D)
+        norm = torch.einsum("bhnd,hde,bhne->bhn", value, gram, value).clamp(min=0).sqrt()
+        return torch.einsum("bhrn,bhn->brh", seen.weights, norm)
 
     return _observe(mllm, samples, measure, **options)
 
@@ -101,149 +112,193 @@ def copy_score(mllm: MLLM, samples: Iterable[Sample], **options) -> xr.DataArray
     """
 
     def measure(seen: _Seen) -> torch.Tensor:
-        top = seen.weights.argmax(-1)  # (R, H)
-        same = seen.ids[top] == seen.answer[:, None]
-        return (same & seen.target.gather(1, top)).float()
+        top = seen.weights.argmax(-1).transpose(1, 2)  # (B, r, H)
+        looked_at = seen.ids[:, None].expand(-1, top.shape[1], -1).gather(2, top)
+        said_next = seen.next_ids[:, seen.call.first + seen.rows, None]
+        return ((looked_at == said_next) & seen.evidence.gather(2, top)).float()
 
     return _observe(mllm, samples, measure, **options)
 
 
-def target_hits(mllm: MLLM, samples: Iterable[Sample], **options) -> xr.DataArray:
+def evidence_hits(mllm: MLLM, samples: Iterable[Sample], **options) -> xr.DataArray:
     """Visual-head score in the manner of SparseMM (arXiv 2506.05344): how often the most attended token is in V*.
 
-    Among the tokens of the target's modality, at the rows that predict the answer.
+    Among the tokens of the evidence's modality, at the rows that predict the answer.
     """
 
     def measure(seen: _Seen) -> torch.Tensor:
-        on_text = ~(seen.target & seen.visual).any(1)
-        among = torch.where(on_text[:, None], ~seen.visual, seen.visual)  # (R, N)
-        top = seen.weights.masked_fill(~among[:, None], -1).argmax(-1)
-        return seen.target.gather(1, top).float()
+        visual = seen.visual[:, None]  # (B, 1, N)
+        on_text = ~(seen.evidence & visual).any(-1, keepdim=True)
+        modality = torch.where(on_text, ~visual, visual)
+        top = (
+            seen.weights.masked_fill(~modality[:, None], -1).argmax(-1).transpose(1, 2)
+        )  # (B, r, H)
+        return seen.evidence.gather(2, top).float()
 
     return _observe(mllm, samples, measure, **options)
 
 
-def attribution(mllm: MLLM, samples: Iterable[Sample], *, batch_size: int = 32, progress: bool = True) -> xr.DataArray:
+def attribution(
+    mllm: MLLM, samples: Iterable[Sample], *, batch_size: int = 32, progress: bool = True
+) -> xr.DataArray:
     r"""Gradient x activation, :math:`\langle z_h, \partial \log p(\mathrm{answer}) / \partial z_h \rangle`, all rows.
 
     The first-order estimate of what the answer's log-probability loses when the head is zeroed: attribution patching
-    (arXiv 2310.10348) towards zero, the head importance of arXiv 1905.10650 with its sign.
+    (arXiv 2310.10348) towards zero, the head importance of arXiv 1905.10650 with its sign. A context runs in one piece,
+    as the gradient goes through all of it.
     """
-    names, found = [], []
-    shape = mllm.n_layers, mllm.n_heads
+    found: dict[str, np.ndarray] = {}
     with tqdm(desc="attribution", unit="sample", disable=not progress) as bar:
-        for batch in batches(mllm, samples, batch_size):
-            require_answers(batch)
+        for batch in batches(mllm, samples, batch_size, need_answer=True):
             packed = pack(mllm, batch, alone=True)
-            n = len(packed.places)
-            with torch.enable_grad():
-                gates = torch.ones(shape[0], n, shape[1], device=mllm.device, requires_grad=True)
-                every = torch.ones(1, shape[1], dtype=torch.bool)
-                edits = {layer: Edit("scale", every, values=gates[layer]) for layer in range(shape[0])}
-                with editing(mllm, edits), laid_out(mllm, packed.layout):
-                    feed = packed.feed
-                    most = max(len(b.answer) for c in packed.contexts for b in c.blocks)
-                    logits = mllm.model(**feed, use_cache=False, logits_to_keep=most + 1).logits.float()
-                total = 0.0
-                for c, k in packed.places:
-                    answer = packed.contexts[c].blocks[k].answer
-                    row = logits[packed.places[c, k][0], -len(answer) - 1 : -1].log_softmax(-1)
-                    total = total + row[torch.arange(len(answer)), torch.from_numpy(answer)].sum()
-                [gradient] = torch.autograd.grad(total, gates)
-            for c, k in packed.places:
-                names.append(packed.contexts[c].blocks[k].tagged.sample.id)
-                found.append(gradient[:, packed.places[c, k][0]].cpu().numpy())
-            bar.update(n)
-    return _table(names, found)
+            gates = torch.ones(
+                mllm.n_layers,
+                len(packed.slots),
+                mllm.n_heads,
+                device=mllm.device,
+                requires_grad=True,
+            )
+            by_layer = {layer: [_Gate(gate)] for layer, gate in enumerate(gates)}
+            longest = max(len(block.answer) for *_, block in packed.blocks())
+            with torch.enable_grad(), hooks(mllm, by_layer, packed.roles):
+                logits = mllm.model(
+                    **packed.chunk, use_cache=False, logits_to_keep=longest + 1
+                ).logits.float()
+            total = torch.zeros((), device=logits.device)
+            for c, k, block in packed.blocks():
+                predicted = logits[packed.slots[c, k].row, -len(block.answer) - 1 : -1].log_softmax(
+                    -1
+                )
+                total = (
+                    total
+                    + predicted[
+                        torch.arange(len(block.answer)), torch.from_numpy(block.answer)
+                    ].sum()
+                )
+            [gradient] = torch.autograd.grad(total, gates)
+            for c, k, block in packed.blocks():
+                found[block.tagged.sample.id] = gradient[:, packed.slots[c, k].row].cpu().numpy()
+            bar.update(len(packed.slots))
+    return _table(found)
+
+
+class _Gate(Hook):
+    """Multiplies the outputs of one layer's heads by gates (B, H)."""
+
+    def __init__(self, gates: torch.Tensor):
+        self.gates = gates
+
+    def output(self, call: Call, out: torch.Tensor) -> torch.Tensor:
+        return out * self.gates[:, None, :, None]
 
 
 @dataclass
 class _Seen:
-    """What one layer did at the R rows that predict the answers of one batch row.
+    """What one layer did at rows that predict answers.
 
-    weights (R, H, N) float32; value (Hkv, N, D); out (R, H, D); o_proj (hidden, H, D); target (R, N) bool; visual (N,)
-    bool; ids (N,); answer (R,) the tokens that are predicted.
+    Attributes
+    ----------
+    call : Call
+    rows : (r,) int64 tensor
+        Of the call.
+    weights : (B, H, r, N) float32 tensor
+    o_proj : (hidden, H, D) float32 tensor
+    evidence : (B, r, N) bool tensor
+        What each row looks for.
+    ids, next_ids : (B, N) int64 tensors
+        Token ids by key, and the answer's token that the row at a key predicts; -1 elsewhere.
+    visual : (B, N) bool tensor
     """
 
+    call: Call
+    rows: torch.Tensor
     weights: torch.Tensor
-    value: torch.Tensor
-    out: torch.Tensor
     o_proj: torch.Tensor
-    target: torch.Tensor
-    visual: torch.Tensor
+    evidence: torch.Tensor
     ids: torch.Tensor
-    answer: torch.Tensor
+    next_ids: torch.Tensor
+    visual: torch.Tensor
 
 
-class _Watch:
-    """Measures every layer of one batch, at the rows that predict answers."""
+Measure = Callable[[_Seen], torch.Tensor]
 
-    def __init__(self, mllm: MLLM, packed: Packed, measure: Callable[[_Seen], torch.Tensor]):
-        self.mllm, self.measure = mllm, measure
-        n, width = packed.layout.asks.shape
-        self.ids = torch.full((n, width), -1)
-        self.visual = torch.zeros(n, width, dtype=torch.bool)
-        self.jobs: dict[int, list] = {}  # batch row -> (sample, rows of feed, target, tokens to predict)
-        for (c, k), (b, _, _) in packed.places.items():
-            tagged = packed.contexts[c].blocks[k].tagged
-            answer = tagged.ids[tagged.answer]
-            self.ids[b, packed.keys(c, k, np.arange(len(tagged.ids)))] = torch.from_numpy(tagged.ids)
-            self.visual[b, packed.keys(c, k, tagged.visual)] = True
-            target = torch.zeros(len(answer), width, dtype=torch.bool)
-            target[:, packed.keys(c, k, tagged.target)] = True
-            rows = packed.rows(c, k, tagged.last + np.arange(len(answer)))
-            self.jobs.setdefault(b, []).append((tagged.sample.id, rows, target, answer))
-        self.found: dict[str, list[np.ndarray]] = {name: [] for jobs in self.jobs.values() for name, *_ in jobs}
 
-    def __call__(self, layer, call, query, key, value, out, scaling, edits):
-        weight = self.mllm.attentions[layer].o_proj.weight
-        o_proj = weight.float().view(len(weight), query.shape[1], -1)
-        for b, jobs in self.jobs.items():
-            names, rows, targets, answers = zip(*jobs)
-            at = torch.from_numpy(np.concatenate(rows)).to(call.device)
-            k = key[b].float().repeat_interleave(query.shape[1] // key.shape[1], 0)  # (H, N, D)
-            logits = torch.einsum("hrd,hnd->rhn", query[b, :, at].float() * scaling, k)
-            allowed = call.allowed(at)[b if call.mask is not None and len(call.mask) > 1 else 0]
-            seen = _Seen(
-                weights=logits.masked_fill(~allowed[:, None], -torch.inf).softmax(-1),
-                value=value[b].float(),
-                out=out[b, at].float(),
-                o_proj=o_proj,
-                target=torch.cat(targets).to(call.device),
-                visual=self.visual[b].to(call.device),
-                ids=self.ids[b].to(call.device),
-                answer=torch.from_numpy(np.concatenate(answers)).to(call.device),
+class _Probe(Hook):
+    """Measures (B, r, H) in every layer of one batch, at the rows that predict answers."""
+
+    def __init__(self, mllm: MLLM, packed: Packed, measure: Measure):
+        self.mllm, self.packed, self.measure = mllm, packed, measure
+        shape = packed.roles.roles.shape
+        self.ids, self.next_ids = torch.full(shape, -1), torch.full(shape, -1)
+        self.visual = torch.zeros(shape, dtype=torch.bool)
+        self.answer_keys: dict[tuple[int, int], np.ndarray] = {}
+        for c, k, block in packed.blocks():
+            row, tagged = packed.slots[c, k].row, block.tagged
+            self.ids[row, packed.keys(c, k, np.arange(len(tagged.ids)))] = torch.from_numpy(
+                tagged.ids
             )
-            for name, part in zip(names, self.measure(seen).cpu().split([len(r) for r in rows])):
-                self.found[name].append(part.mean(0).numpy())
+            self.visual[row, packed.keys(c, k, tagged.visual)] = True
+            keys = packed.keys(c, k, tagged.last + np.arange(len(block.answer)))
+            self.next_ids[row, keys] = torch.from_numpy(block.answer)
+            self.answer_keys[c, k] = keys
+        self.rows = np.unique(np.concatenate(list(self.answer_keys.values())))
+        self.measured: dict[int, list[torch.Tensor]] = {}
+
+    def read(self, call: Call, rows: torch.Tensor, weights: torch.Tensor) -> None:
+        weight = self.mllm.attentions[call.layer].o_proj.weight
+        seen = _Seen(
+            call=call,
+            rows=rows,
+            weights=weights,
+            o_proj=weight.float().unflatten(1, (call.query.shape[1], -1)),
+            evidence=call.evidence_of(rows),
+            ids=self.ids[:, : call.n].to(call.device),
+            next_ids=self.next_ids.to(call.device),
+            visual=self.visual[:, : call.n].to(call.device),
+        )
+        self.measured.setdefault(call.layer, []).append(self.measure(seen).cpu())
+
+    def means(self) -> dict[str, np.ndarray]:
+        """(L, H) of every sample, the mean over its rows."""
+        measured = torch.stack(
+            [torch.cat(self.measured[layer], 1) for layer in sorted(self.measured)]
+        ).numpy()
+        out = {}
+        for c, k, block in self.packed.blocks():
+            at = np.searchsorted(self.rows, self.answer_keys[c, k])
+            out[block.tagged.sample.id] = measured[:, self.packed.slots[c, k].row, at].mean(1)
+        return out
 
 
 @torch.inference_mode()
 def _observe(
     mllm: MLLM,
     samples: Iterable[Sample],
-    measure: Callable[[_Seen], torch.Tensor],
+    measure: Measure,
     *,
     batch_size: int = 32,
     progress: bool = True,
 ) -> xr.DataArray:
-    """Measure (R, H) at the rows that predict answers, in every layer; the mean over a sample's rows."""
-    found: dict[str, list[np.ndarray]] = {}
+    """Measure at the rows that predict answers, in every layer; the mean over a sample's rows."""
+    found: dict[str, np.ndarray] = {}
     with tqdm(desc="observing", unit="sample", disable=not progress) as bar:
-        for batch in batches(mllm, samples, batch_size):
-            require_answers(batch)
+        for batch in batches(mllm, samples, batch_size, need_answer=True):
             packed = pack(mllm, batch)
-            watch = _Watch(mllm, packed, measure)
-            with own_attention(mllm), laid_out(mllm, packed.layout):
-                feed = behind_prefix(mllm, packed)
-                with watching(mllm, watch):
-                    forward(mllm, feed)
-            found |= watch.found
-            bar.update(len(watch.found))
-    return _table(list(found), [np.stack(layers) for layers in found.values()])
+            probe = _Probe(mllm, packed, measure)
+            with hooks(mllm, {layer: [probe] for layer in range(mllm.n_layers)}):
+                Feed(mllm, packed).run()
+            means = probe.means()
+            found |= means
+            bar.update(len(means))
+    return _table(found)
 
 
-def _table(names: list[str], found: list[np.ndarray]) -> xr.DataArray:
+def _table(found: dict[str, np.ndarray]) -> xr.DataArray:
+    """Arrays (L, H) by sample as one array."""
     if not found:
         raise ValueError("no samples: give some")
-    return xr.DataArray(np.stack(found), dims=("sample", "layer", "head"), coords={"sample": names})
+    return xr.DataArray(
+        np.stack(list(found.values())),
+        dims=("sample", "layer", "head"),
+        coords={"sample": list(found)},
+    )

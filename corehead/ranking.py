@@ -4,135 +4,184 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping
+from functools import reduce
+from operator import or_
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from scipy.stats import hypergeom, kendalltau, rankdata
 
-from .stats import bootstrap_means, checked_samples
 
+class HeadSet:
+    """An immutable set of a model's query heads: a boolean mask over all of them.
 
-class HeadSet(Set):
-    """A frozen set of heads, each a pair (layer, head); ``|``, ``&``, ``-``, ``len`` and ``in`` as for any set.
+    ``|``, ``&``, ``-`` and ``~`` (all other heads) give new sets; ``len``, ``in`` and iteration go over pairs
+    (layer, head) of int, in that order.
 
     Parameters
     ----------
-    heads : pairs (layer, head).
-    shape : (layers, heads) of their model, where it is known. What is combined with this set takes it over; equality
-        and hash go by the heads alone.
+    mask : array of bool, shape (layers, heads)
+        True for the heads in the set. `HeadSet.of` takes pairs instead.
+
+    Attributes
+    ----------
+    mask : ndarray of bool, shape (layers, heads)
+        Read-only.
+    shape : tuple of int
+        (layers, heads) of the model.
 
     Raises
     ------
-    ValueError : a head is outside `shape`; two sets of models of different shapes are combined.
+    ValueError
+        The mask is not boolean or not two-dimensional, or sets of two models are combined.
     """
 
-    def __init__(self, heads: Iterable[tuple[int, int]] = (), shape: tuple[int, int] | None = None):
-        self._heads = frozenset((int(layer), int(head)) for layer, head in heads)
-        self.shape = None if shape is None else (int(shape[0]), int(shape[1]))
-        if self.shape is not None:
-            self._inside(self.shape)
+    def __init__(self, mask: np.ndarray):
+        mask = np.array(mask)  # a copy: the set must not change with its source
+        if mask.dtype != bool or mask.ndim != 2:
+            raise ValueError(
+                "a set of heads is a boolean mask (layers, heads): for pairs use HeadSet.of(pairs, shape)"
+            )
+        mask.setflags(write=False)
+        self.mask = mask
+        self.shape = mask.shape
 
-    def __contains__(self, head) -> bool:
-        return tuple(head) in self._heads
+    @classmethod
+    def of(cls, heads: Iterable[tuple[int, int]], shape: tuple[int, int]) -> HeadSet:
+        """The set of these heads.
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        return iter(sorted(self._heads))
+        Parameters
+        ----------
+        heads : iterable of (int, int)
+            Pairs (layer, head), counted from 0.
+        shape : tuple of int
+            (layers, heads) of the model.
 
-    def __len__(self) -> int:
-        return len(self._heads)
+        Returns
+        -------
+        HeadSet
 
-    def __hash__(self) -> int:
-        return hash(self._heads)
-
-    def __repr__(self) -> str:
-        return f"HeadSet({list(self)})"
-
-    def __and__(self, other) -> HeadSet:
-        return Set.__and__(self._beside(other), other)
-
-    def __or__(self, other) -> HeadSet:
-        return Set.__or__(self._beside(other), other)
-
-    def __sub__(self, other) -> HeadSet:
-        return Set.__sub__(self._beside(other), other)
-
-    def _from_iterable(self, heads) -> HeadSet:
-        """What `Set` makes its results with: they keep the shape."""
-        return HeadSet(heads, self.shape)
-
-    def _beside(self, other) -> HeadSet:
-        """This set, with the shape of the other where it has none itself."""
-        theirs = other.shape if isinstance(other, HeadSet) else None
-        if theirs is None or theirs == self.shape:
-            return self
-        if self.shape is None:
-            return HeadSet(self, theirs)
-        raise ValueError(
-            f"heads of a model with {_times(self.shape)} heads and of one with {_times(theirs)}: combine one model's"
-        )
-
-    def _inside(self, shape: tuple[int, int]) -> None:
-        for layer, head in self:
+        Raises
+        ------
+        ValueError
+            A head is outside `shape`.
+        """
+        mask = np.zeros(shape, bool)
+        for layer, head in heads:
+            # numpy would take a negative index, counted from the end
             if not (0 <= layer < shape[0] and 0 <= head < shape[1]):
                 raise ValueError(
-                    f"head ({layer}, {head}) is outside a model with {_times(shape)} heads: rank the heads of this one"
+                    f"head ({layer}, {head}) is outside a model with {_times(shape)} heads: rank its own"
                 )
+            mask[layer, head] = True
+        return cls(mask)
+
+    def __contains__(self, head: tuple[int, int]) -> bool:
+        return tuple(head) in set(self)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return map(tuple, np.argwhere(self.mask).tolist())
+
+    def __len__(self) -> int:
+        return int(self.mask.sum())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, HeadSet) and np.array_equal(self.mask, other.mask)
+
+    def __hash__(self) -> int:
+        return hash((self.shape, self.mask.tobytes()))
+
+    def __repr__(self) -> str:
+        return f"HeadSet.of({list(self)}, {self.shape})"
+
+    def __or__(self, other: HeadSet) -> HeadSet:
+        return HeadSet(self.mask | self._mask_of(other))
+
+    def __and__(self, other: HeadSet) -> HeadSet:
+        return HeadSet(self.mask & self._mask_of(other))
+
+    def __sub__(self, other: HeadSet) -> HeadSet:
+        return HeadSet(self.mask & ~self._mask_of(other))
+
+    def __invert__(self) -> HeadSet:
+        return HeadSet(~self.mask)
+
+    def _mask_of(self, other: HeadSet) -> np.ndarray:
+        """The mask of a set to combine with this one."""
+        _check_shape("heads to combine with a set", other.shape, self.shape)
+        return other.mask
 
     def check(self, shape: tuple[int, int]) -> None:
-        """Raise ValueError unless these are heads, at least one, of a model with `shape` (layers, heads)."""
+        """Check that a model can use these heads.
+
+        Parameters
+        ----------
+        shape : tuple of int
+            (layers, heads) of the model.
+
+        Raises
+        ------
+        ValueError
+            The set is empty, or of a model of another shape.
+        """
         if not self:
             raise ValueError("no heads: take at least one, such as the top 5 % of a ranking")
-        if self.shape is not None and self.shape != tuple(shape):
-            raise ValueError(
-                f"heads of a model with {_times(self.shape)} heads, but this one has {_times(shape)}: "
-                "rank the heads of this model"
-            )
-        self._inside(shape)
-
-    def mask(self, shape: tuple[int, int] | None = None) -> np.ndarray:
-        """Membership as an array (layers, heads) of bool, of the set's own shape where none is given."""
-        shape = self.shape if shape is None else shape
-        if shape is None:
-            raise ValueError("these heads know no model: give the shape (layers, heads) of the mask")
-        self._inside(shape)
-        out = np.zeros(shape, bool)
-        for head in self:
-            out[head] = True
-        return out
-
-    def query_heads(self, group: int) -> HeadSet:
-        """The query heads of these KV heads, `group` for each."""
-        shape = None if self.shape is None else (self.shape[0], self.shape[1] * group)
-        return HeadSet(((layer, group * head + i) for layer, head in self for i in range(group)), shape)
+        _check_shape("heads", self.shape, shape)
 
     def to_duo_attention(self, path: str | Path, kv_heads: int, *, sinks: int, window: int) -> None:
         """Write the heads as a pattern that DuoAttention (arXiv 2410.10819) and kvpress read.
 
         Parameters
         ----------
-        path : a folder; gets full_attention_heads.tsv, (layers, KV heads) with 1 where a query head of the group is in
+        path : str or Path
+            Folder; gets full_attention_heads.tsv, (layers, KV heads) with 1 where any query head of the KV group is in
             the set, and config.json.
-        kv_heads : of each layer of the model.
-        sinks, window : sink_size and recent_size of the streaming heads.
+        kv_heads : int
+            KV heads of each layer of the model.
+        sinks, window : int
+            sink_size and recent_size of the streaming heads, in tokens.
 
         Raises
         ------
-        ValueError : the set knows no model; its query heads are no multiple of `kv_heads`.
+        ValueError
+            The query heads of a layer are not a multiple of `kv_heads`.
         """
-        mask = self.mask()
-        if mask.shape[1] % kv_heads:
-            raise ValueError(f"kv_heads={kv_heads}: {mask.shape[1]} query heads a layer are no multiple of that")
+        layers, heads = self.shape
+        if heads % kv_heads:
+            raise ValueError(
+                f"kv_heads={kv_heads}: the {heads} query heads of a layer are not a multiple of that"
+            )
+        groups = self.mask.reshape(layers, kv_heads, -1).any(2)
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
-        groups = mask.reshape(len(mask), kv_heads, -1).any(2)
         np.savetxt(folder / "full_attention_heads.tsv", groups, fmt="%.1f", delimiter="\t")
-        (folder / "config.json").write_text(json.dumps({"sink_size": sinks, "recent_size": window}) + "\n")
+        config = {"sink_size": sinks, "recent_size": window}
+        (folder / "config.json").write_text(json.dumps(config) + "\n")
 
 
 def _times(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape))
+
+
+def _check_shape(what: str, shape: tuple[int, int], wanted: tuple[int, int]) -> None:
+    """Raise ValueError where heads of one model meet another."""
+    if tuple(shape) != tuple(wanted):
+        raise ValueError(
+            f"{what} of a model with {_times(shape)} heads, but this one has {_times(wanted)}: "
+            "rank the heads of this model"
+        )
+
+
+def _by_group(values: np.ndarray, group: int) -> np.ndarray:
+    """Values (layers, heads) as (layers, KV heads, group)."""
+    layers, heads = values.shape
+    if heads % group:
+        raise ValueError(
+            f"group={group}: the {heads} query heads of a layer are not a multiple of that"
+        )
+    return values.reshape(layers, -1, group)
 
 
 class HeadRanking:
@@ -140,49 +189,129 @@ class HeadRanking:
 
     Parameters
     ----------
-    values : (layers, heads) finite scores. Equal scores keep the order layer, head.
-    name : what they are, for legends and tables.
+    values : array of float, shape (layers, heads)
+        Finite scores. Heads with equal scores are in the order layer, head.
+    name : str
+        What the scores are, for legends and tables.
+    provenance : dict, optional
+        What made the scores (model, revision, digest of the weights, ...), as JSON can hold it.
 
     Attributes
     ----------
-    order : (layers * heads, 2) int64 pairs (layer, head), best first.
-    shape : (layers, heads) of the model.
+    values : ndarray of float64, shape (layers, heads)
+    order : ndarray of int64, shape (layers * heads, 2)
+        Pairs (layer, head), best first.
+    shape : tuple of int
+        (layers, heads) of the model.
+    name : str
+    provenance : dict
+
+    Raises
+    ------
+    ValueError
+        Scores are not finite, or not of two dimensions.
     """
 
-    def __init__(self, values: np.ndarray, name: str = ""):
-        self.values, self.name = np.asarray(values, float), name
+    def __init__(self, values: np.ndarray, name: str = "", provenance: dict | None = None):
+        self.values = np.array(values, float)
         if self.values.ndim != 2 or not np.isfinite(self.values).all():
             raise ValueError("a ranking needs finite scores of shape (layers, heads)")
-        flat = np.argsort(-self.values, axis=None, kind="stable")
-        self.order = np.stack(np.unravel_index(flat, self.values.shape), 1)
-        self.shape: tuple[int, int] = self.values.shape
+        self.shape = self.values.shape
+        best_first = np.argsort(-self.values, axis=None, kind="stable")
+        self.order = np.stack(np.unravel_index(best_first, self.shape), 1)
+        self.name = name
+        self.provenance = dict(provenance or {})
 
     def top(self, share: float, group: int = 1) -> HeadSet:
-        """The best heads: at least one, and `share` of all rounded to the nearest number.
+        """The best heads.
 
-        With `group`, the query heads of a KV head, whole KV groups are taken, by their best head: what hybrid attention
-        can keep dense at no more than `share` of the KV cache.
+        Parameters
+        ----------
+        share : float
+            Of all heads, in (0, 1]; see `count`.
+        group : int
+            Query heads of a KV head. Above 1, whole KV groups are taken, by their best head: what hybrid attention can
+            keep full at no more than `share` of the KV cache.
+
+        Returns
+        -------
+        HeadSet
+
+        Raises
+        ------
+        ValueError
+            The share is out of range, or the query heads of a layer are not a multiple of `group`.
         """
         if group == 1:
-            return HeadSet(self.order[: self.count(share)], self.shape)
-        return self.groups(group).top(share).query_heads(group)
-
-    def groups(self, group: int) -> HeadRanking:
-        """KV heads by the best of their `group` query heads."""
-        if self.shape[1] % group:
-            raise ValueError(f"group={group}: {self.shape[1]} query heads a layer are no multiple of that")
-        return HeadRanking(self.values.reshape(self.shape[0], -1, group).max(2), self.name)
+            return HeadSet.of(self.order[: self.count(share)], self.shape)
+        groups = HeadRanking(_by_group(self.values, group).max(2))
+        return HeadSet(np.repeat(groups.top(share).mask, group, axis=1))
 
     def bottom(self, share: float) -> HeadSet:
         """The last heads, as many as `top` has."""
-        return HeadSet(self.order[len(self.order) - self.count(share) :], self.shape)
+        return HeadSet.of(self.order[-self.count(share) :], self.shape)
 
     def count(self, share: float) -> int:
-        """How many heads a share in (0, 1] is."""
+        """How many heads a share in (0, 1] is: rounded to the nearest number, and at least one."""
         return _count(share, len(self.order))
 
+    def check(self, shape: tuple[int, int]) -> None:
+        """Check that this is a ranking of a model's heads.
+
+        Parameters
+        ----------
+        shape : tuple of int
+            (layers, heads) of the model.
+
+        Raises
+        ------
+        ValueError
+            The ranking is of a model of another shape.
+        """
+        _check_shape(repr(self), self.shape, shape)
+
+    def save(self, path: str | Path) -> None:
+        """Write name, shape, scores and provenance to a JSON file."""
+        content = {
+            "name": self.name,
+            "shape": self.shape,
+            "provenance": self.provenance,
+            "values": self.values.tolist(),
+        }
+        Path(path).write_text(json.dumps(content) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> HeadRanking:
+        """Read a ranking that `save` wrote; its `provenance` and its repr say which model it is for.
+
+        Parameters
+        ----------
+        path : str or Path
+            The JSON file.
+
+        Returns
+        -------
+        HeadRanking
+
+        Raises
+        ------
+        FileNotFoundError
+            There is no such file.
+        ValueError
+            The file holds something else, or scores that are not of the shape that it states.
+        """
+        try:
+            content = json.loads(Path(path).read_text())
+            values = np.reshape(content["values"], content["shape"])
+            return cls(values, content["name"], content["provenance"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path} is not a ranking of heads ({error}): write it with HeadRanking.save"
+            ) from error
+
     def __repr__(self) -> str:
-        return f"HeadRanking({self.name}: {_times(self.shape)} heads)"
+        model = self.provenance.get("model", "an unnamed model")
+        return f"HeadRanking({self.name}: {_times(self.shape)} heads of {model})"
 
 
 def _count(share: float, n: int) -> int:
@@ -192,240 +321,222 @@ def _count(share: float, n: int) -> int:
     return max(1, math.floor(share * n + 0.5))
 
 
-def random_heads(ranking: HeadRanking, like: HeadSet, seed: int = 0, match: str | None = None) -> HeadSet:
+def random_heads(
+    ranking: HeadRanking, like: HeadSet, seed: int = 0, match: str | None = None, group: int = 1
+) -> HeadSet:
     """As many heads as `like` has, drawn at random from the other heads of the model: a control for `like`.
 
     Parameters
     ----------
-    ranking : of the model's heads; only its shape counts.
-    like : the heads to stand in for. None of them is drawn.
-    seed : of the draw.
-    match : "layer" draws as many in each layer as `like` has there, which keeps the depth. What a layer cannot give,
+    ranking : HeadRanking
+        Of the model's heads; only its shape counts.
+    like : HeadSet
+        The heads to stand in for. None of them is drawn.
+    seed : int
+        Of the draw.
+    match : {None, "layer"}
+        "layer" draws as many heads in each layer as `like` has there, which keeps the depth. What a layer cannot give,
         because `like` has more than half of it, comes from the nearest layers with heads left, ties at random.
+    group : int
+        Query heads of a KV head. Above 1, whole KV groups are drawn, outside the groups that `like` has heads in.
+
+    Returns
+    -------
+    HeadSet
 
     Raises
     ------
-    ValueError : `like` is empty, of another model, or more than half of all heads; `match` is unknown.
+    ValueError
+        `like` is empty, of another model, or more than half of all heads; `match` is unknown; the query heads of a
+        layer are not a multiple of `group`.
     """
     if match not in (None, "layer"):
         raise ValueError(f"match={match!r}: take None or 'layer'")
     like.check(ranking.shape)
-    inside = like.mask(ranking.shape)
+    inside = _by_group(like.mask, group).any(2)
+    wanted = inside.sum(1)
+    n = wanted.sum()
     rng = np.random.default_rng(seed)
-    free = rng.permutation(np.argwhere(~inside))  # (others, 2); shuffled, so that the first that fits is a random one
-    if len(free) < len(like):
-        raise ValueError(f"{len(like)} of {inside.size} heads leave {len(free)} to draw from: take at most half of all")
-    if match is None:
-        return HeadSet(free[: len(like)], ranking.shape)
-    taken, missing = np.zeros(len(free), bool), []
-    for layer, wanted in enumerate(inside.sum(1)):
-        here = np.flatnonzero(free[:, 0] == layer)[:wanted]
+    free = rng.permutation(
+        np.argwhere(~inside)
+    )  # (others, 2), shuffled: the first that fits is a random one
+    if len(free) < n:
+        raise ValueError(
+            f"{n} of {inside.size} heads leave {len(free)} to draw from: take at most half of all"
+        )
+    taken = np.arange(len(free)) < n
+    if match == "layer":
+        taken = _matched(free[:, 0], wanted, rng)
+    drawn = HeadSet.of(free[taken], inside.shape)
+    return HeadSet(np.repeat(drawn.mask, group, axis=1))
+
+
+def _matched(layers: np.ndarray, wanted: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Which heads to take, (n,) bool, from shuffled ones of these layers, so that each layer gives what is wanted."""
+    taken = np.zeros(len(layers), bool)
+    missing = []
+    for layer, count in enumerate(wanted):
+        here = np.flatnonzero(layers == layer)[:count]
         taken[here] = True
-        missing += [layer] * (wanted - len(here))
+        missing += [layer] * (count - len(here))
+    # layers run short in random order, so that none is always the first to borrow from its neighbours
     for layer in rng.permutation(missing):
-        taken[np.where(taken, np.inf, np.abs(free[:, 0] - layer)).argmin()] = True
-    return HeadSet(free[taken], ranking.shape)
+        distance = np.where(taken, np.inf, np.abs(layers - layer))
+        taken[distance.argmin()] = True
+    return taken
 
 
-def heads_for_share(values: np.ndarray, share: float = 0.5) -> float:
-    """rho: the smallest share of heads that holds `share` of the positive score mass (arXiv 2605.27243's rho_0.5).
-
-    Parameters
-    ----------
-    values : (..., layers, heads) scores; negative ones count as zero.
-    share : part of the mass, in (0, 1].
-
-    Returns
-    -------
-    float or array (...), in (0, 1]; NaN where no score is positive
-    """
-    flat = np.clip(np.asarray(values, float), 0, None)
-    flat = -np.sort(-flat.reshape(*flat.shape[:-2], -1), axis=-1)
-    total = flat.sum(-1, keepdims=True)
-    with np.errstate(invalid="ignore"):
-        reached = flat.cumsum(-1) / total >= share - 1e-12
-    rho = (reached.argmax(-1) + 1) / flat.shape[-1]
-    return np.where(total[..., 0] > 0, rho, np.nan)[()]
-
-
-def agreement(a, b, share: float = 0.05, persistence: float | None = None) -> dict[str, np.ndarray]:
+def agreement(a, b, share: float = 0.05) -> dict[str, np.ndarray]:
     """How far rankings agree, pair by pair.
 
     Parameters
     ----------
-    a, b : finite scores (..., layers, heads), arrays or HeadRankings; leading axes broadcast. Heads with equal scores
-        are ranked in the order layer, head, as HeadRanking does, except in the first two measures, which know ties.
-    share : of the heads, in (0, 1]; k heads as in `HeadRanking.count`, n is the number of all.
-    persistence : p of the rank-biased overlap, in (0, 1); None takes 1 - 1/k, but at least 0.5. The first k ranks
-        then have 85 to 89 % of the weight (69 % where k = 1), so that it looks about as deep as the top-k measures.
+    a, b : array of float, shape (..., layers, heads), or HeadRanking
+        Finite scores; leading axes broadcast. Heads with equal scores are ranked in the order layer, head, as
+        `HeadRanking` does, except in the first two measures, which know ties.
+    share : float
+        Of the heads, in (0, 1]; k heads as in `HeadRanking.count`, n is the number of all.
 
     Returns
     -------
-    dict of arrays (...), floats where a and b are single rankings:
-        spearman : rank correlation over all heads, in [-1, 1]; NaN where the scores of one side are all equal.
-        kendall : tau-b over all heads, in [-1, 1]; NaN likewise.
-        overlap : |A & B| / k of the two sets of k best heads, in [0, 1].
-        jaccard : |A & B| / |A | B|, in [0, 1].
-        corrected : (overlap - k/n) / (1 - k/n), 0 by chance and 1 for the same sets, which is Cohen's kappa
+    dict of str to ndarray, shape (...), or to float where a and b are single rankings
+        spearman
+            Rank correlation over all heads, in [-1, 1]; NaN where the scores of one side are all equal.
+        kendall
+            tau-b over all heads, in [-1, 1]; NaN likewise.
+        overlap
+            |A & B| / k of the two sets of k best heads, in [0, 1].
+        jaccard
+            |A & B| / |A | B|, in [0, 1].
+        corrected
+            (overlap - k/n) / (1 - k/n), 0 by chance and 1 for the same sets, which is Cohen's kappa
             (doi:10.1177/001316446002000104) of the two; NaN where k = n.
-        rbo : rank-biased overlap (Webber, Moffat & Zobel 2010, doi:10.1145/1852102.1852106) of the whole rankings,
+        rbo
+            Rank-biased overlap (Webber, Moffat & Zobel 2010, doi:10.1145/1852102.1852106) of the whole rankings,
             (1 - p) * sum over depths d of p^(d-1) |A_d & B_d| / d, in (0, 1]. Beyond depth n both hold all heads and
-            agree, which adds p^n.
+            agree, which adds p^n. p is 1 - 1/k, but at least 0.5: the first k ranks then have 85 to 89 % of the weight
+            (69 % where k = 1), so that it looks about as deep as the top-k measures.
 
     Raises
     ------
-    ValueError : scores that are not finite or have no two axes, models of different shapes, a bad share or persistence.
+    ValueError
+        Scores are not finite or have fewer than two axes; the models have different shapes; the share is out of range.
     """
     a, b = (np.asarray(getattr(x, "values", x), float) for x in (a, b))
     for values in (a, b):
         if values.ndim < 2 or not np.isfinite(values).all():
             raise ValueError("agreement needs finite scores of shape (..., layers, heads)")
-    if a.shape[-2:] != b.shape[-2:]:
-        raise ValueError(f"rankings of {_times(a.shape[-2:])} and of {_times(b.shape[-2:])} heads: compare one model's")
+    _check_shape("a ranking", b.shape[-2:], a.shape[-2:])
     a, b = (x.reshape(*x.shape[:-2], -1) for x in (a, b))  # (..., n)
     n = a.shape[-1]
     k = _count(share, n)
-    centred = [r - r.mean(-1, keepdims=True) for r in (rankdata(x, axis=-1) for x in (a, b))]
-    norms = [(r * r).sum(-1) for r in centred]
-    # the axis argument of kendalltau is younger than the scipy that pyproject.toml asks for, and loops as well
-    pairwise = np.vectorize(_kendall, otypes=[float], signature="(n),(n)->()")
-    depth = np.maximum(_places(a), _places(b))  # (..., n): a head is in both sets when they go deeper than this
-    overlap = (depth < k).sum(-1) / k
-    weights, rest = _rbo_weights(k, n, persistence)
-    with np.errstate(invalid="ignore"):
-        out = {
-            "spearman": (centred[0] * centred[1]).sum(-1) / np.sqrt(norms[0] * norms[1]),
-            "kendall": pairwise(a, b),
+    places = [
+        rankdata(-x, "ordinal", axis=-1) for x in (a, b)
+    ]  # from 1; ordinal ranks keep the order of ties
+    depth = np.maximum(*places)  # from which on a head is in both sets
+    overlap = (depth <= k).sum(-1) / k
+    weights, rest = _rbo_weights(k, n)
+    # a head counts from that depth on: the sum of the weights of all greater depths, each over its depth
+    gain = (weights / np.arange(1, n + 1))[::-1].cumsum()[::-1]
+    # kendalltau's own axis argument is younger than the oldest scipy supported, and loops as well
+    kendall = np.vectorize(_kendall, otypes=[float], signature="(n),(n)->()")
+    with np.errstate(invalid="ignore"):  # 0 / 0 where all scores are equal, or k = n
+        return {
+            "spearman": (_standard_ranks(a) * _standard_ranks(b)).sum(-1),
+            "kendall": kendall(a, b)[()],
             "overlap": overlap,
             "jaccard": overlap / (2 - overlap),
-            "corrected": (overlap - k / n) / np.float64(1 - k / n),
-            "rbo": (weights / np.arange(1, n + 1))[::-1].cumsum()[::-1][depth].sum(-1) + rest,
+            "corrected": (overlap - k / n) / (1 - k / n),
+            "rbo": gain[depth - 1].sum(-1) + rest,
         }
-    return {name: np.asarray(value)[()] for name, value in out.items()}
+
+
+def _standard_ranks(flat: np.ndarray) -> np.ndarray:
+    """Ranks (..., n) of mean 0 and norm 1: their product is Spearman's correlation."""
+    ranks = rankdata(flat, axis=-1)
+    ranks -= ranks.mean(-1, keepdims=True)
+    return ranks / np.linalg.norm(ranks, axis=-1, keepdims=True)
 
 
 def _kendall(a: np.ndarray, b: np.ndarray) -> float:
     return kendalltau(a, b, method="asymptotic").statistic
 
 
-def _places(flat: np.ndarray) -> np.ndarray:
-    """Place of every head, 0 the best, (..., n) int, of scores (..., n)."""
-    return np.argsort(np.argsort(-flat, axis=-1, kind="stable"), axis=-1)
-
-
-def _rbo_weights(k: int, n: int, persistence: float | None) -> tuple[np.ndarray, float]:
+def _rbo_weights(k: int, n: int) -> tuple[np.ndarray, float]:
     """Weights of the agreement at depths 1 to n, (n,), and at all greater ones together."""
-    p = max(0.5, 1 - 1 / k) if persistence is None else persistence
-    if not 0 < p < 1:
-        raise ValueError(f"persistence={p}: take a number in (0, 1), such as 0.9 to look at about ten heads")
+    p = max(0.5, 1 - 1 / k)
     return (1 - p) * p ** np.arange(n), p**n
 
 
-def chance(n_heads: int, share: float, persistence: float | None = None) -> dict[str, float]:
+def chance(n_heads: int, share: float) -> dict[str, float]:
     """Expected values of `agreement` for two independent random rankings without ties, all exact.
+
+    The number of heads that two sets of k share is hypergeometric, which gives the Jaccard index; at depth d the
+    expected overlap is d / n, which gives rbo.
 
     Parameters
     ----------
-    n_heads : number of all heads, at least 2.
-    share, persistence : as in `agreement`.
+    n_heads : int
+        Number of all heads, at least 2.
+    share : float
+        As in `agreement`.
 
     Returns
     -------
-    dict with the keys of `agreement`. The number of heads that two sets of k share is hypergeometric, which gives the
-    Jaccard index; at depth d the expected overlap is d / n, which gives rbo.
+    dict of str to float
+        With the keys of `agreement`.
+
+    Raises
+    ------
+    ValueError
+        There are fewer than 2 heads, or the share is out of range.
     """
     if n_heads < 2:
         raise ValueError(f"n_heads={n_heads}: a ranking needs at least 2 heads")
     k = _count(share, n_heads)
     common = np.arange(k + 1)
-    weights, rest = _rbo_weights(k, n_heads, persistence)
+    jaccard = common / (2 * k - common)
+    depth = np.arange(1, n_heads + 1)
+    weights, rest = _rbo_weights(k, n_heads)
     return {
         "spearman": 0.0,
         "kendall": 0.0,
         "overlap": k / n_heads,
-        "jaccard": float(hypergeom.pmf(common, n_heads, k, k) @ (common / (2 * k - common))),
+        "jaccard": float(hypergeom.pmf(common, n_heads, k, k) @ jaccard),
         "corrected": 0.0 if k < n_heads else math.nan,
-        "rbo": float(weights @ np.arange(1, n_heads + 1) / n_heads + rest),
+        "rbo": float(weights @ depth / n_heads + rest),
     }
 
 
-def resample_means(values, resamples: int = 1000, seed: int = 0, size: int | None = None, groups=None) -> np.ndarray:
-    """Bootstrap means of scores: what the ranking might have been with other samples.
-
-    Parameters
-    ----------
-    values : (n, layers, heads) finite scores, a row a sample.
-    resamples, seed : of the bootstrap.
-    size : draws a resample, 1 to n (of groups, where they are given); None takes n.
-    groups : (n,) labels; whole groups are drawn, such as the samples on one context.
-
-    Returns
-    -------
-    (resamples, layers, heads) means
-
-    Raises
-    ------
-    ValueError : fewer than 2 samples or groups, scores that are not finite, a bad size.
-    """
-    values, codes = checked_samples(values, groups)
-    most = codes.max() + 1
-    if size is not None and not 1 <= size <= most:
-        raise ValueError(f"size={size}: draw 1 to {most} {'samples' if groups is None else 'groups'}")
-    return bootstrap_means(values, codes, resamples, seed, size)
-
-
-def split_halves(values, splits: int = 200, seed: int = 0, size: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Means over two disjoint random subsets of the samples, many times: the agreement of the two is reliability.
-
-    Parameters
-    ----------
-    values : (n, layers, heads) finite scores, a row a sample.
-    splits : number of random splits.
-    seed : of the splits.
-    size : samples in each subset, 1 to n // 2; None takes n // 2.
-
-    Returns
-    -------
-    a, b : (splits, layers, heads) means
-
-    Raises
-    ------
-    ValueError : fewer than 2 samples, scores that are not finite, a bad size.
-    """
-    values, _ = checked_samples(values)
-    n = len(values)
-    size = n // 2 if size is None else size
-    if not 1 <= size <= n // 2:
-        raise ValueError(f"size={size}: two disjoint subsets would take {2 * size} of {n} samples, take 1 to {n // 2}")
-    place = np.random.default_rng(seed).permuted(np.tile(np.arange(n), (splits, 1)), axis=1)  # (splits, n)
-    flat = values.reshape(n, -1)
-    halves = (place < size, (place >= size) & (place < 2 * size))
-    a, b = ((half @ flat / size).reshape(splits, *values.shape[1:]) for half in halves)
-    return a, b
-
-
-def universal(cores: Mapping[str, np.ndarray], share: float = 0.05) -> pd.DataFrame:
+def universal(scores: Mapping[str, np.ndarray], share: float = 0.05) -> pd.DataFrame:
     """In how many domains each head is among the best.
 
     Parameters
     ----------
-    cores : domain -> scores (layers, heads) of one model.
-    share : of the heads, in (0, 1].
+    scores : mapping of str to array of float, shape (layers, heads)
+        Scores of one model's heads by domain.
+    share : float
+        Of the heads, in (0, 1].
 
     Returns
     -------
-    DataFrame, a row for each head that is among the best in at least one domain, those of most domains first and then
-    in the order layer, head: ``layer``, ``head``, a column of bool a domain, and ``domains``, their number.
+    DataFrame
+        A row for each head that is among the best in at least one domain, those of most domains first and then in the
+        order layer, head: ``layer``, ``head``, a column of bool a domain, and ``domains``, their number.
+
+    Raises
+    ------
+    ValueError
+        There is no domain, or the scores are of two models.
     """
-    tops = {name: HeadRanking(values).top(share) for name, values in cores.items()}
-    shapes = {top.shape for top in tops.values()}
-    if len(shapes) != 1:
-        found = " and ".join(_times(shape) for shape in sorted(shapes)) or "no"
-        raise ValueError(f"scores of {found} heads: give those of one model, a domain or more")
-    masks = {name: top.mask() for name, top in tops.items()}
-    heads = np.argwhere(np.any(list(masks.values()), 0))
-    table = pd.DataFrame(heads, columns=["layer", "head"])
-    for name, mask in masks.items():
-        table[name] = mask[tuple(heads.T)]
-    table["domains"] = table[list(masks)].sum(axis=1)
-    return table.sort_values(["domains", "layer", "head"], ascending=[False, True, True], ignore_index=True)
+    if not scores:
+        raise ValueError("no scores: give those of one domain at least")
+    tops = {domain: HeadRanking(values).top(share) for domain, values in scores.items()}
+    best = reduce(or_, tops.values())
+    table = pd.DataFrame(list(best), columns=["layer", "head"])
+    for domain, top in tops.items():
+        table[domain] = top.mask[best.mask]
+    table["domains"] = table[list(tops)].sum(axis=1)
+    return table.sort_values(
+        ["domains", "layer", "head"], ascending=[False, True, True], ignore_index=True
+    )

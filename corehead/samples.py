@@ -8,14 +8,20 @@ from typing import Any
 
 
 class SampleError(ValueError):
-    """A sample that cannot be used as it is: the message names the sample, the field and the mend."""
+    """A sample that cannot be used as it is: the message names the sample, the field and the fix.
 
-    def __init__(self, sample_id: str, where: str, problem: str, mend: str):
-        self.sample_id, self.where, self.problem, self.mend = sample_id, where, problem, mend
-        super().__init__(f"sample {sample_id!r}, {where}: {problem}. {mend}.")
+    Parameters
+    ----------
+    sample_id, where, problem, fix : str
+        Whose fault it is, in which field ("evidence[0]"), what is wrong, and what to do about it.
+    """
+
+    def __init__(self, sample_id: str, where: str, problem: str, fix: str):
+        self.sample_id, self.where, self.problem, self.fix = sample_id, where, problem, fix
+        super().__init__(f"sample {sample_id!r}, {where}: {problem}. {fix}.")
 
     def __reduce__(self):
-        return type(self), (self.sample_id, self.where, self.problem, self.mend)
+        return type(self), (self.sample_id, self.where, self.problem, self.fix)
 
 
 @dataclass(frozen=True)
@@ -24,9 +30,11 @@ class Region:
 
     Parameters
     ----------
-    image : index of the image in the order of the messages, from 0.
-    box : (x1, y1, x2, y2) in pixels of the image as given, half-open: the box of a whole image of
-        width w and height h is (0, 0, w, h).
+    image : int
+        Index of the image in the order of the messages, from 0.
+    box : tuple of float
+        (x1, y1, x2, y2) in pixels of the image as given, half-open: the box of a whole image of width w and height h is
+        (0, 0, w, h).
     """
 
     image: int
@@ -35,7 +43,13 @@ class Region:
 
 @dataclass(frozen=True)
 class Pages:
-    """Whole images (the pages of a document), by their index in the order of the messages, from 0."""
+    """Whole images, such as the pages of a document.
+
+    Parameters
+    ----------
+    pages : sequence of int
+        Indices of the images in the order of the messages, from 0.
+    """
 
     pages: tuple[int, ...]
 
@@ -45,7 +59,15 @@ class Pages:
 
 @dataclass(frozen=True)
 class Frames:
-    """Whole frames of one video, as indices into the frames that are handed to the processor, from 0."""
+    """Whole frames of one video.
+
+    Parameters
+    ----------
+    video : int
+        Index of the video in the order of the messages, from 0.
+    frames : sequence of int
+        Indices into the frames that are handed to the processor, from 0.
+    """
 
     video: int
     frames: tuple[int, ...]
@@ -57,7 +79,15 @@ class Frames:
 
 @dataclass(frozen=True)
 class Tube:
-    """A box that moves through the frames of one video: ``{frame: (x1, y1, x2, y2)}``, pixels as in `Region`."""
+    """A box that moves through the frames of one video.
+
+    Parameters
+    ----------
+    video : int
+        Index of the video in the order of the messages, from 0.
+    boxes : mapping of int to tuple of float
+        ``{frame: (x1, y1, x2, y2)}``, frames as in `Frames`, pixels as in `Region`.
+    """
 
     video: int
     boxes: Mapping[int, tuple[float, float, float, float]]
@@ -65,7 +95,13 @@ class Tube:
 
 @dataclass(frozen=True)
 class Span:
-    """A piece of the prompt's text, quoted exactly; it must stand there once."""
+    """A piece of the prompt's text.
+
+    Parameters
+    ----------
+    text : str
+        Quoted exactly; it must stand in the prompt once.
+    """
 
     text: str
 
@@ -79,15 +115,22 @@ class Sample:
 
     Parameters
     ----------
-    id : a name that is unique in a run; stores and error messages use it.
-    messages : chat messages as transformers' processors take them. An image part holds a PIL image, an array
-        (H, W, 3) uint8 or a path; a video part holds an array (T, H, W, 3) uint8 of frames already sampled,
-        with ``fps`` beside it (and ``frames_indices`` where the frames are not evenly 0, 1, 2 ...).
-    evidence : where the answer stands; several pieces count as their union.
-    answer : the text that the model should say; None where there is none.
-    question : the text of the question. None takes the last text part of the last user message.
-    meta : anything that should travel along into tables (strings and numbers).
-    metric : what a text that the model wrote is worth, ``text -> {name: value}``, "parsed" first: see
+    id : str
+        A name that is unique in a run; stores and error messages use it.
+    messages : list of dict
+        Chat messages as transformers' processors take them. An image part holds a PIL image, an array (H, W, 3) uint8
+        or a path; a video part holds an array (T, H, W, 3) uint8 of frames already sampled, with ``fps`` beside it (and
+        ``frames_indices`` where the frames are not evenly 0, 1, 2 ...).
+    evidence : list of Region, Pages, Frames, Tube or Span
+        Where the answer stands; several pieces count as their union.
+    answer : str, optional
+        The text that the model should say; None where there is none.
+    question : str, optional
+        The text of the question. None takes the last text part of the user's messages.
+    meta : dict
+        Anything that should travel along into tables (strings and numbers).
+    metric : callable, optional
+        What a text that the model wrote is worth, ``text -> {name: value}``, "parsed" first: see
         `corehead.benchmarks.metrics`. None where the answer is compared as it is.
     """
 

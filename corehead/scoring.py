@@ -11,30 +11,27 @@ computed once; each question on it, and the same context with the question "N/A"
 from __future__ import annotations
 
 import json
-import platform
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-import transformers
 import xarray as xr
-from tqdm.auto import tqdm
 
-from .attention import Layout, edited, laid_out, own_attention, reading
-from .contexts import Context, Packed, batches, behind_prefix, forward, pack, prefill
-from .models import MLLM, fingerprint
+from .attention import Call, Hook, TokenRoles, hooks, hooks_in_force
+from .batching import Context, Feed, Packed, batches, decode, embedded, pack, to_model
+from .models import MLLM
 from .ranking import HeadRanking
+from .runs import digest, provenance, run
 from .samples import Sample, SampleError
-from .scale import check_engine, on_ray, shards
-from .store import Store, digest
-from .tagging import Tagged, to_model
+from .tagging import TaggedSample
 
 QUERIES = ("question", "last", "answer")
-SUMS = ("target", "visual", "text", "sink")
+SUMS = ("evidence", "visual", "text", "sink")
+ARRAYS = (*SUMS, "entropy", "null_evidence", "null_context")
 VARIANTS = ("ram", "share", "lift", "calibrated")
 
 
@@ -44,65 +41,110 @@ class HeadScores:
 
     Attributes
     ----------
-    data : Dataset with dimensions (sample, query, layer, head). ``target, visual, text, sink``: attention mass, mean
-        over the query rows, in [0, 1] (visual + text + sink = 1; sink is the first token of the prompt, and target is
-        part of visual or text); ``entropy``: mean over the rows, in nats; ``null_target``, ``null_context``: the mass
-        that the same context gets when the question is "N/A". Coordinates on sample: ``n_target``, ``n_context``
-        (tokens of the target's modality), ``on_text`` (the target is text), ``depth`` (where V* stands on average, from
-        0, the start of the prompt, to 1, its end).
+    data : xarray.Dataset, dimensions (sample, query, layer, head)
+        ``evidence, visual, text, sink``: attention mass, mean over the query rows, in [0, 1] (visual + text + sink = 1;
+        sink is the first token of the prompt, and evidence is part of visual or text); ``entropy``: mean over the rows,
+        in nats; ``null_evidence``, ``null_context``: the mass that the same context gets when the question is "N/A".
+        Coordinates on sample: ``n_evidence``, ``n_context`` (tokens of the evidence's modality), ``on_text`` (the
+        evidence is text), ``depth`` (where V* stands on average, from 0, the start of the prompt, to 1, its end), and
+        the samples' ``meta``, such as ``domain``.
         The attribute ``provenance`` is JSON: model, revision, a digest of weights and configuration, versions,
         processor settings, options, and a digest of the samples.
-    failures : DataFrame (sample, reason) of what was skipped.
+    failures : DataFrame (sample, reason)
+        What was skipped.
     """
 
     data: xr.Dataset
-    failures: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=["sample", "reason"]))
+    failures: pd.DataFrame = field(
+        default_factory=lambda: pd.DataFrame(columns=["sample", "reason"])
+    )
+
+    @property
+    def provenance(self) -> dict:
+        return json.loads(self.data.attrs["provenance"])
 
     def per_sample(self, variant: str = "ram", query: str = "question") -> xr.DataArray:
         """Scores of every head on every sample.
 
         Parameters
         ----------
-        variant : "ram", the mass on V* (arXiv 2606.05843); "share", that mass over the mass on all tokens of the
-            target's modality (VERA, arXiv 2602.10146); "lift", the share over the share of tokens |V*| / |V|;
-            "calibrated", RAM less the RAM of the question "N/A" on the same context (arXiv 2605.27243).
-        query : the rows Q: "question", its tokens; "last", the prompt's last token; "answer", the answer's tokens.
+        variant : {"ram", "share", "lift", "calibrated"}
+            "ram" is the mass on V* (arXiv 2606.05843); "share", that mass over the mass on all tokens of the evidence's
+            modality (VERA, arXiv 2602.10146); "lift", the share over the share of tokens |V*| / |V|; "calibrated", RAM
+            less the RAM of the question "N/A" on the same context (arXiv 2605.27243).
+        query : {"question", "last", "answer"}
+            The rows Q: the question's tokens, the prompt's last token, or the answer's tokens.
 
         Returns
         -------
-        DataArray (sample, layer, head); NaN where a sample has no evidence or no such rows.
+        DataArray (sample, layer, head)
+            NaN where a sample has no evidence or no such rows.
+
+        Raises
+        ------
+        ValueError
+            No such variant or query.
         """
         if variant not in VARIANTS:
             raise ValueError(f"variant={variant!r}: take one of {', '.join(map(repr, VARIANTS))}")
         if query not in QUERIES:
             raise ValueError(f"query={query!r}: take one of {', '.join(map(repr, QUERIES))}")
-        d = self.data.sel(query=query)
-        ram = d.target.where(d.n_target > 0)
-        if variant == "ram":
-            out = ram
-        elif variant == "calibrated":
-            out = ram - d.null_target
-        else:
-            out = ram / xr.where(d.on_text, d.text, d.visual)
-            if variant == "lift":
-                out = out / (d.n_target / d.n_context)
-        return out.transpose("sample", "layer", "head").drop_vars("query").rename(variant)
+        data = self.data.sel(query=query, drop=True)
+        out = data.evidence.where(data.n_evidence > 0)
+        if variant == "calibrated":
+            out = out - data.null_evidence
+        if variant in ("share", "lift"):
+            out = out / xr.where(data.on_text, data.text, data.visual)
+        if variant == "lift":
+            out = out / (data.n_evidence / data.n_context)
+        return out.transpose("sample", "layer", "head").rename(variant)
 
-    def core(self, variant: str = "ram", query: str = "question") -> xr.DataArray:
-        """The CoRe score, (layer, head): mean over the samples that have one."""
-        return self.per_sample(variant, query).mean("sample")
+    def mean(
+        self, variant: str = "ram", query: str = "question", by: str | None = None
+    ) -> xr.DataArray:
+        """The CoRe score, (layer, head): mean over the samples that have one.
 
-    def rank(self, variant: str = "ram", query: str = "question") -> HeadRanking:
-        """Heads from highest to lowest CoRe score."""
-        core = self.core(variant, query)
-        if not np.isfinite(core).all():
-            raise ValueError(f"no sample has a {variant!r} score for query={query!r}: give evidence (and answers)")
-        return HeadRanking(core.values, name=f"{variant}/{query}")
+        Parameters
+        ----------
+        variant, query : str
+            See `per_sample`.
+        by : str, optional
+            A coordinate on samples, such as "domain": the mean of its groups' means, so that each group counts once.
+        """
+        scores = self.per_sample(variant, query)
+        if by is None:
+            return scores.mean("sample")
+        return scores.groupby(by).mean("sample").mean(by)
+
+    def by(self, coordinate: str) -> dict[str, HeadScores]:
+        """Scores of each group of samples, in the order in which the groups come."""
+        labels = self.data[coordinate].values
+        return {
+            label: HeadScores(self.data.isel(sample=np.flatnonzero(labels == label)))
+            for label in dict.fromkeys(labels.tolist())
+        }
+
+    def rank(
+        self, variant: str = "ram", query: str = "question", by: str | None = None
+    ) -> HeadRanking:
+        """Heads from highest to lowest CoRe score.
+
+        Raises
+        ------
+        ValueError
+            No sample has such a score.
+        """
+        scores = self.mean(variant, query, by)
+        if not np.isfinite(scores).all():
+            raise ValueError(
+                f"no sample has a {variant!r} score for query={query!r}: give evidence (and answers)"
+            )
+        return HeadRanking(scores.values, name=f"{variant}/{query}", provenance=self.provenance)
 
 
 def score(
     mllm: MLLM,
-    samples: Iterable[Sample | Tagged],
+    samples: Iterable[Sample | TaggedSample],
     *,
     batch_size: int = 16,
     null: bool = True,
@@ -117,241 +159,241 @@ def score(
 
     Parameters
     ----------
-    mllm : the model.
-    samples : any iterable. Samples that follow each other with the same media (or the same text) in front of the
-        question share one prefill.
-    batch_size : contexts that run at once, padded on the left.
-    null : also run the question "N/A", which the "calibrated" variant needs. Not for `Tagged` input.
-    store : a folder that keeps every finished batch; None keeps nothing.
-    resume : go on with what the store has. Without it a store that is not empty is an error.
-    on_error : "record" notes a sample that fails in `HeadScores.failures` and goes on; "raise" stops.
-    engine : "local", or "ray": over many GPUs or machines. A worker takes `batch_size` contexts at a time, so that the
-        batches are not those of "local", and the scores equal to rounding (1e-6); with batch_size=1, to the bit on one
-        kind of device with as many threads (on a CPU, Ray gives a worker one).
-    workers : for "ray"; None takes one a GPU, or one a CPU where there is no GPU.
-    progress : show a bar with the time left.
+    mllm : MLLM
+    samples : iterable of Sample or TaggedSample
+        Samples that follow each other with the same media (or the same text) in front of the question share one
+        prefill.
+    batch_size : int
+        Contexts that run at once, padded on the left.
+    null : bool
+        Also run the question "N/A", which the "calibrated" variant needs. Not for `TaggedSample` input.
+    store : str or Path, optional
+        A folder that keeps every finished batch.
+    resume : bool
+        Go on with what the store has. Without it a store that is not empty is an error.
+    on_error : {"record", "raise"}
+        "record" notes a sample that fails in `HeadScores.failures` and goes on; "raise" stops.
+    engine : {"local", "ray"}
+        "ray": over many GPUs or machines. A worker takes `batch_size` contexts at a time, so that the batches are not
+        those of "local", and the scores equal to rounding (1e-6); with batch_size=1, to the bit on one kind of device
+        with as many threads (on a CPU, Ray gives a worker one).
+    workers : int, optional
+        For "ray"; None takes one a GPU, or one a CPU where there is no GPU.
+    progress : bool
+        Show a bar with the time left.
 
     Returns
     -------
-    HeadScores, samples in the order given
+    HeadScores
+        Samples in the order given.
 
     Raises
     ------
-    ValueError : two samples have one id; no sample could be scored; the store belongs to another configuration.
-    ImportError : engine="ray", and Ray is not installed.
-    SampleError : with on_error="raise", what is wrong with a sample, or the layer whose attention is not finite.
+    ValueError
+        Two samples have one id; no sample could be scored; the store belongs to another configuration.
+    ImportError
+        engine="ray", and Ray is not installed.
+    SampleError
+        With on_error="raise", what is wrong with a sample, or the layer whose attention is not finite.
     """
-    if on_error not in ("record", "raise"):
-        raise ValueError(f"on_error={on_error!r}: take 'record' or 'raise'")
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}: take at least 1")
-    check_engine(engine, workers)
-    if store is not None and edited(mllm):
-        raise ValueError("a store inside ablate() would not say so: score without one")
-    if engine == "ray" and edited(mllm):
-        raise ValueError("workers know nothing of ablate(): score with engine='local' inside it")
-    keep = Store(store, provenance(mllm, null=null), resume=resume)
-    rows: dict[str, dict] = {row["sample"]: row for row in keep.rows}
-    order: list[str] = []
-    marks: dict[str, str] = {}  # digests of the samples that run
-    failures: list[dict] = []
-
-    def fresh():
-        seen = set()
-        for sample in samples:
-            name = _id(sample, len(order))
-            if name in seen:
-                raise ValueError(f"two samples have the id {name!r}: ids must differ")
-            seen.add(name)
-            order.append(name)
-            mark = digest(sample if isinstance(sample, Sample) else [sample.ids, sample.target])
-            if name in rows:
-                if rows[name]["digest"] != mark:
-                    raise ValueError(f"sample {name!r} is not the one in the store: it has another content")
-                bar.update()
-                yield None
-                continue
-            marks[name] = mark
-            unnamed = isinstance(sample, Tagged) and sample.sample is None
-            yield replace(sample, sample=Sample(name, [])) if unnamed else sample
-
-    total = len(samples) if hasattr(samples, "__len__") else None
-    with keep, tqdm(total=total, desc="scoring", unit="sample", disable=not progress) as bar:
-        run = partial(_finished, batch_size=batch_size, null=null, on_error=on_error)
-        local = engine == "local"
-        for finished in run(mllm, fresh()) if local else on_ray(mllm, run, shards(fresh(), batch_size), workers):
-            done = [r | {"digest": marks[r["sample"]]} for r in finished if not isinstance(r, SampleError)]
-            keep.append(done)
-            rows.update((row["sample"], row) for row in done)
-            bar.update(len(finished))
-            for error in finished:
-                if isinstance(error, SampleError):
-                    if on_error == "raise":
-                        raise error
-                    failures.append({"sample": error.sample_id, "reason": str(error)})
-    found = [rows[name] for name in order if name in rows]
-    if not found:
-        reason = failures[0]["reason"] if failures else "there are no samples"
+    made_by = provenance(mllm, null=null)
+    finished = run(
+        mllm,
+        samples,
+        partial(_work, batch_size=batch_size, null=null),
+        store=store,
+        resume=resume,
+        provenance=made_by,
+        edited=any(hook.changes_output for hook in hooks_in_force(mllm)),
+        on_error=on_error,
+        engine=engine,
+        workers=workers,
+        batch_size=batch_size,
+        progress=progress,
+        description="scoring",
+    )
+    rows = [finished.rows[name, ""] for name in finished.samples if (name, "") in finished.rows]
+    if not rows:
+        reason = finished.failures[0]["reason"] if finished.failures else "there are no samples"
         raise ValueError(f"no sample could be scored; the first: {reason}")
-    table = pd.DataFrame(failures, columns=["sample", "reason"])
-    data = digest([[row["sample"], row["digest"]] for row in found])
-    return HeadScores(_dataset(found, keep.provenance | {"data": data}), table)
+    failures = pd.DataFrame(finished.failures, columns=["sample", "reason"])
+    data = digest([[row["sample"], row["digest"]] for row in rows])
+    return HeadScores(_dataset(rows, made_by | {"data": data}), failures)
 
 
 @torch.inference_mode()
-def attention_map(mllm: MLLM, tagged: Tagged, query: str = "last") -> np.ndarray:
+def attention_map(mllm: MLLM, tagged: TaggedSample, query: str = "last") -> np.ndarray:
     """Where every head's rows look, for pictures of a few heads on one sample.
 
     Parameters
     ----------
-    mllm, tagged : the model and one tagged sample.
-    query : "question", "last" or "answer": the mean over these rows.
+    mllm : MLLM
+    tagged : TaggedSample
+    query : {"question", "last", "answer"}
+        The mean over these rows.
 
     Returns
     -------
-    (L, H, N) float32, attention weights over all tokens
+    (L, H, N) float32 array
+        Attention weights over all tokens.
     """
-    rows = _query_sets(tagged)[query]
-    groups = torch.eye(len(tagged.ids))[None]
-    own = laid_out(mllm, Layout.of([tagged]))
-    with own, reading(mllm, torch.from_numpy(rows).to(mllm.device), groups.to(mllm.device)) as reader:
-        forward(mllm, to_model(tagged.inputs, mllm))
-    return torch.stack([reader.sums[i][0].mean(0).cpu() for i in range(mllm.n_layers)]).numpy()
+    reader = MassReader(query_rows(tagged)[query], groups=torch.eye(len(tagged.ids))[None])
+    with hooks(mllm, reader.everywhere(mllm), TokenRoles.of([tagged])):
+        decode(mllm, embedded(mllm, to_model(tagged.inputs, mllm)))
+    sums, _ = reader.result()
+    return sums[:, 0].mean(1)
 
 
-def provenance(mllm: MLLM, **options) -> dict:
-    """What determines a table of scores: the model, its weights and preprocessing, the versions, the options."""
-    settings = mllm.processor.to_json_string() if hasattr(mllm.processor, "to_json_string") else "{}"
-    return dict(
-        model=mllm.source,
-        revision=mllm.revision,
-        architecture=mllm.model.config.model_type,
-        dtype=str(mllm.model.dtype),
-        weights=fingerprint(mllm.model),
-        config=digest(json.dumps(_settings(mllm.model.config.to_dict()), sort_keys=True, default=str)),
-        processor=json.loads(settings),
-        python=platform.python_version(),
-        torch=torch.__version__,
-        transformers=transformers.__version__,
-        options=options,
-    )
-
-
-def _settings(config):
-    """A configuration without what saving and loading write into it."""
-    if isinstance(config, dict):
-        volatile = {"architectures", "dtype", "transformers_version", "_name_or_path"}
-        return {str(k): _settings(v) for k, v in config.items() if k not in volatile}
-    return config
-
-
-def _id(sample: Sample | Tagged, index: int) -> str:
-    if isinstance(sample, Tagged):
-        return sample.sample.id if sample.sample is not None else str(index)
-    return sample.id
-
-
-def _finished(
-    mllm: MLLM, samples: Iterable[Sample | Tagged | None], *, batch_size: int, null: bool, on_error: str
-) -> Iterator[list[dict | SampleError]]:
-    """A table row or an error for each sample, a list a batch."""
-    failed: list[SampleError] = []
-    fail = None if on_error == "raise" else failed.append
-    for batch in batches(mllm, samples, batch_size, null=null, fail=fail):
-        yield [*failed, *_run(mllm, batch)]
-        failed.clear()
-    yield failed
-
-
-@torch.inference_mode()
-def _run(mllm: MLLM, batch: list[Context]) -> Iterator[dict | SampleError]:
-    """Run a batch of contexts and yield a table row a sample."""
-    packed = pack(mllm, batch, alone=edited(mllm, "resample"))
-    with own_attention(mllm), laid_out(mllm, packed.layout):
-        found = _read(mllm, behind_prefix(mllm, packed), packed)
-    for c, context in enumerate(packed.contexts):
-        for owner, tagged in enumerate(context.members):
-            blank = context.null_of(owner)
-            null = None if blank is None else found[c, blank]
-            yield _table_row(tagged, owner, found[c, context.block_of(owner)], null)
-
-
-def _query_sets(tagged: Tagged) -> dict[str, np.ndarray]:
+def query_rows(tagged: TaggedSample) -> dict[str, np.ndarray]:
     """Tokens of every query set Q, in the order of QUERIES."""
     return {"question": tagged.question, "last": np.array([tagged.last]), "answer": tagged.answer}
 
 
-def _read(mllm: MLLM, feed: dict, packed: Packed) -> dict:
-    """Feed the model, reading rows; per block and query set the mean over its rows: (L, H, G) sums, (L, H) entropy.
+class MassReader(Hook):
+    """Sums the attention of chosen rows over groups of keys, and takes the rows' entropy.
 
-    Groups of keys: visual, text, sink (the first token, which is neither), then the targets.
+    Parameters
+    ----------
+    rows : (R,) int64 array or tensor
+        Positions among the keys, ascending.
+    groups : (B, N, G) float32 tensor
+        Membership of each key in each of G groups.
     """
-    groups = torch.cat([torch.zeros(*packed.layout.asks.shape, 3), packed.layout.targets.transpose(1, 2)], 2)
+
+    def __init__(self, rows: np.ndarray, groups: torch.Tensor):
+        self.rows, self.groups = np.asarray(rows), groups
+        self.sums: dict[int, list[torch.Tensor]] = {}
+        self.entropy: dict[int, list[torch.Tensor]] = {}
+
+    def everywhere(self, mllm: MLLM) -> dict[int, list[Hook]]:
+        """This hook in every layer."""
+        return {layer: [self] for layer in range(mllm.n_layers)}
+
+    def read(self, call: Call, rows: torch.Tensor, weights: torch.Tensor) -> None:
+        groups = self.groups[:, : call.n].to(call.device)
+        mass = (weights.flatten(1, 2) @ groups).unflatten(1, weights.shape[1:3])  # (B, H, r, G)
+        entropy = torch.special.entr(weights).sum(-1)  # (B, H, r)
+        self.sums.setdefault(call.layer, []).append(mass.transpose(1, 2).cpu())
+        self.entropy.setdefault(call.layer, []).append(entropy.transpose(1, 2).cpu())
+
+    def result(self) -> tuple[np.ndarray, np.ndarray]:
+        """Sums (L, B, R, H, G) and entropy (L, B, R, H) float32, the latter in nats."""
+        sums = [torch.cat(self.sums[layer], 1) for layer in sorted(self.sums)]
+        entropy = [torch.cat(self.entropy[layer], 1) for layer in sorted(self.entropy)]
+        return torch.stack(sums).numpy(), torch.stack(entropy).numpy()
+
+
+def _work(
+    mllm: MLLM,
+    samples: Iterable[Sample | TaggedSample | None],
+    lacking: Callable,
+    fail: Callable[[SampleError], None],
+    *,
+    batch_size: int,
+    null: bool,
+) -> Iterator[list[dict]]:
+    """A table row for each sample, a list a batch."""
+    for batch in batches(mllm, samples, batch_size, null=null, fail=fail):
+        yield _scored(mllm, batch, fail)
+
+
+@torch.inference_mode()
+def _scored(mllm: MLLM, batch: list[Context], fail: Callable[[SampleError], None]) -> list[dict]:
+    """Run a batch of contexts: a table row a sample."""
+    alone = any(hook.needs_own_row for hook in hooks_in_force(mllm))
+    packed = pack(mllm, batch, alone=alone)
+    found, rows = _read(mllm, packed), []
+    for c, context in enumerate(packed.contexts):
+        for owner, tagged in enumerate(context.members):
+            null_block = context.null_of(owner)
+            null = None if null_block is None else found[c, null_block]
+            try:
+                rows.append(_table_row(tagged, owner, found[c, context.block_of(owner)], null))
+            except SampleError as error:
+                fail(error)
+    return rows
+
+
+Reading = dict[str, tuple[np.ndarray, np.ndarray]]  # query set -> sums (L, H, G), entropy (L, H)
+
+
+def _read(mllm: MLLM, packed: Packed) -> dict[tuple[int, int], Reading]:
+    """Run a batch, reading rows: for each (context, block) and query set the mean over its rows.
+
+    Groups of keys: visual, text, sink (the first token, which is neither), then the sets of evidence.
+    """
+    evidence = packed.roles.evidence.transpose(1, 2).float()
+    kinds = torch.zeros(*evidence.shape[:2], 3)
     wanted = {}
-    for (c, k), (row, pad, start) in packed.places.items():
-        tagged = packed.contexts[c].blocks[k].tagged
-        first = pad if packed.before else start
-        groups[row, packed.keys(c, k, tagged.visual), 0] = 1
-        groups[row, first:, 1] = 1 - groups[row, first:, 0]
-        groups[row, first, :3] = torch.tensor([0.0, 0.0, 1.0])
-        wanted[c, k] = {query: packed.rows(c, k, tokens) for query, tokens in _query_sets(tagged).items()}
+    for c, k, block in packed.blocks():
+        row, padding, start = packed.slots[c, k]
+        first = padding if packed.before else start
+        kinds[row, packed.keys(c, k, block.tagged.visual), 0] = 1
+        kinds[row, first:, 1] = 1 - kinds[row, first:, 0]
+        kinds[row, first] = torch.tensor([0.0, 0.0, 1.0])
+        wanted[c, k] = {
+            query: packed.keys(c, k, tokens) for query, tokens in query_rows(block.tagged).items()
+        }
     rows = np.unique(np.concatenate([r for sets in wanted.values() for r in sets.values()]))
-    with reading(mllm, torch.from_numpy(rows).to(mllm.device), groups.to(mllm.device)) as reader:
-        prefill(mllm, feed)
-    sums = torch.stack([reader.sums[i].cpu() for i in range(mllm.n_layers)]).numpy()  # (L, B, R, H, G)
-    entropy = torch.stack([reader.entropy[i].cpu() for i in range(mllm.n_layers)]).numpy()
-    out = {}
+    reader = MassReader(rows, torch.cat([kinds, evidence], 2))
+    with hooks(mllm, reader.everywhere(mllm)):
+        Feed(mllm, packed).run()
+    sums, entropy = reader.result()
+    out: dict[tuple[int, int], Reading] = {}
     for job, sets in wanted.items():
-        out[job], b = {}, packed.places[job][0]
-        for query, r in sets.items():
-            if len(r):
-                at = np.searchsorted(rows, r)
-                out[job][query] = sums[:, b, at].mean(1), entropy[:, b, at].mean(1)
+        row = packed.slots[job].row
+        out[job] = {}
+        for query, keys in sets.items():
+            if len(keys):
+                at = np.searchsorted(rows, keys)
+                out[job][query] = sums[:, row, at].mean(1), entropy[:, row, at].mean(1)
     return out
 
 
-def _table_row(tagged: Tagged, column: int, own: dict, blank: dict | None) -> dict | SampleError:
+def _table_row(tagged: TaggedSample, evidence_set: int, own: Reading, null: Reading | None) -> dict:
     """One sample's row of the table: arrays (query, layer, head) by name."""
-    shape = next(iter(own.values()))[1].shape
-    on_text = len(tagged.target) > 0 and not np.isin(tagged.target, tagged.visual).any()
-    names = (*SUMS, "entropy", "null_target", "null_context")
-    out = {name: np.full((len(QUERIES), *shape), np.nan, np.float32) for name in names}
+    n_layers, n_heads = own["last"][1].shape
+    n_evidence, n_visual = len(tagged.evidence), len(tagged.visual)
+    on_text = n_evidence > 0 and not np.isin(tagged.evidence, tagged.visual).any()
+    out = {name: np.full((len(QUERIES), n_layers, n_heads), np.nan, np.float32) for name in ARRAYS}
     for q, query in enumerate(QUERIES):
         if query in own:
             sums, entropy = own[query]
-            bad = ~np.isfinite(sums).all((1, 2)) | ~np.isfinite(entropy).all(1)
-            if bad.any():
-                layer = int(np.flatnonzero(bad)[0])
-                problem = f"the attention of layer {layer} is not finite (NaN or Inf)"
-                mend = "Load the model in float32 or bfloat16, or look at its weights"
-                return SampleError(tagged.sample.id, "attention", problem, mend)
+            finite = np.isfinite(sums).all((1, 2)) & np.isfinite(entropy).all(1)
+            if not finite.all():
+                raise SampleError(
+                    tagged.sample.id,
+                    "attention",
+                    f"the attention of layer {finite.argmin()} is not finite (NaN or Inf)",
+                    "Load the model in float32 or bfloat16, or look at its weights",
+                )
             out["visual"][q], out["text"][q], out["sink"][q] = np.moveaxis(sums[..., :3], -1, 0)
-            out["target"][q], out["entropy"][q] = sums[..., 3 + column], entropy
-        if blank is not None and query in blank:
-            sums = blank[query][0]
-            out["null_target"][q], out["null_context"][q] = sums[..., 3 + column], sums[..., 1 if on_text else 0]
-    context = len(tagged.visual)
-    if on_text:
-        context = tagged.last + 1 - context
+            out["evidence"][q], out["entropy"][q] = sums[..., 3 + evidence_set], entropy
+        if null is not None and query in null:
+            sums, _ = null[query]
+            out["null_evidence"][q] = sums[..., 3 + evidence_set]
+            out["null_context"][q] = sums[..., 1 if on_text else 0]
     return {
         "sample": tagged.sample.id,
-        "n_target": len(tagged.target),
-        "n_context": context,
+        "key": "",
+        "n_evidence": n_evidence,
+        "n_context": tagged.last + 1 - n_visual if on_text else n_visual,
         "on_text": bool(on_text),
-        "depth": float(tagged.target.mean() / tagged.last) if len(tagged.target) else float("nan"),
+        "depth": float(tagged.evidence.mean() / tagged.last) if n_evidence else float("nan"),
         "meta": tagged.sample.meta,
         **out,
     }
 
 
 def _dataset(rows: list[dict], attributes: dict) -> xr.Dataset:
-    arrays = (*SUMS, "entropy", "null_target", "null_context")
-    data = {name: (("sample", "query", "layer", "head"), np.stack([r[name] for r in rows])) for name in arrays}
-    meta = dict.fromkeys(k for r in rows for k in r["meta"])
-    coords = {
-        "query": list(QUERIES),
-        "sample": [r["sample"] for r in rows],
-        **{k: ("sample", [r[k] for r in rows]) for k in ("n_target", "n_context", "on_text", "depth")},
-        **{k: ("sample", [r["meta"].get(k) for r in rows]) for k in meta},
+    """The table of all rows, with its coordinates."""
+    data = {
+        name: (("sample", "query", "layer", "head"), np.stack([row[name] for row in rows]))
+        for name in ARRAYS
     }
+    coords: dict = {"query": list(QUERIES), "sample": [row["sample"] for row in rows]}
+    for name in ("n_evidence", "n_context", "on_text", "depth"):
+        coords[name] = "sample", [row[name] for row in rows]
+    for name in dict.fromkeys(name for row in rows for name in row["meta"]):
+        coords[name] = "sample", [row["meta"].get(name) for row in rows]
     return xr.Dataset(data, coords, {"provenance": json.dumps(attributes)})

@@ -1,37 +1,48 @@
-"""Intervals, tests and effect sizes, thin over scipy and statsmodels.
+"""Means with intervals, paired comparisons, effect sizes and corrections, thin over scipy.
 
-Samples on one context are not independent, so that what takes `groups` treats a group as the unit.
+Samples on one context are not independent: what takes `groups` treats a group as the unit. All intervals are of 95 %.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from statsmodels.stats.contingency_tables import mcnemar
-from statsmodels.stats.multitest import multipletests
-from statsmodels.stats.proportion import proportion_confint
-from statsmodels.stats.weightstats import CompareMeans, DescrStatsW
+from scipy.stats import binomtest, ttest_ind
 
-
-def proportion_interval(hits: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's interval of a proportion."""
-    return proportion_confint(hits, n, alpha=1 - confidence, method="wilson")
+METRICS = ("correct", "logprob", "margin")  # of an answer, in the tables of `evaluate`
 
 
 def checked_samples(values, groups=None, name: str = "values") -> tuple[np.ndarray, np.ndarray]:
-    """Values (n, ...) as float, and the number of each sample's group, (n,) int; without groups each is its own.
+    """Values to resample, and which group each sample is in.
+
+    Parameters
+    ----------
+    values : array of float, shape (n, ...)
+        A row a sample.
+    groups : array, shape (n,), optional
+        Labels; without them each sample is a group of its own.
+    name : str
+        What errors call the values.
+
+    Returns
+    -------
+    values : ndarray of float64, shape (n, ...)
+    codes : ndarray of int64, shape (n,)
+        Number of each sample's group, from 0.
 
     Raises
     ------
-    ValueError : fewer than 2 samples or groups, values that are not finite, not one label a sample.
+    ValueError
+        There are fewer than 2 samples or groups, values are not finite, or there is not one label a sample.
     """
     values = np.atleast_1d(np.asarray(values, float))
     n = len(values)
     if n < 2:
         raise ValueError(f"{name}: too few samples ({n}), take at least 2")
-    bad = int((~np.isfinite(values)).reshape(n, -1).any(1).sum())
+    bad = (~np.isfinite(values)).reshape(n, -1).any(1).sum()
     if bad:
         raise ValueError(f"{name}: {bad} of {n} samples have NaN or Inf, drop these samples first")
     if groups is None:
@@ -41,28 +52,50 @@ def checked_samples(values, groups=None, name: str = "values") -> tuple[np.ndarr
         raise ValueError(f"groups of {name}: give one label a sample ({n} of them, none missing)")
     codes, found = pd.factorize(labels)
     if len(found) < 2:
-        raise ValueError(f"groups of {name}: all {n} samples are in one group, take at least 2 groups")
+        raise ValueError(
+            f"groups of {name}: all {n} samples are in one group, take at least 2 groups"
+        )
     return values, codes
 
 
-def bootstrap_means(
-    values: np.ndarray, codes: np.ndarray, resamples: int, seed: int, size: int | None = None
+# --- resampling
+
+
+def resample_means(
+    values, resamples: int = 1000, seed: int = 0, size: int | None = None, groups=None
 ) -> np.ndarray:
-    """Means of resamples: groups are drawn with replacement, and a mean is the sum over the number of their samples.
+    """Bootstrap means: what the mean might have been with other samples.
+
+    Groups are drawn with replacement, and a mean is the sum over the number of samples in the groups drawn.
 
     Parameters
     ----------
-    values, codes : (n, ...) and (n,), from `checked_samples`.
-    resamples, seed : of the bootstrap.
-    size : groups a resample; None takes as many as there are.
+    values : array of float, shape (n, ...)
+        Finite, a row a sample, such as scores (n, layers, heads).
+    resamples, seed : int
+        Of the bootstrap.
+    size : int, optional
+        Groups a resample, from 1 to their number; None takes as many as there are.
+    groups : array, shape (n,), optional
+        Labels, such as contexts; without them each sample is a group of its own.
 
     Returns
     -------
-    (resamples, ...), one matrix product of how often each group was drawn
+    ndarray, shape (resamples, ...)
+
+    Raises
+    ------
+    ValueError
+        There are fewer than 2 samples or groups, values are not finite, or the size is out of range.
     """
+    values, codes = checked_samples(values, groups)
     sizes = np.bincount(codes)
     n = len(sizes)
-    drawn = np.random.default_rng(seed).integers(0, n, (resamples, n if size is None else size))
+    size = n if size is None else size
+    if not 1 <= size <= n:
+        raise ValueError(f"size={size}: draw 1 to {n} {'samples' if groups is None else 'groups'}")
+    drawn = np.random.default_rng(seed).integers(0, n, (resamples, size))
+    # by counting how often each group was drawn, all resamples of all heads are one matrix product
     drawn += n * np.arange(resamples)[:, None]
     counts = np.bincount(drawn.ravel(), minlength=resamples * n).reshape(resamples, n)
     sums = np.zeros((n, *values.shape[1:]))
@@ -71,35 +104,137 @@ def bootstrap_means(
     return means.reshape(resamples, *values.shape[1:])
 
 
+def split_halves(
+    values, splits: int = 200, seed: int = 0, size: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Means over two disjoint random subsets of the samples, many times: the agreement of the two is reliability.
+
+    Parameters
+    ----------
+    values : array of float, shape (n, layers, heads)
+        Finite scores, a row a sample.
+    splits, seed : int
+        Number of random splits, and their seed.
+    size : int, optional
+        Samples in each subset, 1 to n // 2; None takes n // 2.
+
+    Returns
+    -------
+    a, b : ndarray, shape (splits, layers, heads)
+
+    Raises
+    ------
+    ValueError
+        There are fewer than 2 samples, scores are not finite, or the size is out of range.
+    """
+    values, _ = checked_samples(values)
+    n = len(values)
+    size = n // 2 if size is None else size
+    if not 1 <= size <= n // 2:
+        raise ValueError(
+            f"size={size}: two disjoint subsets would take {2 * size} of {n} samples, take 1 to {n // 2}"
+        )
+    place = np.random.default_rng(seed).permuted(np.tile(np.arange(n), (splits, 1)), axis=1)
+    first = place < size  # (splits, n)
+    second = (place >= size) & (place < 2 * size)
+    flat = values.reshape(n, -1)
+    a, b = ((half @ flat / size).reshape(splits, *values.shape[1:]) for half in (first, second))
+    return a, b
+
+
+# --- intervals
+
+
+def proportion_interval(hits: int, n: int) -> tuple[float, float]:
+    """Wilson's interval of a proportion (doi:10.1080/01621459.1927.10502953), `hits` of `n`."""
+    low, high = binomtest(hits, n).proportion_ci(method="wilson")
+    return float(low), float(high)
+
+
 def mean_interval(
-    values: np.ndarray, confidence: float = 0.95, resamples: int = 1000, seed: int = 0, groups=None
+    values, resamples: int = 1000, seed: int = 0, groups=None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Percentile bootstrap interval of the mean over the first axis (samples).
 
     Parameters
     ----------
-    values : (n, ...) finite, n at least 2.
-    confidence, resamples, seed : of the bootstrap.
-    groups : (n,) labels; whole groups are drawn (the cluster bootstrap of Davison & Hinkley 1997, section 3.8).
+    values : array of float, shape (n, ...)
+        Finite, n at least 2.
+    resamples, seed : int
+        Of the bootstrap.
+    groups : array, shape (n,), optional
+        Labels; whole groups are drawn (the cluster bootstrap of Davison & Hinkley 1997, section 3.8).
 
     Returns
     -------
-    low, high : arrays (...); both the mean where all samples are equal
+    low, high : ndarray, shape (...)
+        Both the mean where all samples are equal.
 
     Raises
     ------
-    ValueError : fewer than 2 samples or groups, values that are not finite, not one label a sample.
+    ValueError
+        There are fewer than 2 samples or groups, values are not finite, or there is not one label a sample.
     """
-    values, codes = checked_samples(values, groups)
-    return _percentiles(values, bootstrap_means(values, codes, resamples, seed), confidence)
+    means = resample_means(values, resamples, seed, groups=groups)
+    return _percentiles(np.asarray(values, float), means)
 
 
-def _percentiles(values: np.ndarray, means: np.ndarray, confidence: float) -> tuple[np.ndarray, np.ndarray]:
+def _percentiles(values: np.ndarray, means: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Interval of the mean of values (n, ...) from those of resamples (resamples, ...)."""
-    bounds = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
+    bounds = np.quantile(means, [0.025, 0.975], axis=0)
     # the means of equal samples differ by rounding alone
     low, high = np.where((values == values[0]).all(0), values.mean(0), bounds)
     return low[()], high[()]
+
+
+def heads_for_share(values, share: float = 0.5) -> float | np.ndarray:
+    """rho: the smallest share of heads that holds `share` of the positive score mass (arXiv 2605.27243's rho_0.5).
+
+    Parameters
+    ----------
+    values : array of float, shape (..., layers, heads)
+        Scores; negative ones count as zero.
+    share : float
+        Part of the mass, in (0, 1].
+
+    Returns
+    -------
+    float or ndarray, shape (...)
+        In (0, 1]; NaN where no score is positive.
+    """
+    positive = np.clip(np.asarray(values, float), 0, None)
+    flat = positive.reshape(*positive.shape[:-2], -1)
+    mass = np.sort(flat, axis=-1)[..., ::-1].cumsum(-1)
+    total = mass[..., -1]
+    # a hair less than the share, for sums that round
+    too_few = (mass < (share - 1e-12) * total[..., None]).sum(-1)
+    return np.where(total > 0, (too_few + 1) / flat.shape[-1], np.nan)[()]
+
+
+def rho_interval(
+    values, share: float = 0.5, resamples: int = 500, seed: int = 0, groups=None
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of rho, `heads_for_share` of the mean scores.
+
+    Parameters
+    ----------
+    values : array of float, shape (n, layers, heads)
+        Finite scores, a row a sample.
+    share : float
+        Part of the mass, in (0, 1].
+    resamples, seed, groups
+        As in `mean_interval`.
+
+    Returns
+    -------
+    low, high : float
+    """
+    rho = heads_for_share(resample_means(values, resamples, seed, groups=groups), share)
+    low, high = np.quantile(rho, [0.025, 0.975])
+    return float(low), float(high)
+
+
+# --- tests
 
 
 class Paired(NamedTuple):
@@ -112,18 +247,22 @@ class Paired(NamedTuple):
     effect: float
 
 
-def paired(a, b, groups=None, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0) -> Paired:
+def paired(a, b, groups=None, resamples: int = 10_000, seed: int = 0) -> Paired:
     """Compare a and b on the same samples.
 
     Parameters
     ----------
-    a, b : (n,) finite, in the same order of samples; two arrays of bool (right or wrong) are compared as proportions.
-    groups : (n,) labels; the bootstrap draws whole groups.
-    confidence, resamples, seed : of the bootstrap.
+    a, b : array, shape (n,)
+        Finite, in the same order of samples; two arrays of bool (right or wrong) are compared as proportions.
+    groups : array, shape (n,), optional
+        Labels; the bootstrap draws whole groups.
+    resamples, seed : int
+        Of the bootstrap.
 
     Returns
     -------
-    Paired. `difference`, `low` and `high` are those of the mean of a - b, by percentile bootstrap.
+    Paired
+        `difference`, `low` and `high` are those of the mean of a - b, by percentile bootstrap.
         For bool, `p` is McNemar's exact test (doi:10.1007/BF02295996): binomial, on the samples where a and b differ.
         It takes samples as independent whatever the groups; compare as float to go by groups. `effect` is Cohen's g
         (1988, chapter 5), the part of these samples that a has right, less 0.5; NaN where there are none.
@@ -133,35 +272,64 @@ def paired(a, b, groups=None, confidence: float = 0.95, resamples: int = 10_000,
 
     Raises
     ------
-    ValueError : a and b of different lengths, fewer than 2 samples or groups, values that are not finite.
+    ValueError
+        a and b have different lengths, there are fewer than 2 samples or groups, or values are not finite.
     """
     a, b = np.asarray(a), np.asarray(b)
     if a.ndim != 1 or a.shape != b.shape:
-        raise ValueError(f"a has shape {a.shape} and b {b.shape}: give both (n,), one number a sample, in one order")
+        raise ValueError(
+            f"a has shape {a.shape} and b {b.shape}: give both (n,), one number a sample, in one order"
+        )
     values, codes = checked_samples(a.astype(float) - b.astype(float), groups, "a - b")
     difference = values.mean()
-    means = bootstrap_means(values, codes, resamples, seed)
-    low, high = _percentiles(values, means, confidence)
+    means = resample_means(values, resamples, seed, groups=codes)
+    low, high = _percentiles(values, means)
     if a.dtype == b.dtype == bool:
-        better, worse = (a & ~b).sum(), (b & ~a).sum()
-        p = mcnemar([[0, better], [worse, 0]], exact=True).pvalue  # what a and b agree on does not count
-        effect = better / (better + worse) - 0.5 if better + worse else np.nan
+        p, effect = _mcnemar(better=(a & ~b).sum(), worse=(b & ~a).sum())
     else:
-        extreme = np.abs(means - difference) >= np.abs(difference) * (1 - 1e-12)  # with ties, whatever the rounding
+        extreme = np.abs(means - difference) >= np.abs(difference) * (
+            1 - 1e-12
+        )  # with ties, whatever the rounding
         p = (extreme.sum() + 1) / (resamples + 1)
         effect = difference / values.std(ddof=1) if np.ptp(values) else np.nan
     return Paired(*map(float, (difference, low, high, p, effect)))
 
 
+def _mcnemar(better: int, worse: int) -> tuple[float, float]:
+    """McNemar's exact p and Cohen's g: what both have right, or both wrong, does not count."""
+    differ = better + worse
+    if differ == 0:
+        return 1.0, np.nan
+    return binomtest(better, differ).pvalue, better / differ - 0.5
+
+
 def correct(p) -> tuple[np.ndarray, np.ndarray]:
-    """Holm's and Bonferroni's adjusted p-values of one family of tests, each of the shape of `p`."""
+    """Adjust the p-values of one family of tests.
+
+    Parameters
+    ----------
+    p : array of float, any shape
+        In [0, 1].
+
+    Returns
+    -------
+    holm, bonferroni : ndarray, of the shape of `p`
+        Holm (1979): the i-th smallest of m p-values times m - i + 1, at least the one before it. Bonferroni: times m.
+        Both at most 1.
+
+    Raises
+    ------
+    ValueError
+        A p-value is outside [0, 1], or NaN.
+    """
     p = np.asarray(p, float)
     if not ((p >= 0) & (p <= 1)).all():
         raise ValueError("p-values are in [0, 1]: leave out what was not tested (NaN)")
-    if not p.size:  # statsmodels before 0.15 divides by the number of tests
-        return p.copy(), p.copy()
-    holm, bonferroni = (multipletests(p.ravel(), method=m)[1].reshape(p.shape) for m in ("holm", "bonferroni"))
-    return holm, bonferroni
+    order = p.argsort(axis=None)
+    stepped = p.ravel()[order] * np.arange(p.size, 0, -1)
+    holm = np.empty(p.size)
+    holm[order] = np.maximum.accumulate(stepped)
+    return np.minimum(holm, 1).reshape(p.shape), np.minimum(p * p.size, 1)
 
 
 class Contrast(NamedTuple):
@@ -173,38 +341,40 @@ class Contrast(NamedTuple):
     p: float
 
 
-def contrast(first, second, first_groups=None, second_groups=None, confidence: float = 0.95) -> Contrast:
+def contrast(first, second, first_groups=None, second_groups=None) -> Contrast:
     """Compare the means of two tasks on different samples: is the damage to one greater than to the other?
 
     The unit is the group: Welch's t-test (doi:10.1093/biomet/34.1-2.28) on the means of groups, each counted once.
 
     Parameters
     ----------
-    first, second : (n,) and (m,), finite.
-    first_groups, second_groups : (n,) and (m,) labels; without them each sample is a group.
-    confidence : of the interval.
+    first, second : array of float, shapes (n,) and (m,)
+        Finite.
+    first_groups, second_groups : array, shapes (n,) and (m,), optional
+        Labels; without them each sample is a group.
 
     Returns
     -------
-    Contrast of first - second. Where neither side varies the interval is the difference itself, and p is 1 where that
-    is zero and else 0, the limit of the test.
+    Contrast
+        Of first - second. Where neither side varies the interval is the difference itself, and p is 1 where that is
+        zero and else 0, the limit of the test.
 
     Raises
     ------
-    ValueError : fewer than 2 samples or groups on a side, values that are not finite, not one label a sample.
+    ValueError
+        There are fewer than 2 samples or groups on a side, values are not finite, or there is not one label a sample.
     """
-    sides = []
-    for values, groups, name in ((first, first_groups, "first"), (second, second_groups, "second")):
-        _, sums, sizes = _group_sums(values, groups, name)
-        sides.append(sums / sizes)
-    x, y = sides
+    x = _group_means(first, first_groups, "first")
+    y = _group_means(second, second_groups, "second")
     difference = x.mean() - y.mean()
-    if all(np.allclose(side, side[0], rtol=1e-12, atol=0) for side in sides):
-        same = np.isclose(x[0], y[0], rtol=1e-12, atol=0)
-        return Contrast(*[0.0 if same else float(difference)] * 3, 1.0 if same else 0.0)
-    test = CompareMeans(DescrStatsW(x), DescrStatsW(y))
-    low, high = test.tconfint_diff(1 - confidence, usevar="unequal")
-    return Contrast(*map(float, (difference, low, high, test.ttest_ind(usevar="unequal")[1])))
+    # means over groups of different sizes differ by rounding
+    if np.allclose(x, x[0], rtol=1e-12, atol=0) and np.allclose(y, y[0], rtol=1e-12, atol=0):
+        if np.isclose(x[0], y[0], rtol=1e-12, atol=0):
+            return Contrast(0.0, 0.0, 0.0, 1.0)
+        return Contrast(float(difference), float(difference), float(difference), 0.0)
+    test = ttest_ind(x, y, equal_var=False)
+    low, high = test.confidence_interval()
+    return Contrast(*map(float, (difference, low, high, test.pvalue)))
 
 
 def design_effect(values, groups) -> float:
@@ -212,18 +382,22 @@ def design_effect(values, groups) -> float:
 
     Parameters
     ----------
-    values : (n,) finite.
-    groups : (n,) labels.
+    values : array of float, shape (n,)
+        Finite.
+    groups : array, shape (n,)
+        Labels.
 
     Returns
     -------
-    float: the variance of the mean by linearization between groups, (G / (G - 1)) sum over groups of
-    (sum of x - mean)^2 / n^2, over s^2 / n. About 1 without correlation inside groups, exactly 1 for groups of one,
-    about the size of groups whose samples are all equal; NaN where all values are equal.
+    float
+        The variance of the mean by linearization between groups, (G / (G - 1)) sum over groups of
+        (sum of x - mean)^2 / n^2, over s^2 / n. About 1 without correlation inside groups, exactly 1 for groups of one,
+        about the size of groups whose samples are all equal; NaN where all values are equal.
 
     Raises
     ------
-    ValueError : fewer than 2 samples or groups, values that are not finite, not one label a sample.
+    ValueError
+        There are fewer than 2 samples or groups, values are not finite, or there is not one label a sample.
     """
     values, sums, sizes = _group_sums(values, groups, "values")
     if (values == values[0]).all():
@@ -239,3 +413,165 @@ def _group_sums(values, groups, name: str) -> tuple[np.ndarray, np.ndarray, np.n
     if values.ndim != 1:
         raise ValueError(f"{name} has shape {values.shape}: give one number a sample, (n,)")
     return values, np.bincount(codes, values), np.bincount(codes)
+
+
+def _group_means(values, groups, name: str) -> np.ndarray:
+    _, sums, sizes = _group_sums(values, groups, name)
+    return sums / sizes
+
+
+# --- tables of answers
+
+
+def accuracy(answers: pd.DataFrame, by: str | list[str]) -> pd.DataFrame:
+    """Accuracy with Wilson's interval for each group of rows.
+
+    Parameters
+    ----------
+    answers : DataFrame
+        From `evaluate`; of its columns ``correct`` counts.
+    by : str or list of str
+        Columns that tell the groups apart.
+
+    Returns
+    -------
+    DataFrame
+        Indexed by `by`, in the order of the answers: n, accuracy, low, high.
+    """
+    table = answers.groupby(by, sort=False)["correct"].agg(n="size", accuracy="mean", hits="sum")
+    hits = table.pop("hits").astype(int)
+    table[["low", "high"]] = [proportion_interval(*row) for row in zip(hits, table.n)]
+    return table
+
+
+def summary(
+    answers: pd.DataFrame, by: str | list[str], metrics: Iterable[str] = METRICS
+) -> pd.DataFrame:
+    """Means with bootstrap intervals, resampling contexts, for each group of rows.
+
+    Parameters
+    ----------
+    answers : DataFrame
+        From `evaluate`; of its columns ``context`` and the metrics count.
+    by : str or list of str
+        Columns that tell the groups apart.
+    metrics : iterable of str
+        Columns to average.
+
+    Returns
+    -------
+    DataFrame
+        Indexed by `by`, in the order of the answers: n and, for each metric, its mean, ``metric_low`` and
+        ``metric_high``.
+
+    Raises
+    ------
+    ValueError
+        A group has fewer than 2 contexts, or values that are not finite.
+    """
+    metrics = list(metrics)
+
+    def summarize(group: pd.DataFrame) -> pd.Series:
+        values = group[metrics].to_numpy(float)
+        low, high = mean_interval(values, groups=group["context"])
+        row = {"n": len(group)}
+        for i, metric in enumerate(metrics):
+            row |= {metric: values[:, i].mean(), f"{metric}_low": low[i], f"{metric}_high": high[i]}
+        return pd.Series(row)
+
+    table = answers.groupby(by, sort=False)[[*metrics, "context"]].apply(summarize)
+    return table.astype({"n": np.int64})
+
+
+def compare(
+    answers: pd.DataFrame, condition: str, against: Iterable[str], by: str | list[str] = "domain"
+) -> pd.DataFrame:
+    """Is a condition different from its controls, on the same samples?
+
+    Parameters
+    ----------
+    answers : DataFrame
+        From `evaluate`. Conditions are told apart by the column ``condition``, or where there is none by ``heads``.
+        Rows that differ in ``draw`` are draws of one control, and are averaged for each sample before it is paired.
+    condition : str
+        The condition of interest.
+    against : iterable of str
+        The controls.
+    by : str or list of str
+        Columns that tell groups of samples apart, each compared for itself; an empty list compares all together.
+
+    Returns
+    -------
+    DataFrame
+        A row for each group and control, indexed by `by` and ``control``:
+
+        n
+            Number of samples.
+        accuracy_difference, accuracy_low, accuracy_high, accuracy_p, accuracy_effect
+            Of condition - control, negative where the condition is worse, from `paired` with contexts as groups:
+            McNemar's exact p and Cohen's g; where a sample has several draws, the bootstrap's p and d_z.
+        logprob_difference, logprob_low, logprob_high, logprob_p, logprob_effect
+            Likewise in nats, with the bootstrap's p and d_z.
+        design_effect
+            Of the difference in accuracy; McNemar's test knows nothing of contexts, and this says how far off that is.
+        accuracy_holm, accuracy_bonferroni, logprob_holm, logprob_bonferroni
+            p corrected over the family of all tests in the table.
+
+    Raises
+    ------
+    ValueError
+        A sample lacks an answer under one of the conditions, or has more than one that no column tells apart.
+    """
+    label = "condition" if "condition" in answers else "heads"
+    by = [by] if isinstance(by, str) else list(by)
+    groups = answers.groupby(by, sort=False) if by else [((), answers)]
+    rows = []
+    for group, part in groups:
+        for control in against:
+            row = dict(zip(by, group)) | {"control": control}
+            rows.append(row | _compare_pair(part, label, condition, control))
+    table = pd.DataFrame(rows).set_index([*by, "control"])
+    holm, bonferroni = correct(table[["accuracy_p", "logprob_p"]])
+    table[["accuracy_holm", "logprob_holm"]] = holm
+    table[["accuracy_bonferroni", "logprob_bonferroni"]] = bonferroni
+    return table
+
+
+def _compare_pair(
+    answers: pd.DataFrame, label: str, condition: str, control: str
+) -> dict[str, float]:
+    """A row of `compare`, but for what is corrected."""
+    names = [condition, control]
+    answers = answers[answers[label].isin(names)]
+    _check_draws(answers, label)
+    means = answers.groupby(["context", "sample", label])[["correct", "logprob"]].mean().unstack()
+    right = means["correct"].reindex(columns=names)
+    logprob = means["logprob"].reindex(columns=names)
+    for name in names:
+        lacking = right.index[right[name].isna()]
+        if len(lacking):
+            raise ValueError(
+                f"sample {lacking[0][1]!r} has no answer under {name!r}: evaluate both on the same samples"
+            )
+    contexts = right.index.get_level_values("context")
+    design = design_effect(right[condition] - right[control], contexts)
+    if (
+        len(answers) == right.size
+    ):  # one answer each: right or wrong, where a mean over draws is neither
+        right = right.astype(bool)
+    row = {"n": len(right)}
+    for measure, sides in (("accuracy", right), ("logprob", logprob)):
+        test = paired(sides[condition], sides[control], contexts)
+        row |= {f"{measure}_{field}": value for field, value in test._asdict().items()}
+    return row | {"design_effect": design}
+
+
+def _check_draws(answers: pd.DataFrame, label: str) -> None:
+    """Raise ValueError where several answers to a sample are not draws of one control."""
+    draw = ["draw"] if "draw" in answers else []
+    again = answers[answers.duplicated([label, "sample", *draw])]
+    if len(again):
+        name, sample = again[label].iloc[0], again["sample"].iloc[0]
+        raise ValueError(
+            f"sample {sample!r} has several answers under {name!r}: keep one share, or tell them apart in by="
+        )

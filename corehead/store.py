@@ -1,263 +1,177 @@
-"""Append-only tables of results, a row a sample, that survive a kill and never mix two configurations."""
+"""Results in one SQLite file: rows that survive a kill, and never those of two configurations."""
 
 from __future__ import annotations
 
 import errno
-import fcntl
-import hashlib
 import json
-import math
 import os
 import platform
-import warnings
-from collections.abc import Callable, Iterable
-from itertools import chain
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-from PIL import Image
 
-from .samples import Sample
-
-MERGED = 64  # parts that become one
-LARGEST = 2**28  # bytes of parts that are still merged
-
-
-def digest(value: Any) -> str:
-    """SHA-256 (first 16 hex digits) of a nested value: strings, numbers, containers, arrays, images, Samples."""
-    h = hashlib.sha256()
-
-    def feed(v):
-        if isinstance(v, Sample):
-            v = [v.id, v.messages, [repr(e) for e in v.evidence], v.answer, v.question]
-        if isinstance(v, dict):
-            for k in sorted(v):
-                h.update(f"k{k}".encode())
-                feed(v[k])
-        elif isinstance(v, (list, tuple)):
-            h.update(f"[{len(v)}".encode())
-            for x in v:
-                feed(x)
-        elif isinstance(v, Image.Image):
-            h.update(f"i{v.size}{v.mode}".encode() + v.tobytes())
-        elif isinstance(v, np.ndarray):
-            h.update(f"a{v.shape}{v.dtype}".encode() + np.ascontiguousarray(v).tobytes())
-        else:
-            h.update(repr(v).encode() + b"\0")
-
-    feed(value)
-    return h.hexdigest()[:16]
-
-
-class Part(NamedTuple):
-    """One parquet file of a store: which appends it holds, from `first` to `last`."""
-
-    path: Path
-    first: int
-    last: int
-
-    @classmethod
-    def of(cls, path: Path) -> Part:
-        first, _, last = path.stem.removeprefix("part-").partition("-")
-        return cls(path, int(first), int(last or first))
-
-    @property
-    def level(self) -> int:
-        """How often its rows were merged."""
-        return round(math.log(self.last - self.first + 1, MERGED))
+# A rollback journal, not a write-ahead log: a log needs memory that processes share, which network file systems lack,
+# and writes every row twice. Rows are only ever added, so that the journal stays small whatever the store holds.
+# The lock is taken once and goes with the process that holds it, killed or not. synchronous=FULL: what `append` has
+# acknowledged outlives a power cut as well. It costs milliseconds, where the batch of a model costs seconds.
+SETTINGS = (
+    "PRAGMA locking_mode = EXCLUSIVE; PRAGMA journal_mode = DELETE; PRAGMA synchronous = FULL;"
+)
+TABLES = """
+CREATE TABLE IF NOT EXISTS provenance (id INTEGER PRIMARY KEY, settings TEXT);
+CREATE TABLE IF NOT EXISTS batches (fields TEXT, layout TEXT, arrays BLOB);
+"""
+PIECE = 64  # rows in one entry of the table: SQLite takes at most 1 GB in an entry
 
 
 class Store:
-    """A folder of parquet parts and the configuration that made them; used as a context manager while it is written.
+    """A folder with the file ``results.sqlite``: rows, and the configuration that made them.
 
-    Every append is a part of its own. The last `MERGED` parts of one level become one, so that a million rows lie in
-    some dozen files, each row having been written two or three times in all. A lock keeps a second run out; it goes
-    with the process that holds it. Between machines it holds where the file system locks for all of them: NFS 4, Lustre
-    mounted with ``flock``; not where a mount keeps locks to itself (``nolock``, ``localflock``).
+    While it is open nobody else reads or writes it. Where other machines may write too, the file system must lock for
+    all of them: NFS 4 does, and Lustre mounted with ``flock``; a mount with ``nolock`` or ``localflock`` does not.
 
     Parameters
     ----------
-    path : the folder; None keeps nothing.
-    provenance : JSON-able; all that determines the rows.
-    resume : accept a folder that holds rows already.
+    path : str, Path or None
+        The folder; None keeps nothing.
+    provenance : dict
+        All that determines the rows, as JSON can hold it.
+    resume : bool, default False
+        Accept a store that holds rows already.
 
     Attributes
     ----------
-    rows : list of dict, what the folder held when it was opened; unreadable parts are dropped, to be done again.
+    rows : list of dict
+        What the store held when it was opened, in the order in which it was appended.
 
     Raises
     ------
-    ValueError : the folder belongs to another configuration, or holds rows and `resume` is off.
-    BlockingIOError : another run writes to the folder.
-    OSError : it cannot be written to (full, read-only, without locks); what was finished stays readable.
+    ValueError
+        The store belongs to another configuration, or holds rows and `resume` is off.
+    BlockingIOError
+        Another process holds the store.
+    OSError
+        It cannot be written to (full, read-only), or is damaged. What was finished is kept.
+
+    Examples
+    --------
+    >>> with Store("data/cache/run1", {"model": "qwen3vl-s"}) as store:
+    ...     store.append([{"sample": "s0", "mass": np.zeros((6, 8), np.float32)}])
     """
 
     def __init__(self, path: str | Path | None, provenance: dict, resume: bool = False):
         self.path = None if path is None else Path(path)
-        self.provenance = json.loads(json.dumps(provenance))
         self.rows: list[dict] = []
-        self._lock = None
+        self._database: sqlite3.Connection | None = None
         if self.path is None:
             return
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path / "lock", "a+")  # noqa: SIM115 - held until the run ends
-            self._take_lock()
-            self._open(resume)
-        except BaseException as error:
-            if self._lock is not None:
-                self._lock.close()
-            if isinstance(error, OSError) and not isinstance(error, BlockingIOError):
-                raise self._failed(error) from error
+            self._open(json.loads(json.dumps(provenance)), resume)
+        except BaseException:
+            self.close()
             raise
 
-    def _take_lock(self) -> None:
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self._lock.seek(0)
-            holder = self._lock.read().strip() or "another run"
-            problem = f"store={self.path}: another run writes to it ({holder}). Wait for it, or give another folder"
-            raise BlockingIOError(errno.EAGAIN, problem) from error
-        self._lock.truncate(0)
-        self._lock.write(f"process {os.getpid()} on {platform.node()}")
-        self._lock.flush()
-
-    def _failed(self, error: OSError) -> OSError:
-        """The same error, with the store, the field and the mend."""
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        lockless = error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-        mend = "Give a folder that can be written to"
-        if full:
-            mend = "Make room there, or copy the folder to where there is some; what is finished is whole: resume=True"
-        elif lockless:
-            mend = "Give a folder on a file system with locks"
-        reason = os.strerror(error.errno) if error.errno else str(error)
-        return OSError(error.errno, f"store={self.path}: it cannot be written to ({reason}). {mend}")
-
-    def _open(self, resume: bool) -> None:
-        card = self.path / "provenance.json"
-        parts = sorted(map(Part.of, self.path.glob("part-*.parquet")), key=lambda p: (p.first, -p.last))
-        for leftover in self.path.glob("*.writing"):
-            leftover.unlink()
-        if parts and not resume:
-            raise ValueError(f"{self.path} holds results: pass resume=True to go on with them, or give another folder")
-        if card.exists() and parts:
-            old = json.loads(card.read_text())
-            if old != self.provenance:
-                differ = [k for k in self.provenance.keys() | old.keys() if self.provenance.get(k) != old.get(k)]
-                raise ValueError(
-                    f"{self.path} belongs to another configuration ({', '.join(sorted(differ))} differ): "
-                    "give another folder"
+    def _open(self, provenance: dict, resume: bool) -> None:
+        with self._named_errors():
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._database = sqlite3.connect(self.path / "results.sqlite", timeout=0)
+            self._database.executescript(SETTINGS + "BEGIN EXCLUSIVE;" + TABLES + "COMMIT;")
+            (self.path / "writer").write_text(f"process {os.getpid()} on {platform.node()}")
+            batches = self._database.execute("SELECT * FROM batches ORDER BY rowid")
+            self.rows = [row for batch in batches for row in _decode(*batch)]
+            [stored] = self._database.execute("SELECT settings FROM provenance").fetchone() or [
+                "{}"
+            ]
+        if not self.rows:
+            with self._named_errors(), self._database:
+                self._database.execute(
+                    "REPLACE INTO provenance VALUES (1, ?)", [json.dumps(provenance)]
                 )
-        elif parts:
-            raise ValueError(f"{self.path} has results without provenance.json: give another folder")
-        else:
-            self._write(card, lambda f: f.write(json.dumps(self.provenance, indent=1).encode()))
-        self._parts: list[Part] = []
-        self._next = 1 + max((part.last for part in parts), default=0)
-        for part in parts:
-            if self._parts and part.last <= self._parts[-1].last:  # merged, and then killed before it was removed
-                part.path.unlink()
-                continue
-            try:
-                self.rows += _from_table(_read(part))
-            except (pa.ArrowException, OSError, ValueError, KeyError) as error:
-                warnings.warn(f"{part.path} cannot be read ({error}): its samples are done again", stacklevel=3)
-                part.path.unlink()
-            else:
-                self._parts.append(part)
-
-    def _write(self, path: Path, write: Callable) -> None:
-        """Write beside, then rename: a file is there whole or not at all."""
-        beside = path.with_name(path.name + ".writing")
-        try:
-            with beside.open("wb") as f:
-                write(f)
-                f.flush()
-                os.fsync(f.fileno())
-            beside.replace(path)
-        except OSError as error:
-            beside.unlink(missing_ok=True)
-            raise self._failed(error) from error
+            return
+        if not resume:
+            raise ValueError(
+                f"{self.path} holds results: pass resume=True to go on with them, or give another folder"
+            )
+        old = json.loads(stored)
+        differing = sorted(key for key in old | provenance if old.get(key) != provenance.get(key))
+        if differing:
+            names = ", ".join(differing)
+            raise ValueError(
+                f"{self.path} belongs to another configuration ({names} differ): give another folder"
+            )
 
     def append(self, rows: list[dict]) -> None:
-        """Keep rows; once this returns they outlive a kill."""
-        if self.path is None or not rows:
-            return
-        part = Part(self.path / f"part-{self._next:06d}.parquet", self._next, self._next)
-        self._write(part.path, lambda f: _save([_to_table(rows)], f))
-        self._next += 1
-        self._parts.append(part)
-        self._merge()
+        """Keep rows, all or none; once this returns they outlive a kill.
 
-    def _merge(self) -> None:
-        """Make one part of the last MERGED, as long as they are of one level and not too large."""
-        while True:
-            old = self._parts[-MERGED:]
-            large = sum(part.path.stat().st_size for part in old) > LARGEST
-            if len(old) < MERGED or len({part.level for part in old}) > 1 or large:
-                return
-            first, last = old[0].first, old[-1].last
-            merged = Part(self.path / f"part-{first:06d}-{last:06d}.parquet", first, last)
-            self._write(merged.path, lambda f, old=old: _save(map(_read, old), f))
-            for part in old:
-                part.path.unlink()
-            self._parts[-MERGED:] = [merged]
+        Parameters
+        ----------
+        rows : list of dict
+            Of numbers, strings, dictionaries (as JSON) and arrays; all with the same arrays, in the same shapes.
+
+        Raises
+        ------
+        OSError
+            They cannot be written; the store is as it was before.
+        """
+        if self._database is not None and rows:
+            pieces = (rows[i : i + PIECE] for i in range(0, len(rows), PIECE))
+            with self._named_errors(), self._database:
+                self._database.executemany(
+                    "INSERT INTO batches VALUES (?, ?, ?)", map(_encode, pieces)
+                )
+
+    def close(self) -> None:
+        """Let others open the store."""
+        if self._database is not None:
+            self._database.close()
 
     def __enter__(self) -> Store:
         return self
 
     def __exit__(self, *_) -> None:
-        if self._lock is not None:
-            self._lock.close()
+        self.close()
+
+    @contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        """Errors of SQLite and of the file system, with the store, the reason and the fix."""
+        try:
+            yield
+        except (sqlite3.Error, OSError) as error:
+            reason = getattr(error, "strerror", str(error))
+            if "locked" in reason:
+                writer = self.path / "writer"
+                name = writer.read_text() if writer.exists() else "another process"
+                problem = f"store={self.path}: {name} writes to it. Wait until it has finished, or give another folder"
+                raise BlockingIOError(errno.EAGAIN, problem) from error
+            fix = "Make room there, or copy the folder to where there is; what is finished is whole: resume=True"
+            if "malformed" in reason or "not a database" in reason:
+                fix = "The file is damaged: take a copy of it, or give another folder"
+            number = getattr(error, "errno", errno.ENOSPC if "full" in reason else errno.EIO)
+            raise OSError(number, f"store={self.path}: {reason}. {fix}") from error
 
 
-def _read(part: Part) -> pa.Table:
-    with pq.ParquetFile(part.path) as file:
-        return file.read()
+def _encode(rows: list[dict]) -> tuple[str, str, bytes]:
+    """Fields as JSON; arrays stacked over the rows: their names, types and shapes as JSON, and their bytes."""
+    names = {name for name, value in rows[0].items() if isinstance(value, np.ndarray)}
+    fields = [{name: value for name, value in row.items() if name not in names} for row in rows]
+    arrays = {name: np.stack([row[name] for row in rows]) for name in sorted(names)}
+    layout = [(name, values.dtype.str, values.shape) for name, values in arrays.items()]
+    return (
+        json.dumps(fields),
+        json.dumps(layout),
+        b"".join(values.tobytes() for values in arrays.values()),
+    )
 
 
-def _save(tables: Iterable[pa.Table], f: BinaryIO) -> None:
-    """Write tables of one schema, a row group each, so that one is in memory at a time."""
-    tables = iter(tables)
-    first = next(tables)
-    arrays = [f"{field.name}.list.element" for field in first.schema if pa.types.is_fixed_size_list(field.type)]
-    options = dict(compression="zstd", use_dictionary=False, use_byte_stream_split=arrays, write_statistics=False)
-    with pq.ParquetWriter(f, first.schema, **options) as writer:
-        for table in chain([first], tables):
-            writer.write_table(table)
-
-
-def _to_table(rows: list[dict]) -> pa.Table:
-    """Arrays become lists with their shape in the schema, dictionaries JSON."""
-    columns, shapes = {}, {}
-    for name, first in rows[0].items():
-        values = [row[name] for row in rows]
-        if isinstance(first, np.ndarray):
-            shapes[name] = list(first.shape)
-            flat = pa.array(np.concatenate([np.ravel(v) for v in values]))
-            columns[name] = pa.FixedSizeListArray.from_arrays(flat, first.size)
-        elif isinstance(first, dict):
-            columns[name] = pa.array([json.dumps(v) for v in values])
-            shapes[name] = "json"
-        else:
-            columns[name] = pa.array(values)
-    return pa.table(columns).replace_schema_metadata({"shapes": json.dumps(shapes)})
-
-
-def _from_table(table: pa.Table) -> list[dict]:
-    shapes = json.loads(table.schema.metadata[b"shapes"])
-    columns = {}
-    for name in table.column_names:
-        column = table[name].combine_chunks()
-        if isinstance(shapes.get(name), list):
-            columns[name] = column.flatten().to_numpy(zero_copy_only=False).reshape(-1, *shapes[name])
-        elif shapes.get(name) == "json":
-            columns[name] = [json.loads(v) for v in column.to_pylist()]
-        else:
-            columns[name] = column.to_pylist()
-    return [{name: values[i] for name, values in columns.items()} for i in range(table.num_rows)]
+def _decode(fields: str, layout: str, data: bytes) -> list[dict]:
+    """The rows that `_encode` was given."""
+    rows, offset = json.loads(fields), 0
+    for name, dtype, shape in json.loads(layout):
+        values = np.ndarray(shape, dtype, data, offset)
+        offset += values.nbytes
+        for row, value in zip(rows, values):
+            row[name] = value
+    return rows

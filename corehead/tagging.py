@@ -3,49 +3,61 @@
 Two constructions of the paper are here beside our own. *Geometry* (the default) asks the family which pixels every
 visual token looks at and takes those that meet the evidence. *Markers* (eqs. 6-8, 11-13) wraps the evidence in boundary
 markers, scans the tagged ids once and maps what lies between back to the untagged prompt. *Counting* (eqs. 9-10, 14
-and the cumulative offsets for tiles) cuts the visual tokens into one block a picture.
+and the cumulative offsets of eq. 19) cuts the visual tokens into one block a picture.
 """
 
 from __future__ import annotations
 
 import copy
 import os
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from .models import MLLM, Medium
-from .samples import Frames, Pages, Region, Sample, SampleError, Span, Tube
+from .families import Medium
+from .samples import Evidence, Frames, Pages, Region, Sample, SampleError, Span, Tube
+
+if TYPE_CHECKING:
+    from .models import MLLM
 
 MARKERS = "<GT_START>", "<GT_END>"
+PER_TOKEN = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
 
 
 @dataclass
-class Tagged:
+class TaggedSample:
     """A tokenised sample and the indices that scoring needs.
 
     Attributes
     ----------
-    inputs : what the model takes, batch of one on the CPU; input_ids (1, L) end with the answer, if there is one.
-    visual : (n,) int64, tokens that stand for visual features.
-    target : (n,) int64, V*: the tokens of the evidence.
-    question : (n,) int64, tokens of the question's text.
-    answer : (n,) int64, tokens of the answer (teacher-forced), empty without one.
-    last : int, the last token of the prompt, which predicts the answer's first.
-    image_grid : geometry of every image and video, for drawing.
-    sample : what was tagged.
+    inputs : dict of tensors
+        What the model takes, a batch of one on the CPU; input_ids (1, L) end with the answer, if there is one.
+    visual : ndarray (n,) int64
+        Tokens that stand for visual features.
+    evidence : ndarray (n,) int64
+        V*: the tokens of the evidence.
+    question : ndarray (n,) int64
+        Tokens of the question's text.
+    answer : ndarray (n,) int64
+        Tokens of the answer (teacher-forced), empty without one.
+    last : int
+        The last token of the prompt, which predicts the answer's first.
+    media : list of Medium
+        Geometry of every image and video, in the order in which they stand in the prompt.
+    sample : Sample or None
+        What was tagged.
     """
 
     inputs: dict[str, torch.Tensor]
     visual: np.ndarray
-    target: np.ndarray
+    evidence: np.ndarray
     question: np.ndarray
     answer: np.ndarray
     last: int
-    image_grid: list[Medium] = field(default_factory=list)
+    media: list[Medium] = field(default_factory=list)
     sample: Sample | None = None
 
     @property
@@ -53,127 +65,52 @@ class Tagged:
         """(L,) int64 token ids."""
         return self.inputs["input_ids"][0].numpy()
 
-    def asking(self) -> np.ndarray:
-        """Tokens that may look for the evidence: the question's, and all behind question and context."""
-        end = max(int(part[-1]) for part in (self.visual, self.target, self.question, [-1]) if len(part))
-        return np.union1d(np.setdiff1d(self.question, self.target), np.arange(end + 1, len(self.ids)))
-
-    def shifted(self, by: int) -> Tagged:
-        """The same tokens in a row that has `by` tokens of padding on the left."""
-        move = {name: getattr(self, name) + by for name in ("visual", "target", "question", "answer", "last")}
-        return replace(self, **move, image_grid=[replace(m, tokens=m.tokens + by) for m in self.image_grid])
+    def query_tokens(self) -> np.ndarray:
+        """Tokens that may look for the evidence: the question's, and everything behind question and context."""
+        context = np.concatenate([[-1], self.visual, self.evidence, self.question])
+        behind = np.arange(int(context.max()) + 1, len(self.ids))
+        return np.union1d(np.setdiff1d(self.question, self.evidence), behind)
 
 
-def tag(mllm: MLLM, sample: Sample, construction: str = "geometry") -> Tagged:
-    """Tokenise a sample by the model's own processor and find its tokens.
-
-    Parameters
-    ----------
-    mllm : the model whose processor and geometry count.
-    sample : messages, evidence, answer.
-    construction : "geometry" for any evidence; "markers" for Pages and Span; "counting" for Pages. All three give the
-        same target wherever they apply.
-
-    Returns
-    -------
-    Tagged
-
-    Raises
-    ------
-    SampleError : evidence that does not fit the sample, media that cannot be read, a prompt that is too long. The
-        message names sample, field and mend.
-    """
-    return Prompt(mllm, sample).tag(construction)
-
-
-PER_TOKEN = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
-
-
-def with_text(inputs: dict[str, Any], keep: int, ids) -> dict[str, Any]:
+def with_text(inputs: dict[str, Any], keep: int, ids: np.ndarray | list[int]) -> dict[str, Any]:
     """The first `keep` tokens of a processor's output and then text tokens, in every tensor with one entry a token."""
     new = dict(inputs)
     for name in PER_TOKEN:
         if name in inputs:
-            fill = torch.tensor(ids) if name == "input_ids" else torch.full((len(ids),), int(name == "attention_mask"))
+            fill = (
+                torch.tensor(ids)
+                if name == "input_ids"
+                else torch.full((len(ids),), int(name == "attention_mask"))
+            )
             new[name] = torch.cat([inputs[name][:, :keep], fill[None].to(inputs[name].dtype)], 1)
     return new
-
-
-def collate(tagged: list[Tagged], pad: int) -> tuple[dict[str, torch.Tensor], list[Tagged]]:
-    """Pad rows on the left to one batch; the tags move along.
-
-    Parameters
-    ----------
-    tagged : samples of one model.
-    pad : token id to pad with.
-
-    Returns
-    -------
-    inputs : dict of tensors, input_ids and attention_mask (B, L).
-    tagged : the same samples with shifted indices.
-    """
-    length = max(t.inputs["input_ids"].shape[1] for t in tagged)
-    shifts = [length - t.inputs["input_ids"].shape[1] for t in tagged]
-    out: dict[str, Any] = {}
-    for name in dict.fromkeys(name for t in tagged for name in t.inputs):
-        rows = [t.inputs[name] for t in tagged if name in t.inputs]
-        if name in PER_TOKEN:
-            fill = pad if name == "input_ids" else 0
-            rows = [torch.nn.functional.pad(row, (by, 0), value=fill) for row, by in zip(rows, shifts, strict=True)]
-        elif name == "pixel_values" and rows[0].dim() == 5:  # anyres: (1, crops, 3, S, S), crops padded
-            crops = max(row.shape[1] for row in rows)
-            rows = [torch.nn.functional.pad(row, (0, 0) * 3 + (0, crops - row.shape[1])) for row in rows]
-        out[name] = rows[0] if len(rows) == 1 else torch.cat(rows)  # pictures are large: no needless copy
-    return out, [t.shifted(by) for t, by in zip(tagged, shifts, strict=True)]
-
-
-def pad_id(mllm: MLLM) -> int:
-    """The token to pad with; which one does not matter behind the attention mask."""
-    pad = mllm.text_config.pad_token_id
-    return 0 if pad is None else pad
-
-
-def to_model(inputs: dict[str, Any], mllm: MLLM) -> dict[str, torch.Tensor]:
-    """Processor output on the model's device, pictures in its dtype."""
-    cast = {k: v.to(mllm.device) for k, v in inputs.items()}
-    return {k: v.to(mllm.model.dtype) if v.is_floating_point() else v for k, v in cast.items()}
 
 
 def to_image(value: Any, sample_id: str, where: str) -> Image.Image:
     """A PIL image from what a message holds: a PIL image, an array (H, W, 3) or (H, W) uint8, or a path."""
     try:
-        if isinstance(value, Image.Image):
-            value.load()
-            return value.convert("RGB")
         if isinstance(value, (str, os.PathLike)):
             with Image.open(value) as image:
                 return image.convert("RGB")
-        array = np.asarray(value)
-        if array.dtype == np.uint8 and array.ndim in (2, 3) and array.size:
-            return Image.fromarray(array).convert("RGB")
-    except (OSError, UnidentifiedImageError, SyntaxError, TypeError, ValueError, Image.DecompressionBombError) as error:
-        raise SampleError(
-            sample_id, where, f"cannot be read ({error})", "Give a whole image file, a PIL image or a uint8 array"
-        ) from error
-    raise SampleError(
-        sample_id, where, f"is no image ({type(value).__name__})", "Give a PIL image, a path or a uint8 array (H, W, 3)"
-    )
+        if not isinstance(value, Image.Image):
+            array = np.asarray(value)
+            if array.dtype != np.uint8 or array.ndim < 2:
+                raise TypeError(f"{type(value).__name__} of {array.dtype}, shape {array.shape}")
+            value = Image.fromarray(array)
+        return value.convert("RGB")
+    except Exception as error:  # PIL raises many kinds, from a missing file to one that is cut off
+        fix = "Give a PIL image, the path of a whole image file or a uint8 array (H, W, 3)"
+        raise SampleError(sample_id, where, f"cannot be read as an image ({error})", fix) from error
 
 
 def same_content(a: Any, b: Any) -> bool:
     """Whether two media are one object, or have the same content."""
     if a is b or type(a) is not type(b):
         return a is b
-    if isinstance(a, (str, os.PathLike)):
-        return a == b
     try:
-        return a == b if isinstance(a, Image.Image) else bool(np.array_equal(a, b))
+        return bool(a == b) if isinstance(a, Image.Image) else np.array_equal(a, b)
     except Exception:  # what cannot be read is reported where it is read
         return False
-
-
-def _join(parts: list[dict]) -> str:
-    return "".join(part["text"] for part in parts)
 
 
 class Prompt:
@@ -181,401 +118,443 @@ class Prompt:
 
     Parameters
     ----------
-    mllm, sample : what to process.
-    like : an earlier prompt. Where it has the same media (the same objects, or equal ones) behind the same text,
-        their preprocessing is not done again: only the text behind the last of them is tokenised.
+    mllm : MLLM
+        Whose processor and geometry count.
+    sample : Sample
+        What to process.
+    like : Prompt, optional
+        An earlier prompt. Where it has the same media (the same objects, or equal ones) behind the same text, their
+        preprocessing is not done again: only text is tokenised.
+
+    Attributes
+    ----------
+    text : str
+        The prompt as the model reads it: the chat template's text with the processor's tokens for images and videos.
+    raw : list
+        The media as the messages hold them.
+    inputs : dict of tensors
+        What the model takes.
+    ids : ndarray (L,) int64
+        Token ids.
+    offsets : ndarray (L, 2) int64
+        Characters of `text` that each token stands for.
+    visual : ndarray (n,) int64
+        Tokens that stand for visual features.
+    media : list of Medium
+        Geometry of the visual tokens, in the order of the prompt.
+    shares : bool
+        Whether the media were taken from `like`.
     """
 
     def __init__(self, mllm: MLLM, sample: Sample, like: Prompt | None = None):
         self.mllm, self.sample = mllm, sample
-        self._find_media()
-        self.text = self._render(sample.messages)
-        self._tokenise_text()
-        self.shares = like is not None and self._same_media(like)
+        self._read_messages()
+        self.rendered = self._render()
+        # chat templates write the start token themselves; it must not stand there twice
+        start = mllm.tokenizer.bos_token
+        self.add_special_tokens = not (start and self.rendered.startswith(start))
+        self.shares = like is not None and self._continues(like)
         if self.shares:
-            self.images, self.videos, self.media, self.visual = like.images, like.videos, like.media, like.visual
-            self.inputs = with_text(like.inputs, like.after_media, self.plain[self.text_start :])
-            self.ids = self.inputs["input_ids"][0].numpy()
+            self.media, self.replaced = like.media, like.replaced
+            last = self.replaced[-1]
+            self.text = like.text[: last["new_span"][1]] + self.rendered[last["span"][1] :]
+            self._tokenise()
+            after_media = int(self.visual[-1]) + 1
+            self.inputs = with_text(like.inputs, after_media, self.ids[after_media:])
         else:
-            self._read_media()
-            self.inputs = self._process(mllm.processor, self.text)
-            self.ids = self.inputs["input_ids"][0].numpy()
-            self.visual = np.flatnonzero(np.isin(self.ids, mllm.family.visual_ids(mllm.model.config)))
-            self._measure()
-        self._align()
+            media = self._read_media()
+            self._process(media)
+            self._tokenise()
+            self._measure(media)
+        self._check()
 
-    def tag(self, construction: str = "geometry") -> Tagged:
-        """Find target, question and answer: see `tag`."""
-        if construction not in _TARGETS:
-            raise ValueError(f"construction={construction!r}: take one of {', '.join(map(repr, _TARGETS))}")
-        target = _TARGETS[construction](self)
-        question = self.text_tokens(*self.find_question())
-        inputs, length, answer = self.inputs, len(self.ids), np.empty(0, np.int64)
+    def tag(self, construction: str = "geometry") -> TaggedSample:
+        """Find evidence, question and answer: see `MLLM.tag`."""
+        if construction not in CONSTRUCTIONS:
+            raise ValueError(
+                f"construction={construction!r}: take one of {', '.join(map(repr, CONSTRUCTIONS))}"
+            )
+        evidence = CONSTRUCTIONS[construction](self)
+        question = self.text_tokens(*self.find_question(), "question")
+        inputs, length, answer = self.inputs, len(self.ids), []
         if self.sample.answer is not None:
-            ids = self.mllm.tokenizer(self.sample.answer, add_special_tokens=False)["input_ids"]
-            if not ids:
+            answer = self.mllm.tokenizer(self.sample.answer, add_special_tokens=False)["input_ids"]
+            if not answer:
                 self._fail("answer", "is empty", "Give the text of the answer, or None")
-            answer = length + np.arange(len(ids))
-            inputs = with_text(inputs, length, ids)
+            inputs = with_text(inputs, length, answer)
+        total = length + len(answer)
         limit = getattr(self.mllm.text_config, "max_position_embeddings", None)
-        total = inputs["input_ids"].shape[1]
         if limit and total > limit:
-            self._fail("messages", f"{total} tokens, but the model's context ends at {limit}", "Give less context")
-        return Tagged(inputs, self.visual, target, question, answer, length - 1, self.media, self.sample)
-
-    def _same_media(self, like: Prompt) -> bool:
-        return (
-            like.mllm is self.mllm
-            and len(like.raw) == len(self.raw) > 0
-            and all(map(same_content, like.raw, self.raw))
-            and like.metadata == self.metadata
-            and like.before_text == self.before_text
-        )
-
-    def _measure(self) -> None:
-        """Geometry of the visual tokens; every one of them must be accounted for."""
-        try:
-            self.media = self.mllm.family.media(self.mllm, self.ids, self.inputs, self.given)
-        except (IndexError, KeyError):
-            self.media = []
-        found, need = sum(len(m.tokens) for m in self.media), sum(len(m.boxes) for m in self.media)
-        if found != need or found != len(self.visual) or len(self.media) != len(self.given):
             self._fail(
                 "messages",
-                f"the prompt holds {len(self.visual)} visual tokens where its media need {need}",
-                "Do not truncate the input, and write no placeholder of an image or a video into the text",
+                f"{total} tokens, but the model's context ends at {limit}",
+                "Give less context",
             )
+        answer = np.arange(length, total)
+        return TaggedSample(
+            inputs, self.visual, evidence, question, answer, length - 1, self.media, self.sample
+        )
 
-    def _fail(self, where: str, problem: str, mend: str):
-        raise SampleError(self.sample.id, where, problem, mend)
+    def _fail(self, where: str, problem: str, fix: str) -> NoReturn:
+        raise SampleError(self.sample.id, where, problem, fix)
 
-    def _find_media(self) -> None:
-        """What the messages hold, in their order: `raw` objects, where they stand, and the videos' timing."""
-        self.raw, self.kinds, self.where, self.metadata = [], [], [], []
+    def _read_messages(self) -> None:
+        """Bring every content into the form of a list of parts, and list those that are images and videos."""
+        self.messages, self.parts, self.fields = [], [], []
         for m, message in enumerate(self.sample.messages):
             content = message.get("content")
             if isinstance(content, str):
-                continue
+                content = [{"type": "text", "text": content}]
             if not isinstance(content, list):
                 self._fail(f"messages[{m}]", "has no content", "Give a text, or a list of parts")
             for p, part in enumerate(content):
                 where, kind = f"messages[{m}].content[{p}]", part.get("type")
-                if kind == "text":
-                    if not isinstance(part.get("text"), str):
-                        self._fail(where, "a text part without text", "Give 'text'")
-                elif kind in ("image", "video"):
-                    if part.get(kind) is None:
-                        self._fail(where, f"the {kind} is missing", f"Give {kind!r}, as Sample describes it")
-                    self.raw.append(part[kind])
-                    self.kinds.append(kind)
-                    self.where.append(where)
-                    if kind == "video":
-                        indices = part.get("frames_indices")
-                        indices = None if indices is None else [int(i) for i in indices]
-                        self.metadata.append((part.get("fps", 1.0), indices))
-                else:
-                    self._fail(where, f"unknown type {kind!r}", "Take 'text', 'image' or 'video'")
-        if self.raw and not self.mllm.family.visual_ids(self.mllm.model.config):
-            self._fail("messages", "holds images or videos, but the model reads text only", "Give text alone")
-
-    def _read_media(self) -> None:
-        """Decode what the messages hold: `images`, `videos`, and `given`: (kind, index, (T, H, W)) in their order."""
-        self.images, self.videos = [], []
-        for value, kind, where in zip(self.raw, self.kinds, self.where, strict=True):
-            if kind == "image":
-                self.images.append(to_image(value, self.sample.id, where))
-            else:
-                frames = np.asarray(value)
-                if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not frames.size:
-                    self._fail(where, "is no video", "Give 'video': a uint8 array (T, H, W, 3) of sampled frames")
-                _, indices = self.metadata[len(self.videos)]
-                if indices is not None and len(indices) != len(frames):
-                    self._fail(where, f"{len(indices)} frames_indices for {len(frames)} frames", "Give one a frame")
-                self.videos.append(frames)
+                if kind not in ("text", "image", "video") or part.get(kind) is None:
+                    fix = "Give a part as Sample describes it: text, image or video"
+                    self._fail(
+                        where, f"its type {kind!r} is unknown, or there is no {kind!r} in it", fix
+                    )
+                if kind != "text":
+                    self.parts.append(part)
+                    self.fields.append(where)
+            self.messages.append({**message, "content": content})
 
     @property
-    def given(self) -> list[tuple[str, int, tuple[int, int, int]]]:
-        """(kind, index, (T, H, W)) of each medium, in the order of the prompt."""
-        sizes = {
-            "image": iter((1, i.height, i.width) for i in self.images),
-            "video": iter(v.shape[:3] for v in self.videos),
-        }
-        count = {"image": 0, "video": 0}
-        out = []
-        for kind in self.kinds:
-            out.append((kind, count[kind], next(sizes[kind])))
-            count[kind] += 1
-        return out
+    def raw(self) -> list[Any]:
+        return [part[part["type"]] for part in self.parts]
 
-    def _render(self, messages: list[dict]) -> str:
-        processor = self.mllm.processor
-        if processor is None:
-            raise ValueError("this MLLM was made without a processor, so it cannot tag: pass processor=")
-        if processor is self.mllm.tokenizer:  # templates of plain language models take strings, not parts
-            joined = (m["content"] if isinstance(m["content"], str) else _join(m["content"]) for m in messages)
-            messages = [{**m, "content": text} for m, text in zip(messages, joined)]
-            if getattr(processor, "chat_template", None) is None:  # a base model: the text as it stands
-                return "".join(m["content"] for m in messages)
+    def _render(self) -> str:
+        """The prompt by the chat template, each medium one placeholder."""
+        processor, messages = self.mllm.processor, self.messages
         try:
-            return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            if (
+                processor is self.mllm.tokenizer
+            ):  # templates of plain language models take strings, not parts
+                messages = [
+                    {**m, "content": "".join(part.get("text", "") for part in m["content"])}
+                    for m in messages
+                ]
+                if not processor.chat_template:  # a base model: the text as it stands
+                    return "".join(message["content"] for message in messages)
+            return processor.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
         except Exception as error:  # jinja raises what the template's author chose
-            self._fail("messages", f"the chat template refuses them ({error})", "Give roles that the model knows")
-
-    def _process(self, processor: Any, text: str) -> dict[str, Any]:
-        if processor is self.mllm.tokenizer:
-            return dict(processor(text, return_tensors="pt", add_special_tokens=self._add_special(processor, text)))
-        media: dict[str, Any] = {}
-        if self.images:
-            media["images"] = [self.images] if self.mllm.family.nested_images else self.images
-        if self.videos:
-            meta = []
-            for video, (fps, indices) in zip(self.videos, self.metadata, strict=True):
-                indices = list(range(len(video))) if indices is None else indices
-                size = dict(height=video.shape[1], width=video.shape[2])
-                meta.append(dict(fps=fps, frames_indices=indices, total_num_frames=max(indices) + 1, **size))
-            media |= dict(videos=self.videos, video_metadata=meta, do_sample_frames=False)
-        try:
-            return dict(processor(text=[text], return_tensors="pt", **media))
-        except Exception as error:  # processors raise many kinds; the sample's name must not be lost
-            self._fail("messages", f"the processor refuses them ({error})", "See the message of the processor")
-
-    @staticmethod
-    def _add_special(tokenizer: Any, text: str) -> bool:
-        """Chat templates write the start token themselves; it must not stand there twice."""
-        return not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
-
-    def _tokenise_text(self) -> None:
-        """Tokens of the prompt as it was rendered, each medium still one placeholder."""
-        tokenizer, processor = self.mllm.tokenizer, self.mllm.processor
-        special = processor is not tokenizer or self._add_special(tokenizer, self.text)
-        encoded = tokenizer(self.text, return_offsets_mapping=True, add_special_tokens=special)
-        self.offsets = np.array(encoded["offset_mapping"]).reshape(-1, 2)
-        self.plain = np.array(encoded["input_ids"])
-        names = self.mllm.family.placeholders(processor) if self.raw else None
-        holders = np.isin(self.plain, tokenizer.convert_tokens_to_ids(list(names))) if names else np.zeros(0, bool)
-        self.cuts = np.flatnonzero(holders)
-        if len(self.cuts) != len(self.raw):
             self._fail(
                 "messages",
-                f"the prompt has {len(self.cuts)} placeholders for {len(self.raw)} images and videos",
-                "Give each medium as a part of its own, and write no placeholder into the text",
+                f"the chat template refuses them ({error})",
+                "Give roles that the model knows",
             )
 
-    @property
-    def text_start(self) -> int:
-        """First token of `plain` behind the last medium."""
-        return int(self.cuts[-1]) + 1 if len(self.cuts) else 0
+    def _continues(self, like: Prompt) -> bool:
+        """Whether an earlier prompt has the same media behind the same text, so that its preprocessing can be used."""
+        if like.mllm is not self.mllm or not self.parts or len(self.parts) != len(like.parts):
+            return False
+        end = like.replaced[-1]["span"][1]
+        return self.rendered[:end] == like.rendered[:end] and all(
+            map(_same_part, self.parts, like.parts)
+        )
 
-    @property
-    def before_text(self) -> str:
-        """The rendered prompt up to and with its last medium."""
-        return self.text[: self.offsets[self.text_start - 1, 1]] if len(self.cuts) else ""
+    def _read_media(self) -> dict[str, list]:
+        """Decode what the messages hold: images and videos, and the timing of the videos."""
+        read: dict[str, list] = {"image": [], "video": [], "timing": []}
+        for part, where in zip(self.parts, self.fields, strict=True):
+            if part["type"] == "image":
+                read["image"].append(to_image(part["image"], self.sample.id, where))
+                continue
+            frames = np.asarray(part["video"])
+            if (
+                frames.dtype != np.uint8
+                or frames.ndim != 4
+                or frames.shape[-1] != 3
+                or not frames.size
+            ):
+                self._fail(
+                    where,
+                    "is no video",
+                    "Give 'video': a uint8 array (T, H, W, 3) of sampled frames",
+                )
+            indices = part.get("frames_indices")
+            if indices is None:
+                indices = range(len(frames))
+            if len(indices) != len(frames):
+                self._fail(
+                    where,
+                    f"{len(indices)} frames_indices for {len(frames)} frames",
+                    "Give one a frame",
+                )
+            indices = [
+                int(i) for i in indices
+            ]  # a list of its own, because processors write into it
+            timing = {
+                "fps": part.get("fps", 1.0),
+                "frames_indices": indices,
+                "total_num_frames": max(indices) + 1,
+            }
+            read["video"].append(frames)
+            read["timing"].append(timing)
+        return read
 
-    @property
-    def after_media(self) -> int:
-        """First token of input_ids behind the last medium and what the processor closes it with."""
-        return max((int(m.tokens[-1]) + 1 + m.closers for m in self.media), default=0)
-
-    def _align(self) -> None:
-        """Find, for every token of `plain`, its place in input_ids (-1 for a placeholder).
-
-        Text between two media is not changed by a processor; what it puts in stands at the placeholder.
-        """
-        by_name = {(m.kind, m.index): m for m in self.media}
-        self.place = np.full(len(self.plain), -1)
-        start, position = 0, 0
-        for cut, (kind, index, _) in zip([*self.cuts, len(self.plain)], [*self.given, (None, 0, None)], strict=True):
-            self.place[start:cut] = position + np.arange(cut - start)
-            if kind:
-                medium = by_name[kind, index]
-                start, position = cut + 1, int(medium.tokens[-1]) + 1 + medium.closers
-        same = (self.place >= 0) & (self.place < len(self.ids))
-        same[same] = self.ids[self.place[same]] == self.plain[same]
-        self.place[~same] = -1
-
-    def text_tokens(self, first: int, last: int) -> np.ndarray:
-        """Tokens that overlap the characters [first, last) of the rendered prompt."""
-        over = (self.offsets[:, 0] < last) & (self.offsets[:, 1] > first)
-        place = self.place[over]
-        if len(place) == 0 or (place < 0).any():
-            self._fail("text", f"{self.text[first:last]!r} has no tokens of its own", "Take a piece of the plain text")
-        return place
-
-    def find_question(self) -> tuple[int, int]:
-        """Characters of the question in the rendered prompt: its last occurrence."""
-        text = self.sample.question
-        if text is None:
-            for message in reversed(self.sample.messages):
-                if message.get("role") == "user":
-                    content = message["content"]
-                    texts = [content] if isinstance(content, str) else [c["text"] for c in content if "text" in c]
-                    text = texts[-1] if texts else None
-                    break
-        text = (text or "").strip()
-        at = self.text.rfind(text) if text else -1
-        if at < 0:
-            self._fail("question", f"{text!r} is not in the prompt", "Quote the question as it stands in the messages")
-        return at, at + len(text)
-
-    def find_span(self, span: Span, where: str) -> tuple[int, int]:
-        count = self.text.count(span.text) if span.text else 0
-        if count != 1:
-            problem = f"{span.text!r} stands {count} times in the prompt" if count else f"{span.text!r} is not there"
-            self._fail(where, problem, "Quote a piece of the text, exactly, that stands there once")
-        at = self.text.index(span.text)
-        return at, at + len(span.text)
-
-    def medium(self, kind: str, index: int, where: str) -> Medium:
-        found = [m for m in self.media if m.kind == kind and m.index == index]
-        if not found:
-            n = sum(m.kind == kind for m in self.media)
-            self._fail(where, f"{kind} {index} is out of range", f"The sample has {n} of them, counted from 0")
-        return found[0]
-
-    def overlap(self, medium: Medium, box, where: str) -> np.ndarray:
-        """(n,) bool: which tokens of a medium look at a box of pixels."""
-        _, height, width = medium.size
+    def _process(self, read: dict[str, list]) -> None:
+        """Let the model's processor make `inputs` of text and media, and note what it puts in for the placeholders."""
+        media: dict[str, Any] = {}
+        if read["image"]:
+            media["images"] = [read["image"]]
+        if read["video"]:
+            media |= {
+                "videos": read["video"],
+                "video_metadata": read["timing"],
+                "do_sample_frames": False,
+            }
+        processor, self.text, self.replaced = self.mllm.processor, self.rendered, []
+        if media:
+            processor = copy.copy(processor)
+            processor.get_text_with_replacements = self._record
+        options = {"return_tensors": "pt", "add_special_tokens": self.add_special_tokens}
         try:
-            x1, y1, x2, y2 = (float(v) for v in box)
-        except (TypeError, ValueError):
-            self._fail(where, f"{box!r} is no box", "Give (x1, y1, x2, y2) in pixels")
-        if not (x1 < x2 and y1 < y2):
-            self._fail(where, f"box {tuple(box)} is empty", "Give (x1, y1, x2, y2) with x1 < x2 and y1 < y2")
-        slack = 0.5  # annotations are rounded
-        if x1 < -slack or y1 < -slack or x2 > width + slack or y2 > height + slack:
+            self.inputs = dict(processor(text=[self.rendered], **options, **media))
+        except (
+            Exception
+        ) as error:  # processors raise many kinds; the sample's name must not be lost
+            fix = "Give each image and video as a part of its own, and write no placeholder of one into the text"
+            self._fail("messages", f"the processor refuses them ({error})", fix)
+
+    def _record(self, *given):
+        """The processor's own method; it alone knows where each placeholder's tokens come to stand."""
+        expanded = self.mllm.processor.get_text_with_replacements(*given)
+        [self.text], [self.replaced] = expanded
+        return expanded
+
+    def encode(self, text: str, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids (L,) of a text, and the characters (L, 2) that they stand for."""
+        encoded = tokenizer(
+            text, return_offsets_mapping=True, add_special_tokens=self.add_special_tokens
+        )
+        return np.array(encoded["input_ids"]), np.reshape(encoded["offset_mapping"], (-1, 2))
+
+    def _tokenise(self) -> None:
+        self.ids, self.offsets = self.encode(self.text, self.mllm.tokenizer)
+        self.visual = np.flatnonzero(self.is_visual(self.ids))
+
+    def is_visual(self, ids: np.ndarray) -> np.ndarray:
+        return np.isin(ids, self.mllm.family.visual_ids(self.mllm.model.config))
+
+    def _measure(self, read: dict[str, list]) -> None:
+        """Geometry of every image and video."""
+        mllm, self.media = self.mllm, []
+        first, last = self.offsets[self.visual].T
+        for replaced in self.replaced:
+            kind, (start, end) = replaced["type"], replaced["new_span"]
+            index = sum(medium.kind == kind for medium in self.media)
+            pixels = read[kind][index]
+            size = (1, pixels.height, pixels.width) if kind == "image" else pixels.shape[:3]
+            tokens = self.visual[(first < end) & (last > start)]
+            medium = mllm.family.medium(
+                kind, index, size, tokens, mllm.model.config, mllm.processor, self.inputs
+            )
+            self.media.append(medium)
+
+    def _check(self) -> None:
+        """Every medium and every visual token must be accounted for."""
+        if len(self.media) != len(self.parts):
+            problem = f"they hold {len(self.parts)} images and videos, but the model reads {len(self.media)} of them"
+            self._fail("messages", problem, "Give text alone, or take a model that reads them")
+        found, needed = [len(m.tokens) for m in self.media], [len(m.boxes) for m in self.media]
+        whole = np.array_equal(self.ids, self.inputs["input_ids"][0])
+        if not whole or found != needed or sum(found) != len(self.visual):
+            self._fail(
+                "messages",
+                f"the prompt holds {len(self.visual)} visual tokens where its media need {sum(needed)}",
+                "Do not truncate the input, and write no placeholder of an image or a video into the text",
+            )
+
+    def text_tokens(self, first: int, last: int, where: str) -> np.ndarray:
+        """Tokens that overlap the characters [first, last) of the prompt."""
+        tokens = np.flatnonzero((self.offsets[:, 0] < last) & (self.offsets[:, 1] > first))
+        if len(tokens) == 0 or self.is_visual(self.ids[tokens]).any():
             self._fail(
                 where,
-                f"box {tuple(box)} is not inside the {width} x {height} px of {medium.kind} {medium.index}",
-                "Give pixels of the image as it is in the message",
+                f"{self.text[first:last]!r} has no tokens of its own",
+                "Quote a piece of the plain text",
             )
-        tolerance = 1e-6 * max(height, width)  # an edge that is a cell's edge up to rounding does not touch the next
-        b = medium.boxes
-        with np.errstate(invalid="ignore"):
-            wide = np.minimum(b[:, 2], x2) - np.maximum(b[:, 0], x1) > min(tolerance, (x2 - x1) / 2)
-            high = np.minimum(b[:, 3], y2) - np.maximum(b[:, 1], y1) > min(tolerance, (y2 - y1) / 2)
-        return wide & high
+        return tokens
 
-    def frames_hit(self, medium: Medium, frame: int, where: str) -> np.ndarray:
-        if not 0 <= frame < medium.size[0]:
-            self._fail(where, f"frame {frame} is out of range", f"The video has {medium.size[0]} frames, from 0")
-        return (medium.frames[:, 0] <= frame) & (frame < medium.frames[:, 1])
+    def find(self, text: str, where: str, once: bool = False) -> tuple[int, int]:
+        """Characters of a piece of text in the prompt, where it stands last."""
+        count = self.text.count(text) if text else 0
+        if count == 0 or (once and count > 1):
+            fix = "Quote a piece of the messages' text, exactly" + ", that stands there once" * once
+            self._fail(where, f"{text!r} stands {count} times in the prompt", fix)
+        start = self.text.rindex(text)
+        return start, start + len(text)
+
+    def find_question(self) -> tuple[int, int]:
+        """Characters of the question in the prompt: its last occurrence."""
+        question = self.sample.question
+        if question is None:
+            parts = [
+                part for m in self.messages if m.get("role") == "user" for part in m["content"]
+            ]
+            question = ["", *(part["text"] for part in parts if part["type"] == "text")][-1]
+        return self.find(question.strip(), "question")
+
+    def evidence_tokens(self, piece: Evidence, where: str) -> np.ndarray:
+        """Tokens of one piece of evidence, by the geometry of the media."""
+        match piece:
+            case Span(text):
+                tokens = [self.text_tokens(*self.find(text, where, once=True), where)]
+            case Pages(pages):
+                tokens = [self._look(where, "image", page) for page in pages]
+            case Region(image, box):
+                tokens = [self._look(where, "image", image, box=box)]
+            case Frames(video, frames):
+                tokens = [self._look(where, "video", video, frame) for frame in frames]
+            case Tube(video, boxes):
+                tokens = [
+                    self._look(where, "video", video, frame, box) for frame, box in boxes.items()
+                ]
+            case _:
+                fix = "Take Region, Pages, Frames, Tube or Span"
+                self._fail(where, f"{type(piece).__name__} is no evidence", fix)
+        if sum(map(len, tokens)) == 0:
+            self._fail(
+                where,
+                f"{piece} maps to no token",
+                "Give evidence that the model's preprocessing keeps",
+            )
+        return np.concatenate(tokens)
+
+    def _look(
+        self, where: str, kind: str, index: int, frame: int | None = None, box: Any = None
+    ) -> np.ndarray:
+        """Tokens of a medium that look at one of its frames (all, if None), at a box of pixels (all, if None)."""
+        media = [medium for medium in self.media if medium.kind == kind]
+        if not 0 <= index < len(media):
+            self._fail(
+                where,
+                f"{kind} {index} is out of range",
+                f"The sample has {len(media)} of them, from 0",
+            )
+        medium = media[index]
+        hit = np.ones(len(medium.tokens), bool)
+        if frame is not None:
+            if not 0 <= frame < medium.size[0]:
+                self._fail(
+                    where,
+                    f"frame {frame} is out of range",
+                    f"The video has {medium.size[0]} frames, from 0",
+                )
+            hit &= (medium.frames[:, 0] <= frame) & (frame < medium.frames[:, 1])
+        if box is not None:
+            hit &= medium.overlaps(self._read_box(box, medium, where))
+        return medium.tokens[hit]
+
+    def _read_box(self, box: Any, medium: Medium, where: str) -> tuple[float, float, float, float]:
+        _, height, width = medium.size
+        slack = 0.5  # annotations are rounded
+        try:
+            x1, y1, x2, y2 = map(float, box)
+            inside = -slack <= x1 < x2 <= width + slack and -slack <= y1 < y2 <= height + slack
+        except (TypeError, ValueError):
+            inside = False
+        if not inside:
+            problem = (
+                f"{box} is no box inside the {width} x {height} px of {medium.kind} {medium.index}"
+            )
+            self._fail(
+                where,
+                problem,
+                "Give (x1, y1, x2, y2) with x1 < x2 and y1 < y2 in pixels of the image as given",
+            )
+        return x1, y1, x2, y2
+
+
+def _same_part(a: dict, b: dict) -> bool:
+    """Whether two parts of messages hold the same image or video, with the same timing."""
+    return a.keys() == b.keys() and all(same_content(a[name], b[name]) for name in a)
 
 
 def _by_geometry(prompt: Prompt) -> np.ndarray:
-    hits = [np.empty(0, np.int64)]
-    for i, piece in enumerate(prompt.sample.evidence):
-        where = f"evidence[{i}]"
-        if isinstance(piece, Span):
-            found = prompt.text_tokens(*prompt.find_span(piece, where))
-        elif isinstance(piece, Pages):
-            found = np.concatenate([hits[0], *(prompt.medium("image", p, where).tokens for p in piece.pages)])
-        elif isinstance(piece, Region):
-            medium = prompt.medium("image", piece.image, where)
-            found = medium.tokens[prompt.overlap(medium, piece.box, where)]
-        elif isinstance(piece, Frames):
-            medium = prompt.medium("video", piece.video, where)
-            seen = [prompt.frames_hit(medium, f, where) for f in piece.frames]
-            found = medium.tokens[np.any(seen, 0)] if seen else hits[0]
-        elif isinstance(piece, Tube):
-            medium = prompt.medium("video", piece.video, where)
-            seen = [
-                prompt.frames_hit(medium, f, where) & prompt.overlap(medium, b, where) for f, b in piece.boxes.items()
-            ]
-            found = medium.tokens[np.any(seen, 0)] if seen else hits[0]
-        else:
-            prompt._fail(where, f"{type(piece).__name__} is no evidence", "Take Region, Pages, Frames, Tube or Span")
-        if len(found) == 0:
-            prompt._fail(where, f"{piece} maps to no token", "Give evidence that the model's preprocessing keeps")
-        hits.append(found)
-    return np.unique(np.concatenate(hits))
+    pieces = [
+        prompt.evidence_tokens(piece, f"evidence[{i}]")
+        for i, piece in enumerate(prompt.sample.evidence)
+    ]
+    return _union(pieces)
 
 
 def _by_markers(prompt: Prompt) -> np.ndarray:
     """Eqs. 6-8 and 11-13: wrap, tokenise the tagged context, scan its ids once for the two markers.
 
-    Markers would change what the model sees, so the indices are mapped back to the untagged prompt: the k-th visual
-    token stays the k-th visual token, a text token is found again by its characters.
+    Markers would change what the model sees, so what lies between them is mapped back to the untagged prompt: the k-th
+    visual token stays the k-th visual token, a text token is found again by its characters.
     """
-    sample, mllm = prompt.sample, prompt.mllm
-    pages = {p for piece in sample.evidence if isinstance(piece, Pages) for p in piece.pages}
-    spans = [piece for piece in sample.evidence if isinstance(piece, Span)]
-    if len(spans) + sum(isinstance(p, Pages) for p in sample.evidence) != len(sample.evidence):
-        prompt._fail("evidence", "markers can only wrap Pages and Span", "Take construction='geometry'")
-    for i, piece in enumerate(sample.evidence):
+    _require(prompt, (Pages, Span), "markers can only wrap Pages and Span")
+    images = [replaced["new_span"] for replaced in prompt.replaced if replaced["type"] == "image"]
+    pages, spans = [], []
+    for piece in prompt.sample.evidence:
         if isinstance(piece, Span):
-            prompt.find_span(piece, f"evidence[{i}]")
+            spans.append(prompt.find(piece.text, "evidence"))
         else:
-            for p in piece.pages:
-                prompt.medium("image", p, f"evidence[{i}]")
-    processor = copy.deepcopy(mllm.processor)
-    tokenizer = getattr(processor, "tokenizer", processor)
+            pages += [images[page] for page in piece.pages]
+    tokenizer = copy.deepcopy(prompt.mllm.tokenizer)
     tokenizer.add_tokens(list(MARKERS), special_tokens=True)
-    start, end = tokenizer.convert_tokens_to_ids(list(MARKERS))
+    visual, _ = _between_markers(prompt, tokenizer, pages)
+    _, quoted = _between_markers(prompt, tokenizer, spans)
+    tokens = [prompt.text_tokens(first, last, "evidence") for first, last in quoted]
+    return _union([prompt.visual[visual], *tokens])
 
-    image, messages = 0, []
-    for message in sample.messages:
-        content = message["content"]
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        wrapped = []
-        for part in parts:
-            if part["type"] == "text":
-                text = part["text"]
-                for span in spans:
-                    text = text.replace(span.text, span.text.join(MARKERS))
-                wrapped.append({**part, "text": text})
-            elif part["type"] == "image":
-                around = [{"type": "text", "text": m} for m in MARKERS] if image in pages else []
-                wrapped += [*around[:1], part, *around[1:]]
-                image += 1
-            else:
-                wrapped.append(part)
-        messages.append({**message, "content": wrapped})
-    text = prompt._render(messages)
-    ids = prompt._process(processor, text)["input_ids"][0].numpy()
-    depth = np.cumsum((ids == start).astype(int) - (ids == end))
-    inside = (depth > 0) & (ids != start)
-    visual = np.isin(ids, mllm.family.visual_ids(mllm.model.config))
-    target = [prompt.visual[inside[visual]]]
-    if spans:
-        # characters strictly between the markers, in the untagged prompt
-        for piece in text.split(MARKERS[0])[1:]:
-            before = text[: text.index(MARKERS[0] + piece)]
-            for marker in MARKERS:
-                before = before.replace(marker, "")
-            quoted = piece.split(MARKERS[1])[0]
-            if quoted in {s.text for s in spans}:
-                target.append(prompt.text_tokens(len(before), len(before) + len(quoted)))
-        if len(target) != 1 + len(spans):
-            prompt._fail("evidence", "its spans overlap, so that markers cannot wrap them", "Take 'geometry'")
-    return np.unique(np.concatenate(target))
+
+def _between_markers(
+    prompt: Prompt, tokenizer: Any, pieces: list[tuple[int, int]]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of all visual tokens, which stand between markers around pieces of the text; and what characters stand there."""
+    text = prompt.text
+    marks = [mark for ends in pieces for mark in zip(ends, MARKERS, strict=True)]
+    for character, marker in sorted(marks, reverse=True):
+        text = text[:character] + marker + text[character:]
+    ids, offsets = prompt.encode(text, tokenizer)
+    start, end = tokenizer.convert_tokens_to_ids(list(MARKERS))
+    step = (ids == start).astype(int) - (ids == end)
+    inside = (np.cumsum(step) > 0) & (step == 0)
+    markers_before = np.cumsum(np.where(step, offsets[:, 1] - offsets[:, 0], 0))
+    return inside[prompt.is_visual(ids)], (offsets - markers_before[:, None])[inside]
 
 
 def _by_counting(prompt: Prompt) -> np.ndarray:
-    """Eqs. 9-10 and 14, and cumulative offsets: blocks of the ordered visual positions, one block an image.
+    """Eqs. 9-10, 14 and 19: blocks of the ordered visual positions, one block an image.
 
-    Blocks are equal (P = M / N) in the fixed-length family with several images, and as long as each image's tiles or
-    grid say otherwise: P_all[O_k .. O_k + P_k - 1] with O_k the sum of the blocks before.
+    P_all[O_k .. O_k + P_k - 1] with O_k the sum of the blocks before; how long they are the family knows.
     """
-    sample, mllm = prompt.sample, prompt.mllm
-    if not all(isinstance(piece, Pages) for piece in sample.evidence) or prompt.videos:
-        prompt._fail("evidence", "counting can only tell Pages apart", "Take construction='geometry'")
-    n, total = len(prompt.images), len(prompt.visual)
-    if not n:
-        lengths = np.empty(0, np.int64)
-    elif mllm.family.name == "llava_onevision":
-        lengths = np.full(n, total // n)
-    elif mllm.family.name == "internvl":
-        closing = np.flatnonzero(prompt.ids == mllm.processor.end_image_token_id)
-        lengths = np.diff(np.searchsorted(prompt.visual, closing), prepend=0)
-    else:
-        grids = prompt.inputs.get("image_grid_thw", torch.zeros(0, 3, dtype=torch.long))
-        lengths = grids.prod(1).numpy() // mllm.model.config.vision_config.spatial_merge_size**2
+    _require(prompt, (Pages,), "counting can only tell Pages apart")
+    mllm, total = prompt.mllm, len(prompt.visual)
+    if not prompt.sample.evidence:
+        return _union([])
+    if any(medium.kind == "video" for medium in prompt.media):
+        # equal blocks of M / N tokens would take the video's for the pages'
+        problem = "counting cannot tell a video's visual tokens from the images'"
+        prompt._fail("messages", problem, "Take construction='geometry'")
+    sizes = [medium.size for medium in prompt.media]
+    lengths = mllm.family.block_lengths(
+        sizes, total, mllm.model.config, mllm.processor, prompt.inputs
+    )
     offsets = np.concatenate([[0], np.cumsum(lengths)])
-    for i, piece in enumerate(sample.evidence):
-        for p in piece.pages:
-            prompt.medium("image", p, f"evidence[{i}]")
-    blocks = [prompt.visual[offsets[p] : offsets[p + 1]] for piece in sample.evidence for p in piece.pages]
-    return np.unique(np.concatenate([np.empty(0, np.int64), *blocks]))
+    if offsets[-1] != total:
+        problem = f"blocks of {lengths} tokens for the images, but {total} visual tokens"
+        prompt._fail("messages", problem, "Take construction='geometry'")
+    pages = [page for piece in prompt.sample.evidence for page in piece.pages]
+    return _union([prompt.visual[offsets[page] : offsets[page + 1]] for page in pages])
 
 
-_TARGETS = {"geometry": _by_geometry, "markers": _by_markers, "counting": _by_counting}
+def _require(prompt: Prompt, kinds: tuple[type, ...], problem: str) -> None:
+    """Check that a construction applies to all evidence, and that the evidence fits the sample."""
+    for i, piece in enumerate(prompt.sample.evidence):
+        if not isinstance(piece, kinds):
+            prompt._fail(f"evidence[{i}]", problem, "Take construction='geometry'")
+        prompt.evidence_tokens(piece, f"evidence[{i}]")
+
+
+def _union(tokens: list[np.ndarray]) -> np.ndarray:
+    return np.unique(np.concatenate([np.empty(0, np.int64), *tokens]))
+
+
+CONSTRUCTIONS = {"geometry": _by_geometry, "markers": _by_markers, "counting": _by_counting}

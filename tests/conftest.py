@@ -9,6 +9,7 @@ from functools import cache
 import numpy as np
 import pytest
 from PIL import Image
+from summary import pytest_collection_modifyitems, pytest_terminal_summary  # noqa: F401
 
 import corehead as ch
 from corehead import testbed
@@ -24,7 +25,9 @@ def mllm(request) -> ch.MLLM:
 
 def picture(height: int, width: int, seed: int = 0) -> Image.Image:
     """A picture of noise, so that every pixel counts."""
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    return Image.fromarray(
+        np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    )
 
 
 def film(frames: int, height: int, width: int, seed: int = 0) -> np.ndarray:

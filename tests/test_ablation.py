@@ -14,16 +14,19 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 import corehead as ch
-from corehead.ablation import Ablation, Condition, Reference, curve
+from corehead.ablation import Ablation, Reference, curve
 from corehead.attention import NAME
-from corehead.evaluation import METRICS, summary
-from corehead.tagging import collate, pad_id, to_model, with_text
+from corehead.batching import Feed, collate, pad_id, to_model
+from corehead.tagging import with_text
 
-HEADS = ch.HeadSet([(0, 1), (1, 0), (1, 3)])
+SHAPE = (2, 6)  # of all tiny models
+HEADS = ch.HeadSet.of([(0, 1), (1, 0), (1, 3)], SHAPE)
 ORACLE: dict = {}  # layer -> (edit of logits, edit of outputs) for the reference attention
 
 
-def reference_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
+def reference_attention(
+    module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs
+):
     """Attention by full matrices, a row a head, with whatever ORACLE says."""
     groups = query.shape[1] // key.shape[1]
     logits = query @ key.repeat_interleave(groups, 1).transpose(2, 3) * scaling
@@ -64,7 +67,7 @@ def heads_in(layer):
 
 
 def rows_of(tagged, phase):
-    every, asking = np.arange(len(tagged.ids)), tagged.asking()
+    every, asking = np.arange(len(tagged.ids)), tagged.query_tokens()
     return {
         "both": every,
         "prefill": every[: tagged.last + 1],
@@ -80,7 +83,10 @@ def expected_logits(mllm, tagged, mode, phase="both", reference=None) -> torch.T
     if mode in ("mean", "resample"):
         outputs = {layer: [] for layer, _ in HEADS}  # of every head, by sample
         for other in reference:
-            note = {layer: (None, lambda out, layer=layer: outputs[layer].append(out[0]) or out) for layer in outputs}
+            note = {
+                layer: (None, lambda out, layer=layer: outputs[layer].append(out[0]) or out)
+                for layer in outputs
+            }
             with oracle(mllm, note):
                 logits_of(mllm, mllm.tag(other))
     for layer in {layer for layer, _ in HEADS}:
@@ -88,12 +94,9 @@ def expected_logits(mllm, tagged, mode, phase="both", reference=None) -> torch.T
         def before(logits, layer=layer):
             logits = logits.clone()
             for h in heads_in(layer):
-                if mode == "uniform":
-                    visible = logits[:, h, rows] > -1e30
-                    logits[:, h, rows] = torch.where(visible, 0.0, logits[:, h, rows])
-                elif mode == "knockout":
-                    asking = np.intersect1d(tagged.asking(), rows)
-                    logits[:, h, asking[:, None], tagged.target] = -torch.inf
+                if mode == "knockout":
+                    asking = np.intersect1d(tagged.query_tokens(), rows)
+                    logits[:, h, asking[:, None], tagged.evidence] = -torch.inf
             return logits
 
         def after(out, layer=layer):
@@ -125,7 +128,7 @@ def some(mllm) -> list[ch.Sample]:
 
 @pytest.mark.parametrize("family", EVERY)
 @pytest.mark.parametrize("phase", ["both", "prefill", "decode", "context", "question"])
-@pytest.mark.parametrize("mode", ["zero", "mean", "resample", "knockout", "uniform"])
+@pytest.mark.parametrize("mode", ["zero", "mean", "resample", "knockout"])
 def test_equal_to_full_matrices(family, mode, phase):
     """Batched, padded and behind a shared prefix or not: what one sample alone gives by full attention matrices."""
     mllm = tiny(family)
@@ -133,14 +136,20 @@ def test_equal_to_full_matrices(family, mode, phase):
     reference = samples[:2] if mode in ("mean", "resample") else None
     samples = samples[:2] if mode == "resample" else samples
     ablation = Ablation(HEADS, mode, phase, reference and Reference(mllm, reference))
-    found = ch.evaluate(mllm, samples, {"intact": None, "ablated": ablation}, batch_size=3, progress=False)
+    found = ch.evaluate(
+        mllm, samples, {"intact": None, "ablated": ablation}, batch_size=3, progress=False
+    )
     with ch.ablate(mllm, HEADS, mode, phase, reference=reference):
         inside = ch.evaluate(mllm, samples, batch_size=2, progress=False)
     for i, sample in enumerate(samples):
         tagged = mllm.tag(sample)
         logits = expected_logits(mllm, tagged, mode, phase, reference)
         n = len(tagged.answer)
-        log = logits[-n - 1 : -1].log_softmax(-1)[torch.arange(n), torch.from_numpy(tagged.ids[tagged.answer])].sum()
+        log = (
+            logits[-n - 1 : -1]
+            .log_softmax(-1)[torch.arange(n), torch.from_numpy(tagged.ids[tagged.answer])]
+            .sum()
+        )
         row = found[found.condition == "ablated"].iloc[i]
         assert row["sample"] == sample.id
         assert row.logprob == pytest.approx(float(log), abs=1e-5 * n)
@@ -156,7 +165,10 @@ def test_equal_to_full_matrices(family, mode, phase):
     longer = [len(mllm.tag(s).answer) > 1 for s in samples]
     if (mode, phase) == ("knockout", "context"):  # the context asks for nothing
         assert (changed < 1e-6).all()
-    elif (mode, phase) != ("resample", "context"):  # the two samples that are swapped have one context
+    elif (mode, phase) != (
+        "resample",
+        "context",
+    ):  # the two samples that are swapped have one context
         assert (changed[longer] > 1e-6).all()
     if phase == "decode":  # the first token of an answer is the prompt's
         assert (changed[~np.array(longer)] < 1e-6).all()
@@ -172,7 +184,7 @@ def without_columns(mllm, heads=HEADS):
     return other
 
 
-def prompts(mllm, n=3) -> list[ch.Tagged]:
+def prompts(mllm, n=3) -> list[ch.TaggedSample]:
     """Prompts of different lengths without answers."""
     samples = some(mllm)[:n]
     for sample in samples:
@@ -184,14 +196,18 @@ def prompts(mllm, n=3) -> list[ch.Tagged]:
 def test_generate_equals_edited_weights(family):
     mllm = tiny(family)
     batch = prompts(mllm)
-    inputs = to_model(collate(batch, pad_id(mllm))[0], mllm)
-    options = dict(max_new_tokens=6, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    inputs = to_model(collate(batch, pad_id(mllm)), mllm)
+    options = dict(
+        max_new_tokens=6, do_sample=False, output_logits=True, return_dict_in_generate=True
+    )
     intact = mllm.model.generate(**inputs, **options)
     with ch.ablate(mllm, HEADS):
         found = mllm.model.generate(**inputs, **options)
     expected = without_columns(mllm).model.generate(**inputs, **options)
     assert torch.equal(found.sequences, expected.sequences)
-    torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        torch.stack(found.logits), torch.stack(expected.logits), atol=1e-5, rtol=0
+    )
     assert (torch.stack(found.logits) - torch.stack(intact.logits)).abs().max() > 1e-4
     again = mllm.model.generate(**inputs, **options)
     assert torch.equal(torch.stack(again.logits), torch.stack(intact.logits))
@@ -212,14 +228,20 @@ def test_phases_of_generate(family, phase):
         token = out.logits[:, -1:].argmax(-1)
         expected.append(out.logits[0, -1])
         length = out.past_key_values.get_seq_length()
-        positions = mllm.family.positions(mllm, tagged.inputs).max() + 1 + length - len(tagged.ids)
+        positions = (
+            mllm.family.positions(mllm.model, tagged.inputs).max() + 1 + length - len(tagged.ids)
+        )
         shape = (3, 1, 1) if family == "qwen3_vl" else (1, 1)
         position_ids = torch.full(shape, int(positions))
-        out = second.model(input_ids=token, past_key_values=out.past_key_values, position_ids=position_ids)
+        out = second.model(
+            input_ids=token, past_key_values=out.past_key_values, position_ids=position_ids
+        )
     with ch.ablate(mllm, HEADS, phase=phase):
         options = dict(max_new_tokens=4, min_new_tokens=4, do_sample=False, output_logits=True)
         found = mllm.model.generate(**tagged.inputs, **options, return_dict_in_generate=True)
-    torch.testing.assert_close(torch.stack(found.logits)[:, 0], torch.stack(expected), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        torch.stack(found.logits)[:, 0], torch.stack(expected), atol=1e-5, rtol=0
+    )
 
 
 @pytest.mark.parametrize("family", EVERY)
@@ -227,13 +249,13 @@ def test_phases_of_generate(family, phase):
 def test_knockout_in_generate_and_with_a_chunked_prefill(family):
     mllm = tiny(family)
     batch = prompts(mllm)
-    inputs = to_model(collate(batch, pad_id(mllm))[0], mllm)
+    inputs = to_model(collate(batch, pad_id(mllm)), mllm)
     options = dict(max_new_tokens=3, min_new_tokens=3, do_sample=False, output_logits=True)
     with ch.ablate(mllm, HEADS, "knockout", tagged=batch):
         found = mllm.model.generate(**inputs, **options, return_dict_in_generate=True)
         beams = mllm.model.generate(**inputs, max_new_tokens=2, num_beams=2)
     assert len(beams) == len(batch)
-    ids = collate(batch, pad_id(mllm))[0]["input_ids"].shape[1]
+    ids = collate(batch, pad_id(mllm))["input_ids"].shape[1]
     for i, tagged in enumerate(batch):  # the tokens that it wrote, fed along as an answer
         tokens = found.sequences[i, ids:]
         full = copy.copy(tagged)
@@ -241,14 +263,20 @@ def test_knockout_in_generate_and_with_a_chunked_prefill(family):
         full.inputs = with_text(tagged.inputs, len(tagged.ids), tokens.tolist())
         full.answer = len(tagged.ids) + np.arange(len(tokens))
         logits = expected_logits(mllm, full, "knockout")
-        torch.testing.assert_close(torch.stack(found.logits)[:, i], logits[-4:-1], atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            torch.stack(found.logits)[:, i], logits[-4:-1], atol=1e-5, rtol=0
+        )
     if mllm.family.name == "text":
         tagged = batch[0]
         with ch.ablate(mllm, HEADS, "knockout", tagged=tagged):
             whole = mllm.model(input_ids=tagged.inputs["input_ids"]).logits
             half = mllm.model(input_ids=tagged.inputs["input_ids"][:, :9], use_cache=True)
-            rest = mllm.model(input_ids=tagged.inputs["input_ids"][:, 9:], past_key_values=half.past_key_values)
-        torch.testing.assert_close(torch.cat([half.logits, rest.logits], 1), whole, atol=1e-5, rtol=0)
+            rest = mllm.model(
+                input_ids=tagged.inputs["input_ids"][:, 9:], past_key_values=half.past_key_values
+            )
+        torch.testing.assert_close(
+            torch.cat([half.logits, rest.logits], 1), whole, atol=1e-5, rtol=0
+        )
 
 
 @pytest.mark.parametrize("family", EVERY)
@@ -256,21 +284,25 @@ def test_scores_inside_an_ablation(family):
     """Zeroed heads change what later layers look at; cut edges have no mass left."""
     mllm = tiny(family)
     samples = some(mllm)
-    with ch.ablate(mllm, ch.HeadSet([(0, 1), (0, 2)])):
+    with ch.ablate(mllm, ch.HeadSet.of([(0, 1), (0, 2)], SHAPE)):
         found = ch.score(mllm, samples, progress=False)
     edited = without_columns(mllm, [(0, 1), (0, 2)])
     for i, sample in enumerate(samples):
         expected = brute_force(edited, edited.tag(sample))
-        np.testing.assert_allclose(found.data.target.isel(sample=i), expected["target"], atol=1e-5)
+        np.testing.assert_allclose(
+            found.data.evidence.isel(sample=i), expected["evidence"], atol=1e-5
+        )
     intact = ch.score(mllm, samples, progress=False)
     with ch.ablate(mllm, HEADS, "knockout"):
         cut = ch.score(mllm, samples, progress=False)
-    mask = HEADS.mask((mllm.n_layers, mllm.n_heads))
+    mask = HEADS.mask
     for query in ("question", "last", "answer"):
-        assert abs(cut.data.target.sel(query=query).values[:, mask]).max() < 1e-6
+        assert abs(cut.data.evidence.sel(query=query).values[:, mask]).max() < 1e-6
         first = intact.per_sample("ram", query)[:, 0]
         kept = [h for h in range(mllm.n_heads) if not mask[0, h]]
-        np.testing.assert_allclose(cut.per_sample("ram", query)[:, 0, kept], first[:, kept], atol=1e-5)
+        np.testing.assert_allclose(
+            cut.per_sample("ram", query)[:, 0, kept], first[:, kept], atol=1e-5
+        )
     total = cut.data.visual + cut.data.text + cut.data.sink
     np.testing.assert_allclose(total, 1, atol=1e-5)
 
@@ -280,18 +312,28 @@ def test_nesting_repeating_and_restoring(mllm):
     before = mllm.text_config._attn_implementation
     intact = logits_of(mllm, tagged)
     both = without_columns(mllm)
-    one, two = ch.HeadSet([(0, 1)]), HEADS - ch.HeadSet([(0, 1)])
+    one, two = ch.HeadSet.of([(0, 1)], SHAPE), HEADS - ch.HeadSet.of([(0, 1)], SHAPE)
     for _ in range(2):
         with ch.ablate(mllm, one):
             with ch.ablate(mllm, two):
-                torch.testing.assert_close(logits_of(mllm, tagged), logits_of(both, tagged), atol=1e-5, rtol=0)
+                torch.testing.assert_close(
+                    logits_of(mllm, tagged), logits_of(both, tagged), atol=1e-5, rtol=0
+                )
             only = without_columns(mllm, one)
-            torch.testing.assert_close(logits_of(mllm, tagged), logits_of(only, tagged), atol=1e-5, rtol=0)
+            torch.testing.assert_close(
+                logits_of(mllm, tagged), logits_of(only, tagged), atol=1e-5, rtol=0
+            )
             with ch.ablate(mllm, one):  # the same heads again
-                torch.testing.assert_close(logits_of(mllm, tagged), logits_of(only, tagged), atol=1e-5, rtol=0)
+                torch.testing.assert_close(
+                    logits_of(mllm, tagged), logits_of(only, tagged), atol=1e-5, rtol=0
+                )
         assert mllm.text_config._attn_implementation == before
         assert torch.equal(logits_of(mllm, tagged), intact)
-    with pytest.raises(RuntimeError, match="boom"), ch.ablate(mllm, one), ch.ablate(mllm, two, "uniform"):
+    with (
+        pytest.raises(RuntimeError, match="boom"),
+        ch.ablate(mllm, one),
+        ch.ablate(mllm, two, "knockout"),
+    ):
         assert mllm.text_config._attn_implementation == NAME
         raise RuntimeError("boom")
     assert mllm.text_config._attn_implementation == before
@@ -300,10 +342,12 @@ def test_nesting_repeating_and_restoring(mllm):
 
 def test_conditions_inside_an_ablation_act_together(mllm):
     samples = some(mllm)
-    one, two = ch.HeadSet([(0, 1)]), HEADS - ch.HeadSet([(0, 1)])
+    one, two = ch.HeadSet.of([(0, 1)], SHAPE), HEADS - ch.HeadSet.of([(0, 1)], SHAPE)
     with ch.ablate(mllm, one):
         found = ch.evaluate(mllm, samples, {"none": None, "more": Ablation(two)}, progress=False)
-    expected = ch.evaluate(mllm, samples, {"none": Ablation(one), "more": Ablation(HEADS)}, progress=False)
+    expected = ch.evaluate(
+        mllm, samples, {"none": Ablation(one), "more": Ablation(HEADS)}, progress=False
+    )
     np.testing.assert_allclose(found.logprob, expected.logprob, atol=1e-5)
 
 
@@ -312,8 +356,16 @@ def test_a_reference_runs_once_for_all_batches(mllm, monkeypatch):
     reference = Reference(mllm, samples[:2])
     runs = []
     original = Reference._run
-    monkeypatch.setattr(Reference, "_run", lambda self, watch: runs.append(1) or original(self, watch))
-    ch.evaluate(mllm, samples, {"a": Ablation(HEADS, "resample", reference=reference)}, batch_size=1, progress=False)
+    monkeypatch.setattr(
+        Reference, "_run", lambda self, watch: runs.append(1) or original(self, watch)
+    )
+    ch.evaluate(
+        mllm,
+        samples,
+        {"a": Ablation(HEADS, "resample", reference=reference)},
+        batch_size=1,
+        progress=False,
+    )
     assert len(runs) == 1
 
 
@@ -330,7 +382,7 @@ def test_many_conditions_are_what_each_is_alone(mllm, monkeypatch):
     samples = some(mllm)
     ranking = ch.HeadRanking(np.random.default_rng(0).random((mllm.n_layers, mllm.n_heads)))
     conditions = {"intact": None}
-    for mode in ("zero", "knockout", "uniform"):
+    for mode in ("zero", "knockout"):
         for k, v in curve(ranking, [0.1, 0.3, 0.5], mode=mode).items():
             conditions[mode, k.share] = v
     together = ch.evaluate(mllm, samples, conditions, progress=False)
@@ -346,16 +398,22 @@ def test_named_tuples_become_columns_and_equal_sets_run_once(mllm, monkeypatch):
     ranking = ch.HeadRanking(np.random.default_rng(0).random((mllm.n_layers, mllm.n_heads)))
     conditions = curve(ranking, [0.1, 0.101]) | curve(ranking, [0.1], "random", draws=range(3))
     seen = []
-    original = ch.evaluation.edits_of
-    monkeypatch.setattr(ch.evaluation, "edits_of", lambda m, a, n: seen.extend(a) or original(m, a, n))
+    original = Feed.run
+    monkeypatch.setattr(
+        Feed, "run", lambda self, which, wanted: seen.extend(which) or original(self, which, wanted)
+    )
     table = ch.evaluate(mllm, some(mllm)[:1], conditions, progress=False)
     assert list(table.columns[:3]) == ["heads", "share", "draw"]
-    assert [tuple(r) for r in table[["heads", "share", "draw"]].to_numpy()] == [tuple(c) for c in conditions]
+    assert [tuple(r) for r in table[["heads", "share", "draw"]].to_numpy()] == [
+        tuple(c) for c in conditions
+    ]
     assert len(seen) == len({a.heads for a in conditions.values()}) < len(conditions)
 
 
 def test_vision_runs_once_for_all_conditions(mllm):
-    tower = mllm.model.model.visual if mllm.family.name == "qwen3_vl" else mllm.model.model.vision_tower
+    tower = (
+        mllm.model.model.visual if mllm.family.name == "qwen3_vl" else mllm.model.model.vision_tower
+    )
     calls = []
     handle = tower.register_forward_hook(lambda *_: calls.append(1))
     ranking = ch.HeadRanking(np.random.default_rng(0).random((mllm.n_layers, mllm.n_heads)))
@@ -369,15 +427,15 @@ def test_vision_runs_once_for_all_conditions(mllm):
 def test_a_store_resumes_and_takes_more_conditions(mllm, tmp_path, monkeypatch):
     samples = some(mllm)
     first = {"intact": None, "a": Ablation(HEADS)}
-    more = first | {"b": Ablation(HEADS, "uniform")}
+    more = first | {"b": Ablation(HEADS, "knockout")}
     ran = []
-    original = ch.evaluation._run
+    original = ch.evaluation._answers
 
-    def spy(mllm, batch, todo):
+    def spy(mllm, batch, todo, new_tokens):
         ran.append((sum(len(c.members) for c in batch), len(todo)))
-        return original(mllm, batch, todo)
+        return original(mllm, batch, todo, new_tokens)
 
-    monkeypatch.setattr(ch.evaluation, "_run", spy)
+    monkeypatch.setattr(ch.evaluation, "_answers", spy)
     options = dict(store=tmp_path / "s", batch_size=1, progress=False)
     ch.evaluate(mllm, samples[:3], first, **options)
     done = list(ran)
@@ -410,7 +468,8 @@ def test_what_was_finished_survives_a_bad_sample(mllm, tmp_path):
     options = dict(store=tmp_path / "s", batch_size=1, progress=False)
     with pytest.raises(ch.SampleError, match="'bad'"):
         ch.evaluate(mllm, [*samples, bad], {"a": Ablation(HEADS)}, **options)
-    assert len(list((tmp_path / "s").glob("part-*.parquet"))) >= 1
+    with pytest.raises(ValueError, match="holds results"):
+        ch.evaluate(mllm, samples, {"a": Ablation(HEADS)}, **options)
 
 
 def test_bad_input_is_named(mllm):
@@ -418,11 +477,20 @@ def test_bad_input_is_named(mllm):
     ranking = ch.HeadRanking(np.random.default_rng(0).random(shape))
     larger = ch.HeadRanking(np.random.default_rng(0).random((9, 9)))
     samples = some(mllm)
-    with pytest.raises(ValueError, match="mode='zeros': take one of 'zero'"), ch.ablate(mllm, HEADS, "zeros"):
+    with (
+        pytest.raises(ValueError, match="mode='zeros': take one of 'zero'"),
+        ch.ablate(mllm, HEADS, "zeros"),
+    ):
         pass
-    with pytest.raises(ValueError, match="phase='decoding': take one of"), ch.ablate(mllm, HEADS, phase="decoding"):
+    with (
+        pytest.raises(ValueError, match="phase='decoding': take one of"),
+        ch.ablate(mllm, HEADS, phase="decoding"),
+    ):
         pass
-    with pytest.raises(ValueError, match="no heads"), ch.ablate(mllm, ch.HeadSet()):
+    with (
+        pytest.raises(ValueError, match="no heads"),
+        ch.ablate(mllm, ch.HeadSet(np.zeros(SHAPE, bool))),
+    ):
         pass
     with pytest.raises(ValueError, match=r"head \(40, 0\)"), ch.ablate(mllm, [(40, 0)]):
         pass
@@ -431,16 +499,22 @@ def test_bad_input_is_named(mllm):
     with pytest.raises(ValueError, match="9 x 9"):
         ch.evaluate(mllm, samples, {"a": Ablation(larger.top(0.01))}, progress=False)
     for mode in ("mean", "resample"):
-        with pytest.raises(ValueError, match=f"mode='{mode}' needs reference="), ch.ablate(mllm, HEADS, mode):
+        with (
+            pytest.raises(ValueError, match=f"mode='{mode}' needs reference="),
+            ch.ablate(mllm, HEADS, mode),
+        ):
             pass
     with pytest.raises(ValueError, match="needs reference=, a Reference"):
         Ablation(HEADS, "mean", reference=samples)
     with (
-        pytest.raises(ValueError, match="at least 2 samples, not 1"),
+        pytest.raises(ValueError, match="at least 2 samples"),
         ch.ablate(mllm, HEADS, "resample", reference=samples[:1]),
     ):
         pass
-    with pytest.raises(ValueError, match="empty reference"), ch.ablate(mllm, HEADS, "mean", reference=[]):
+    with (
+        pytest.raises(ValueError, match="empty reference"),
+        ch.ablate(mllm, HEADS, "mean", reference=[]),
+    ):
         pass
     tagged = mllm.tag(samples[0])
     with pytest.raises(ValueError, match="pass tagged="), ch.ablate(mllm, HEADS, "knockout"):
@@ -450,9 +524,9 @@ def test_bad_input_is_named(mllm):
         ch.ablate(mllm, HEADS, phase="context"),
     ):
         logits_of(mllm, tagged)
-    two = to_model(collate([tagged, tagged], pad_id(mllm))[0], mllm)
+    two = to_model(collate([tagged, tagged], pad_id(mllm)), mllm)
     with (
-        pytest.raises(ValueError, match="3 samples are laid out, but 2 rows run"),
+        pytest.raises(ValueError, match="roles of 3 samples are known, but 2 rows run"),
         ch.ablate(mllm, HEADS, "knockout", tagged=[tagged] * 3),
     ):
         mllm.model(**two)
@@ -477,24 +551,3 @@ def test_resampling_needs_the_prompt_in_one_piece():
         half = mllm.model(input_ids=ids[:, :9], use_cache=True)
         with pytest.raises(ValueError, match="one piece"):
             mllm.model(input_ids=ids[:, 9:], past_key_values=half.past_key_values)
-
-
-def test_summaries_resample_contexts():
-    rng = np.random.default_rng(0)
-    rows = [
-        dict(
-            zip(Condition._fields, c),
-            sample=f"{i}",
-            context=f"{i // 8}",
-            correct=rng.random() < 0.5,
-            logprob=-1.0,
-            margin=0.0,
-        )
-        for c in (Condition("top", 0.1), Condition("top", 0.2))
-        for i in range(80)
-    ]
-    table = summary(pd.DataFrame(rows), ["heads", "share"])
-    assert list(table.index) == [("top", 0.1), ("top", 0.2)] and (table.n == 80).all()
-    assert ((table.correct_low < table.correct) & (table.correct < table.correct_high)).all()
-    assert (table.logprob_low == -1).all() and (table.logprob_high == -1).all()
-    assert {f"{m}{e}" for m in METRICS for e in ("", "_low", "_high")} <= set(table.columns)

@@ -18,11 +18,15 @@ def seen(mllm, tagged):
     values, outputs, handles = [], [], []
     for module in mllm.attentions:
         handles.append(module.v_proj.register_forward_hook(lambda m, a, out: values.append(out[0])))
-        handles.append(module.o_proj.register_forward_pre_hook(lambda m, args: outputs.append(args[0][0])))
+        handles.append(
+            module.o_proj.register_forward_pre_hook(lambda m, args: outputs.append(args[0][0]))
+        )
     before = mllm.text_config._attn_implementation
     mllm.text_config._attn_implementation = "eager"
     try:
-        attention = torch.stack(mllm.model(**tagged.inputs, output_attentions=True).attentions)[:, 0]
+        attention = torch.stack(mllm.model(**tagged.inputs, output_attentions=True).attentions)[
+            :, 0
+        ]
     finally:
         mllm.text_config._attn_implementation = before
         for handle in handles:
@@ -40,8 +44,11 @@ def expected(mllm, tagged) -> dict[str, np.ndarray]:
     """(layer, head) by loops over layers, heads and rows."""
     attention, values, outputs = seen(mllm, tagged)
     rows = tagged.last + np.arange(len(tagged.answer))
-    found = {name: np.zeros((mllm.n_layers, mllm.n_heads)) for name in ("output", "value", "copy", "hits")}
-    on_text = not np.isin(tagged.target, tagged.visual).any()
+    found = {
+        name: np.zeros((mllm.n_layers, mllm.n_heads))
+        for name in ("output", "value", "copy", "hits")
+    }
+    on_text = not np.isin(tagged.evidence, tagged.visual).any()
     among = np.setdiff1d(np.arange(len(tagged.ids)), tagged.visual) if on_text else tagged.visual
     for layer, module in enumerate(mllm.attentions):
         for h in range(mllm.n_heads):
@@ -52,8 +59,10 @@ def expected(mllm, tagged) -> dict[str, np.ndarray]:
                 top, best = int(a.argmax()), among[int(a[among].argmax())]
                 found["output"][layer, h] += float((w @ outputs[layer, row, h]).norm())
                 found["value"][layer, h] += float(a @ norms)
-                found["copy"][layer, h] += top in tagged.target and tagged.ids[top] == tagged.ids[tagged.answer[i]]
-                found["hits"][layer, h] += best in tagged.target
+                found["copy"][layer, h] += (
+                    top in tagged.evidence and tagged.ids[top] == tagged.ids[tagged.answer[i]]
+                )
+                found["hits"][layer, h] += best in tagged.evidence
     return {name: total / len(rows) for name, total in found.items()}
 
 
@@ -61,14 +70,16 @@ def expected(mllm, tagged) -> dict[str, np.ndarray]:
 def test_equal_to_brute_force(family):
     mllm = tiny(family)
     samples = samples_for(mllm)
-    if mllm.family.name == "text":  # answers that stand in the context, so that something can be copied
+    if (
+        mllm.family.name == "text"
+    ):  # answers that stand in the context, so that something can be copied
         for sample in samples:
             sample.answer = "0."
     found = {
         "output": controls.output_norm(mllm, samples, **OPTIONS),
         "value": controls.value_norm(mllm, samples, batch_size=1, **OPTIONS),
         "copy": controls.copy_score(mllm, samples, **OPTIONS),
-        "hits": controls.target_hits(mllm, samples, batch_size=2, **OPTIONS),
+        "hits": controls.evidence_hits(mllm, samples, batch_size=2, **OPTIONS),
     }
     total = dict.fromkeys(found, 0.0)
     for sample in samples:
@@ -98,26 +109,38 @@ def test_attribution_is_the_derivative_by_a_gate(family):
             results.append(ch.evaluate(mllm, samples, progress=False).logprob.values)
             with torch.no_grad():
                 weight.copy_(kept)
-        np.testing.assert_allclose(found[:, layer, head], (results[0] - results[1]) / (2 * e), rtol=0.05, atol=2e-3)
+        np.testing.assert_allclose(
+            found[:, layer, head], (results[0] - results[1]) / (2 * e), rtol=0.05, atol=2e-3
+        )
 
 
 def test_what_scores_already_hold(mllm):
     samples = samples_for(mllm)
     scores = ch.score(mllm, samples, progress=False)
-    np.testing.assert_array_equal(controls.visual_mass(scores), scores.data.visual.sel(query="last"))
-    np.testing.assert_array_equal(controls.sink_mass(scores, "question"), scores.data.sink.sel(query="question"))
+    np.testing.assert_array_equal(
+        controls.visual_mass(scores), scores.data.visual.sel(query="last")
+    )
+    np.testing.assert_array_equal(
+        controls.sink_mass(scores, "question"), scores.data.sink.sel(query="question")
+    )
     focused = scores.data.sel(query="question")
-    np.testing.assert_allclose(controls.query_focused(scores)[0], (focused.target - focused.null_target)[0])
+    np.testing.assert_allclose(
+        controls.query_focused(scores)[0], (focused.evidence - focused.null_evidence)[0]
+    )
     with pytest.raises(ValueError, match="text-only"):
         controls.text_entropy(scores)
     plain = ch.score(mllm, [ask("two and two", id="plain", question="are?")], progress=False)
-    np.testing.assert_array_equal(controls.text_entropy(plain), -plain.data.entropy.sel(query="last"))
+    np.testing.assert_array_equal(
+        controls.text_entropy(plain), -plain.data.entropy.sel(query="last")
+    )
 
 
 def test_rankings_without_samples():
     near = ch.HeadRanking(controls.layer_index((5, 4), first=1, seed=3))
     layers = near.order[:, 0]
-    assert list(layers[:4]) == [1] * 4 and set(layers[4:12]) == {0, 2} and list(layers[-4:]) == [4] * 4
+    assert (
+        list(layers[:4]) == [1] * 4 and set(layers[4:12]) == {0, 2} and list(layers[-4:]) == [4] * 4
+    )
     other = ch.HeadRanking(controls.layer_index((5, 4), first=1, seed=4))
     assert not np.array_equal(near.order, other.order)
     first, second = (controls.random_ranking((5, 4), seed) for seed in (0, 1))

@@ -1,5 +1,6 @@
 """Loading: checkpoints of every family from a folder, and every way in which it can fail."""
 
+import copy
 import json
 import shutil
 import subprocess
@@ -32,22 +33,58 @@ def saved(tmp_path_factory):
 def test_a_saved_checkpoint_tags_and_scores_as_before(saved, family):
     mllm, before = ch.load(saved / family), tiny(family)
     assert mllm.family.name == before.family.name and not mllm.model.training
-    assert (mllm.n_layers, mllm.n_heads, mllm.n_kv_heads, mllm.head_dim) == (2, 6, 2, 8)
+    assert mllm.shape == (mllm.n_layers, mllm.n_heads) == (2, 6) and (
+        mllm.n_kv_heads,
+        mllm.head_dim,
+    ) == (2, 8)
     context = ["alpha is 5. "] if family == "llama" else [image_part(picture(60, 90))]
     where = ch.Span("alpha is 5") if family == "llama" else ch.Region(0, (0, 0, 30, 30))
     sample = ask(*context, evidence=[where])
-    a, b = (ch.score(m, [sample], progress=False).core("ram") for m in (mllm, before))
+    a, b = (ch.score(m, [sample], progress=False).mean("ram") for m in (mllm, before))
     assert abs(a - b).max() < 1e-6 and "2 layers x 6 heads" in repr(mllm)
 
 
+def dtypes(mllm) -> set:
+    return {p.dtype for p in mllm.model.parameters()}
+
+
 def test_dtype(saved):
-    assert ch.load(saved / "qwen3_vl", dtype="bfloat16").model.dtype == torch.bfloat16
+    assert dtypes(ch.load(saved / "qwen3_vl", dtype="bfloat16")) == {torch.bfloat16}
+    assert dtypes(ch.load(saved / "qwen3_vl", dtype=torch.float16)) == {torch.float16}
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "llama"])
+def test_float16_checkpoints_are_float32_on_a_cpu(saved, tmp_path, family, monkeypatch):
+    half = copy.deepcopy(tiny(family).model).half()
+    half.save_pretrained(tmp_path)
+    tiny(family).processor.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "float16"
+    mllm = ch.load(tmp_path)
+    assert dtypes(mllm) == {torch.float32} == dtypes(ch.load(tmp_path, device="auto"))
+    for name, weight in half.named_parameters():
+        assert torch.equal(mllm.model.get_parameter(name), weight.float())
+    assert dtypes(ch.load(tmp_path, dtype="float16")) == {torch.float16}
+    assert memory(tmp_path).weights < 0.6 * memory(tmp_path, "float32").weights  # as it is on disk
+    with monkeypatch.context() as patch:  # there must be room for what it becomes
+        patch.setattr(
+            models.psutil,
+            "virtual_memory",
+            lambda: SimpleNamespace(available=memory(tmp_path).weights),
+        )
+        with pytest.raises(MemoryError, match="float32"):
+            ch.load(tmp_path)
+    assert models._dtype(half.config, "auto", "cuda") == torch.float16
+    half.bfloat16().save_pretrained(tmp_path)
+    assert dtypes(ch.load(tmp_path)) == {torch.bfloat16}
 
 
 def test_a_folder_that_is_not_there_names_the_make_target(tmp_path):
     for name in ("data/testbed/nobody", tmp_path / "nobody", "./nobody", "nobody"):
         with pytest.raises(FileNotFoundError, match="no such folder"):
             ch.load(name)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"no config\.json in it"):
+        ch.load(tmp_path / "empty")
     (tmp_path / "nobody.yaml").write_text("family: qwen3_vl")
     with pytest.raises(FileNotFoundError, match="`make testbed MODELS=nobody` trains it"):
         ch.load(tmp_path / "nobody")
@@ -55,26 +92,43 @@ def test_a_folder_that_is_not_there_names_the_make_target(tmp_path):
 
 def test_a_hub_id_without_network_names_the_command(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(FileNotFoundError, match="hf download Qwen/Nobody"):
+    with pytest.raises(
+        FileNotFoundError, match=r"hf download Qwen/Nobody.*without one, give the folder"
+    ):
         ch.load("Qwen/Nobody")
+    with pytest.raises(FileNotFoundError, match="cannot be loaded"):
+        ch.load("Qwen/no body")
 
 
 def test_a_corrupt_weight_file_is_an_error(saved, tmp_path):
-    for damage in ("cut", "short of a tensor", "another shape"):
+    name_of_the_problem = {
+        "cut": "model.safetensors is damaged or cut off",
+        "short of a tensor": "q_proj",
+        "another shape": "q_proj",
+        "a tensor too many": "stranger",
+        "gone": "model.safetensors",
+    }
+    for damage in name_of_the_problem:
         folder = tmp_path / damage
         shutil.copytree(saved / "qwen3_vl", folder)
         file = folder / "model.safetensors"
         if damage == "cut":
             file.write_bytes(file.read_bytes()[:-1000])
+        elif damage == "gone":
+            file.unlink()
         else:
             weights = load_file(file)
             name = next(n for n in weights if "q_proj" in n)
-            weights[name] = weights[name][:-1].clone()
-            if damage == "short of a tensor":
+            if damage == "another shape":
+                weights[name] = weights[name][:-1].clone()
+            elif damage == "short of a tensor":
                 del weights[name]
+            else:
+                weights["stranger"] = weights[name].clone()
             save_file(weights, file, metadata={"format": "pt"})
-        with pytest.raises(ValueError, match=r"cannot be read|do not fit"):
+        with pytest.raises(ValueError, match=r"cannot be read|do not fit") as caught:
             ch.load(folder)
+        assert name_of_the_problem[damage] in str(caught.value)
 
 
 HUB = {
@@ -112,7 +166,7 @@ def test_an_offline_hub_cache_loads_by_id_at_its_commit(hub, family):
         mllm = ch.load(HUB[family], revision=revision, device="auto")
         assert mllm.revision == commit and mllm.source == HUB[family]
     scores = ch.score(mllm, [sample], progress=False)
-    assert abs(scores.core("ram") - expected.core("ram")).max() < 1e-6
+    assert abs(scores.mean("ram") - expected.mean("ram")).max() < 1e-6
     assert json.loads(scores.data.provenance)["revision"] == commit
     with pytest.raises(FileNotFoundError, match=f"hf download {HUB[family]} --revision v2"):
         ch.load(HUB[family], revision="v2")
@@ -121,20 +175,22 @@ def test_an_offline_hub_cache_loads_by_id_at_its_commit(hub, family):
 def test_a_piece_that_is_missing_or_cut_is_named(saved, tmp_path):
     source = testbed.save(tiny("qwen3_vl"), tmp_path / "whole")
     piece = sorted(source.glob("*.safetensors"))[1].name
-    for damage in ("is missing", "is damaged or cut off"):
-        folder = tmp_path / damage
+    for damage in ("", " is damaged or cut off"):  # transformers names a file that is missing
+        folder = tmp_path / f"copy{damage}"
         shutil.copytree(source, folder)
-        if damage == "is missing":
+        if not damage:
             (folder / piece).unlink()
         else:
             (folder / piece).write_bytes((folder / piece).read_bytes()[:-1000])
-        with pytest.raises(ValueError, match=rf"{piece} {damage}.*Fetch it again"):
+        with pytest.raises(ValueError, match=rf"{piece}{damage}.*Fetch"):
             ch.load(folder)
     (tmp_path / "pickled").mkdir()
     for file in (saved / "qwen3_vl").glob("*.json"):
         shutil.copy(file, tmp_path / "pickled")
     torch.save(tiny("qwen3_vl").model.state_dict(), tmp_path / "pickled" / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"pickled weights alone \(pytorch_model.bin\).*use_safetensors=False"):
+    with pytest.raises(
+        ValueError, match=r"pickled weights alone \(pytorch_model.bin\).*use_safetensors=False"
+    ):
         ch.load(tmp_path / "pickled")
 
 
@@ -189,10 +245,14 @@ for name, revision in ("org/gated", None), ("org/known", "v9"), ("org/nobody", N
 """
 
 
-def test_what_the_hub_refuses_names_the_mend(tmp_path):
+def test_what_the_hub_refuses_names_the_fix(tmp_path):
     done = subprocess.run([sys.executable, "-c", SERVED, tmp_path], capture_output=True, text=True)
     gated, revision, nobody = done.stdout.splitlines()
-    assert "hf auth login" in gated and "hf download org/gated" in gated and "https://huggingface.co/org/gated" in gated
+    assert (
+        "hf auth login" in gated
+        and "hf download org/gated" in gated
+        and "https://huggingface.co/org/gated" in gated
+    )
     assert "v9" in revision and "Take a branch, tag or commit" in revision
     assert "hf download org/nobody" in nobody
 
@@ -204,21 +264,22 @@ def test_memory_is_counted_from_the_configuration_alone(saved, family):
     assert memory(saved / family).weights == own == memory(mllm.model.config, "float32").weights
     assert abs(memory(saved / family, "bfloat16").weights / own - 0.5) < 0.01
     counted = memory(saved / family, tokens=1000)
-    assert counted.cache == 2 * 2 * 2 * 8 * 1000 * 4  # keys and values, layers, KV heads, head_dim, tokens, bytes
-    assert counted.total == counted.weights + counted.cache + counted.features + counted.work
+    assert (
+        counted.cache == 2 * 2 * 2 * 8 * 1000 * 4
+    )  # keys and values, layers, KV heads, head_dim, tokens, bytes
+    assert counted.total == counted.weights + counted.cache + counted.work
+    assert counted.weights == own and counted.work > 1000 * 48 * 4  # embeddings alone
     assert "GiB (weights" in str(counted)
 
 
 def test_weights_that_cannot_fit_are_refused_before_they_load(saved, monkeypatch):
     monkeypatch.setattr(models.psutil, "virtual_memory", lambda: SimpleNamespace(available=10_000))
     for device in ("cpu", "auto"):
-        with pytest.raises(MemoryError, match=rf"weights take .* in torch.float32, but {device} has .*device='auto'"):
+        with pytest.raises(
+            MemoryError,
+            match=rf"weights take .* in torch.float32, but {device} has .*device='auto'",
+        ):
             ch.load(saved / "qwen3_vl", device=device)
-    monkeypatch.setattr(models.psutil, "virtual_memory", lambda: SimpleNamespace(available=2**40))
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 2000))
-    with pytest.warns(UserWarning, match="more than the 2 GPUs have free: some layers stay"):
-        models._require_room("x", tiny("llama").model.config, "float32", "auto")
 
 
 def test_an_unsupported_architecture_is_named(saved, tmp_path):
@@ -227,10 +288,3 @@ def test_an_unsupported_architecture_is_named(saved, tmp_path):
     (tmp_path / "gpt2" / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
     with pytest.raises(ValueError, match="'gpt2' is not supported"):
         ch.load(tmp_path / "gpt2")
-
-
-def test_old_versions_are_named():
-    with pytest.raises(ImportError, match=r'pip install "transformers>=99"'):
-        ch.check_versions({"transformers": "99"})
-    with pytest.raises(ImportError, match="nosuchpackage is not installed"):
-        ch.check_versions({"nosuchpackage": "1"})

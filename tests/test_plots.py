@@ -9,12 +9,14 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import ask, film, image_part, picture, tiny, video_part
-from matplotlib.collections import PatchCollection
+from matplotlib.collections import LineCollection, PatchCollection
+from matplotlib.colors import to_hex
+from PIL import Image
 
 import corehead as ch
-from corehead import plots
-from corehead.ranking import universal
-from corehead.tagging import Prompt
+from corehead import plots, results
+
+DOMAINS = ("image", "document", "video", "text")
 
 
 @pytest.fixture(autouse=True)
@@ -23,190 +25,273 @@ def close():
     plt.close("all")
 
 
-def test_show_tags_lights_the_target_cells(mllm):
-    evidence = [ch.Region(0, (0, 0, 40, 40)), ch.Frames(0, [1])]
-    tagged = mllm.tag(ask(image_part(picture(70, 130)), video_part(film(4, 60, 60)), evidence=evidence))
-    figure = plots.show_tags(tagged)
-    lit = sum(
-        len(c.get_paths())
-        for ax in figure.axes
-        for c in ax.collections
-        if isinstance(c, PatchCollection) and c.get_linewidth()[0] == 1.5
-    )
-    cells = np.concatenate([m.tokens[~np.isnan(m.boxes[:, 0])] for m in tagged.image_grid])
-    assert lit == np.isin(tagged.target, cells).sum() > 0
-    figure.savefig("/dev/null", format="png")
+def lines_of(ax) -> dict:
+    """The lines of a panel by name, those without one left out."""
+    return {line.get_label(): line for line in ax.lines if not line.get_label().startswith("_")}
 
 
-def test_token_kinds_cover_every_token():
-    tagged = tiny("qwen3_vl").tag(ask(image_part(picture(64, 64)), "text", evidence=[ch.Region(0, (0, 0, 5, 5))]))
-    kinds = np.array(list(plots.KINDS))[plots.token_kinds(tagged)]
-    assert (kinds[tagged.target] == "target").all() and (kinds[tagged.question] == "question").all()
-    assert (kinds == "visual").sum() == len(tagged.visual) - len(tagged.target)
-
-
-def test_a_figure_is_rebuilt_to_the_same_bytes_in_the_folder_of_its_profile(tmp_path, monkeypatch):
-    monkeypatch.setenv("COREHEAD_OUTPUT", str(tmp_path))
-    mllm = tiny("llama")
-    prompt = Prompt(mllm, ask("alpha is 5. ", evidence=[ch.Span("alpha")]))
-    seen = []
-    for _ in range(2):
-        plots.save(plots.show_text(prompt.tag(), prompt), "span", "other")
-        seen.append([(tmp_path / f"figures/other/span.{kind}").read_bytes() for kind in ("png", "pdf")])
-    assert seen[0] == seen[1]
-    plots.save(plt.figure(), "empty")
-    assert (tmp_path / "figures/empty.pdf").exists()
-
-
-def test_curves_and_maps_of_scores():
-    mllm = tiny("qwen3_vl")
-    image = picture(64, 96)
-    samples = [
-        ask(image_part(image), id=f"s{i}", question=f"{i}?", evidence=[ch.Region(0, (0, 0, 40, 20 + i))])
-        for i in range(4)
-    ]
-    scores = {"image": ch.score(mllm, samples, progress=False)}
-    cores = {name: s.core("ram") for name, s in scores.items()}
-    core = scores["image"].rank("ram").top(0.2)
-    figure = plots.head_maps(cores, core)
-    assert len(figure.axes[0].patches) == len(core)
-    per_sample = {name: s.per_sample("ram") for name, s in scores.items()}
-    _, rho = plots.sorted_curves(per_sample)
-    assert rho.rho["image"] == ch.heads_for_share(cores["image"].values)
-    assert rho.low["image"] <= rho.rho["image"] <= rho.high["image"]
-    plots.layer_profile(per_sample)
+def framed(figure) -> int:
+    """Cells with the frame of V*."""
+    patches = [c for ax in figure.axes for c in ax.collections if isinstance(c, PatchCollection)]
+    return sum(len(c.get_paths()) for c in patches if c.get_linewidth()[0] == 1.5)
 
 
 def points(**columns) -> pd.DataFrame:
     """A table with an interval around each metric."""
     table = pd.DataFrame(columns)
-    for metric in ("correct", "logprob", "margin"):
+    for metric in ("correct", "logprob", "score"):
         if metric in table:
-            table[f"{metric}_low"], table[f"{metric}_high"] = table[metric] - 0.1, table[metric] + 0.1
+            table[f"{metric}_low"], table[f"{metric}_high"] = (
+                table[metric] - 0.1,
+                table[metric] + 0.1,
+            )
     return table
 
 
-def test_ablation_curves_begin_at_the_intact_model():
-    table = points(
-        heads=["top", "top", "bottom", "bottom"] * 2,
-        share=[0.05, 0.1] * 4,
-        task=["image"] * 4 + ["text_only"] * 4,
-        correct=np.linspace(0.1, 0.8, 8),
+# --- samples and their tokens
+
+
+def test_tags_light_the_cells_of_the_evidence(mllm):
+    evidence = [ch.Region(0, (0, 0, 40, 40)), ch.Frames(0, [1])]
+    tagged = mllm.tag(
+        ask(image_part(picture(70, 130)), video_part(film(4, 60, 60)), evidence=evidence)
     )
-    whole = pd.Series({"image": 0.97, "text_only": 1.0})
-    figure = plots.ablation_curves(table, intact=whole, chance={"image": 0.1}, mark=0.05, level=0.5)
-    left, right = figure.axes
-    assert [ax.get_title() for ax in figure.axes] == ["image", "text only"]
-    [top] = [line for line in left.lines if line.get_label() == "top"]
-    np.testing.assert_allclose(top.get_xdata(), [0, 5, 10])
-    np.testing.assert_allclose(top.get_ydata(), [0.97, 0.1, 0.2])
-    assert len(left.lines) == 5 and len(right.lines) == 4  # chance is known for one of them
-    assert len({line.get_marker() for line in left.lines[:2]}) == 2
+    figure = plots.tags({"a picture and a film": tagged})
+    cells = np.concatenate([m.tokens[~np.isnan(m.boxes[:, 0])] for m in tagged.media])
+    assert framed(figure) == np.isin(tagged.evidence, cells).sum() > 0
+    titles = [ax.get_title() for ax in figure.axes]
+    assert titles[0] == "image 0" and titles[-2].startswith("frame")
     figure.savefig("/dev/null", format="png")
 
 
-def test_dots_selectivity_and_tournament_show_every_row():
-    rows = points(mode=["zero", "mean"] * 2, task=["a", "a", "b", "b"], correct=[0.1, 0.2, 0.3, 0.4])
-    figure = plots.dots(rows, "correct", rows="mode", panels="task", xlabel="accuracy")
-    assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == ["zero", "mean"] and len(figure.axes) == 2
-    columns = {n: [0.5, 0.1] for n in ("retrieval", "rest", "selectivity")}
-    ends = {f"{n}_{end}": [0.4, 0.0] if end == "low" else [0.6, 0.2] for n in columns for end in ("low", "high")}
-    figure = plots.selectivity(pd.DataFrame(columns | ends, index=["RAM", "random"]))
-    assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == ["RAM", "random"]
-    cells = pd.DataFrame(
-        [
-            dict(variant=v, query=q, damage=0.5, damage_low=0.4, damage_high=0.6)
-            for v in ("ram", "lift")
-            for q in ("last", "answer")
-        ]
+def test_the_strip_counts_tokens_of_every_kind():
+    sample = ask(image_part(picture(64, 64)), "text", evidence=[ch.Region(0, (0, 0, 5, 5))])
+    sample.messages.insert(0, {"role": "system", "content": "Be brief."})
+    tagged = tiny("qwen3_vl").tag(sample)
+    figure = plots.tags({"one": tagged, "the same": tagged})
+    labels = [text.get_text() for text in figure.subfigs[1].legends[0].get_texts()]
+    others = len(tagged.visual) - len(tagged.evidence)
+    assert f"V* ({len(tagged.evidence)})" in labels and f"other visual ({others})" in labels
+    assert f"question ({len(tagged.question)})" in labels
+    strip = figure.subfigs[3].axes[0].images[0].get_array()[0]
+    assert {to_hex(rgba) for rgba in strip[tagged.evidence]} == {plots.EVIDENCE}
+    assert {to_hex(rgba) for rgba in strip[tagged.answer]} == {plots.TOKENS["answer"]}
+
+
+def test_text_is_written_on_the_colours_of_its_kinds():
+    mllm = tiny("llama")
+    tagged = mllm.tag(ask("alpha is 5. ", evidence=[ch.Span("alpha")]))
+    [ax] = plots.text(tagged, mllm.tokenizer).axes
+    assert len(ax.texts) == len(tagged.ids)
+    shown = {
+        to_hex(text.get_bbox_patch().get_facecolor())
+        for text in np.array(ax.texts)[tagged.evidence]
+    }
+    assert shown == {plots.EVIDENCE}
+
+
+def test_overlays_show_the_view_that_is_looked_at_most():
+    tagged = tiny("qwen3_vl").tag(
+        ask(video_part(film(4, 60, 60)), evidence=[ch.Frames(0, [0, 1, 2, 3])])
     )
-    figure = plots.tournament(cells, "damage", "lost")
-    assert [t.get_text() for t in figure.axes[0].texts] == ["0.50\n[0.40, 0.60]"] * 4
+    medium = tagged.media[0]
+    weight = np.zeros(len(tagged.ids))
+    weight[medium.tokens[medium.view == 1]] = 0.1  # the second pair of frames
+    figure = plots.overlays({"Where?": (tagged, {"top": weight, "rest": 1 - weight})})
+    assert [ax.get_title() for ax in figure.axes] == ["top", "rest"]
+    assert figure.axes[0].get_ylabel() == "Where?"
+    opacity = [ax.collections[0].get_facecolor()[:, 3] for ax in figure.axes]
+    np.testing.assert_allclose(opacity[0], 0.08)
+    np.testing.assert_allclose(opacity[1], 0.72)
 
 
-def test_stability_figures_show_what_they_are_given():
-    rows = [
-        dict(domain=d, n=n, spearman=0.5, spearman_low=0.4, spearman_high=0.6)
-        for d in ("image", "text")
-        for n in (5, 50)
+# --- saving
+
+
+def test_a_figure_is_saved_to_the_same_bytes_in_the_folder_of_its_profile(tmp_path, monkeypatch):
+    monkeypatch.setenv("COREHEAD_OUTPUT", str(tmp_path))
+    mllm = tiny("llama")
+    tagged = mllm.tag(ask("alpha is 5. ", evidence=[ch.Span("alpha")]))
+    for kind in ("png", "pdf"):
+        monkeypatch.setenv("COREHEAD_FIGURES", kind)
+        seen = []
+        for _ in range(2):
+            plots.save(plots.text(tagged, mllm.tokenizer), "span", "other")
+            seen.append((tmp_path / f"figures/other/span.{kind}").read_bytes())
+        assert seen[0] == seen[1]
+    plots.save(plt.figure(), "empty")
+    assert (tmp_path / "figures/empty.pdf").exists() and not (
+        tmp_path / "figures/empty.png"
+    ).exists()
+
+
+def test_256_colours_cannot_be_told_from_all(tmp_path, monkeypatch):
+    monkeypatch.setenv("COREHEAD_OUTPUT", str(tmp_path))
+    y, x = np.mgrid[0:256, 0:320]
+    scene = np.stack([y, x * 255 // 320, 255 - y], -1).astype(
+        np.uint8
+    )  # as many colours as pixels, nearly
+    tagged = tiny("qwen3_vl").tag(
+        ask(image_part(Image.fromarray(scene)), evidence=[ch.Region(0, (0, 0, 90, 90))])
+    )
+    figure = plots.tags({"": tagged})
+    plots.save(figure, "scene")
+    figure.savefig(tmp_path / "full.png")
+    small = Image.open(tmp_path / "figures/scene.png")
+    assert small.mode == "P"
+    difference = np.asarray(small.convert("RGB"), float) - np.asarray(
+        Image.open(tmp_path / "full.png").convert("RGB")
+    )
+    assert np.abs(difference).mean() < 2 and np.abs(difference).max() < 64
+
+
+def test_tables_are_rounded_as_they_are_reported(tmp_path, monkeypatch):
+    monkeypatch.setenv("COREHEAD_OUTPUT", str(tmp_path))
+    table = pd.DataFrame(
+        {"domain": ["image"], "correct": [0.123456], "accuracy_p": [1.23456e-9], "depth": [0.98764]}
+    )
+    rounded = results.save(table.set_index("domain"), "test", "other")
+    assert rounded.to_dict("list") == {
+        "domain": ["image"],
+        "correct": [0.1235],
+        "accuracy_p": [1.23e-9],
+        "depth": [0.9876],
+    }
+    pd.testing.assert_frame_equal(rounded, pd.read_csv(tmp_path / "data/results/other/test.csv"))
+    twice = results.save(pd.concat([table, table]), "again")
+    assert twice.index.tolist() == [0, 1] and "index" not in twice
+
+
+# --- numbers
+
+
+def test_maps_frame_heads_and_have_one_scale():
+    low, high = (
+        pd.DataFrame(np.full((3, 4), value)).rename_axis(index="layer") for value in (0.1, 0.5)
+    )
+    heads = ch.HeadSet(np.eye(3, 4, dtype=bool))
+    figure = plots.maps({"low": low, "high": high}, heads)
+    for ax, title in zip(figure.axes, ("low", "high")):
+        assert (
+            len(ax.patches) == len(heads) and ax.get_title() == title and ax.get_ylabel() == "layer"
+        )
+        assert ax.collections[0].get_clim() == (0, 0.5)
+    assert [tuple(patch.get_xy()) for patch in figure.axes[0].patches] == [(0, 0), (1, 1), (2, 2)]
+    assert not figure.axes[0].texts
+
+
+def test_maps_write_their_numbers():
+    square = pd.DataFrame(np.eye(3) - 0.5, list("abc"), list("abc"))
+    figure = plots.maps({"one": square, "two": square}, label="overlap", written=True)
+    assert [float(text.get_text()) for text in figure.axes[1].texts] == list(
+        (np.eye(3) - 0.5).ravel()
+    )
+    assert [label.get_text() for label in figure.axes[1].get_xticklabels()] == list("abc")
+    assert figure.axes[0].collections[0].get_clim() == (-0.5, 0.5)
+
+
+def test_curves_show_lines_intervals_and_levels():
+    table = points(
+        heads=["top", "top", "bottom", "bottom"] * 2,
+        share=[0.05, 0.1] * 4,
+        domain=["image"] * 4 + ["text_only"] * 4,
+        correct=np.linspace(0.1, 0.8, 8),
+    )
+    intact = pd.Series({"image": 0.97, "text_only": 1.0})
+    levels = {"intact": intact, "chance level": {"image": 0.1}}
+    figure = plots.curves(table, "share", "correct", levels=levels, mark=0.05)
+    left, right = figure.axes
+    assert [ax.get_title() for ax in figure.axes] == ["image", "text only"]
+    lines = lines_of(left)
+    np.testing.assert_allclose(lines["top"].get_xdata(), [0.05, 0.1])
+    np.testing.assert_allclose(lines["top"].get_ydata(), [0.1, 0.2])
+    assert (
+        lines["top"].get_color() == plots.EVIDENCE
+        and lines["top"].get_marker() != lines["bottom"].get_marker()
+    )
+    assert lines["intact"].get_ydata()[0] == 0.97 and lines["chance level"].get_ydata()[0] == 0.1
+    assert np.isnan(lines_of(right)["chance level"].get_ydata()).all()  # known for one of them
+    [collection] = [c for c in left.collections if isinstance(c, LineCollection)][:1]
+    bars = collection.get_segments()
+    np.testing.assert_allclose([bar[:, 1] for bar in bars], [[0.0, 0.2], [0.1, 0.3]])
+    assert left.lines[-1].get_xdata()[0] == 0.05 and left.get_ylim() == (0, 1.03)
+    [legend] = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [
+        "top",
+        "bottom",
+        "intact",
+        "chance level",
     ]
-    figure = plots.agreement_curves(pd.DataFrame(rows), {"spearman": 0.0})
-    assert len(figure.axes[0].lines) == 3  # and chance
-    square = pd.DataFrame(np.eye(3), list("abc"), list("abc"))
-    figure = plots.matrices({"one": square, "two": square}, "overlap")
-    assert [float(t.get_text()) for t in figure.axes[1].texts] == list(np.eye(3).ravel())
-    table = universal({"image": np.eye(4), "text": np.eye(4)[::-1]}, 0.25)
-    figure = plots.universal_map(table, (4, 4))
-    assert len(figure.axes[0].texts) == len(table) == 8
-    lengths = [
-        dict(domain="image", what="cells", size=s, heads=h, score=v, low=v - 0.1, high=v + 0.1)
-        for h, v in (("CoRe", 0.8), ("rest", 0.2))
-        for s in (4, 9)
-    ] + [dict(domain="text", what="cells", size=4, heads="CoRe", score=1.5, low=1.4, high=1.6)]
-    figure = plots.length_curves(pd.DataFrame(lengths))
-    assert figure.axes[0].get_ylim()[1] > 1.5  # one scale that fits all panels
+    figure.savefig("/dev/null", format="png")
 
 
-def test_acceleration_figures_show_what_they_are_given():
-    dense, stream = np.tril(np.ones((6, 6), int)), np.tril(np.ones((6, 6), int), 0) - np.tril(np.ones((6, 6), int), -3)
-    stream[:, 0] = 2
-    seen = {"dense": dense, "streaming": stream}
-    figure = plots.hybrid_pattern(seen, {name: m[-1] > 0 for name, m in seen.items()})
-    assert figure.axes[0].get_title() == "dense"
-    below = figure.axes[3].images[0].get_array()
-    np.testing.assert_array_equal(below, [[2, 0, 0, 1, 1, 1]])
-
-    rows = dict(correct=[0.9, 0.5, 0.8, 0.7], way=["dense", *["hybrid"] * 3], share=[1, 0.1, 0.2, 0.1])
-    table = points(**rows, window=[0, 64, 64, 16])
-    figure = plots.dials(table, {"share": dict(window=64), "window": dict(share=0.1)})
-    assert [t.get_text() for t in figure.axes[0].get_xticklabels()] == ["10%", "20%"]
-    assert [t.get_text() for t in figure.axes[1].get_xticklabels()] == ["16", "64"]
-    np.testing.assert_allclose(figure.axes[0].lines[0].get_ydata(orig=False), [0.5, 0.8])
-
-    table = points(correct=[0.9, 0.5] * 2, heads=["RAM", "RAM", "random", "random"], share=[1.0, 0.1] * 2)
-    table = table.assign(domain="video", speed=[1.0, 3.0] * 2)
-    figure = plots.frontier(table, intact=pd.Series({"video": 0.95}))
-    assert {t.get_text() for t in figure.axes[0].texts} == {"100%", "10%"}
-    np.testing.assert_allclose(figure.axes[0].lines[0].get_xdata(orig=False), [1.0, 3.0])
-    assert len({line.get_color() for line in figure.axes[0].lines[:-1]}) == 2
-
-    ways = ["dense", "hybrid 10%", "dense", "hybrid 10%"]
-    table = pd.DataFrame({"way": ways, "tokens": [1024, 1024, 4096, 4096], "speed-up": [1, 1.2, 1, 2.0]})
-    table["bound"] = [2.0, 1.0, 8.0, 2.0]
-    figure = plots.speed_curves({"prefill": table})
-    measured, bound = figure.axes[0].lines[:2]
-    np.testing.assert_allclose(measured.get_ydata(), [1.2, 2.0])
-    np.testing.assert_allclose(bound.get_ydata(), [2.0, 4.0])
-    figure = plots.memory_curves({"cache MiB": table.assign(**{"cache MiB": 1.0})})
-    assert [t.get_text() for t in figure.axes[0].get_xticklabels()] == ["1k", "4k"]
+def test_panels_with_one_scale_fit_the_highest_of_them():
+    table = points(
+        domain=["image", "image", "text"], size=[4, 9, 4], heads="top", score=[0.2, 0.3, 1.5]
+    )
+    figure = plots.curves(table, "size", "score", ylim=(0, None), ticks={4: "four", 9: "nine"})
+    assert [ax.get_ylim()[1] > 1.5 and ax.get_ylim()[0] == 0 for ax in figure.axes] == [True, True]
+    assert [text.get_text() for text in figure.axes[0].get_xticklabels()] == ["four", "nine"]
+    apart = plots.curves(table, "size", "score", ylim=(0, None), share_y=False)
+    assert apart.axes[0].get_ylim()[1] < 0.6
 
 
-def test_figures_of_several_models_show_what_they_are_given():
-    rows = [
-        {"model": m, "domain": d, "layer": i, "head": h, "ram last": (i + h) / 10}
-        for m in ("a", "b")
-        for d in ("image", "text")
-        for i in range(3)
-        for h in range(2)
-    ]
-    figure = plots.layer_profiles(pd.DataFrame(rows))
-    assert [ax.get_title() for ax in figure.axes] == ["a", "b"]
-    np.testing.assert_allclose(figure.axes[0].lines[0].get_ydata(), [0.1, 0.2, 0.3])
-    np.testing.assert_allclose(figure.axes[0].lines[0].get_xdata(), [0, 0.5, 1])
+def test_five_panels_take_two_rows_and_many_points_no_markers():
+    long = pd.DataFrame({"x": range(60), "y": np.arange(60) / 60, "heads": "top", "domain": "a"})
+    table = pd.concat([long, *(long[:2].assign(domain=name) for name in "bcde")])
+    figure = plots.curves(table, "x", "y")
+    assert len(figure.axes) == 5 and figure.axes[4].get_subplotspec().rowspan.start == 1
+    assert (
+        lines_of(figure.axes[0])["top"].get_marker() == ""
+        and lines_of(figure.axes[1])["top"].get_marker() == "o"
+    )
 
-    table = points(correct=[0.9, 0.1, 0.8], model=["a", "a", "b"], domain="image", heads=["intact", "top", "top"])
-    figure = plots.model_dots(table)
-    assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == ["a", "b"]
-    intact, top = (line.get_xdata(orig=False) for line in figure.axes[0].lines[:2])
-    np.testing.assert_allclose(intact, [0.9, np.nan])
-    np.testing.assert_allclose(top, [0.1, 0.8])
 
-    log = pd.DataFrame({"step": [1, 2], "loss": [2.0, 0.1]})
-    snapshots = pd.DataFrame({"step": [1, 2], "domain": "text", "correct": [0.1, 0.9], "score": [0.2, 0.8]})
-    figure = plots.training_time(log, snapshots)
-    np.testing.assert_allclose(figure.axes[2].lines[0].get_ydata(), [0.2, 0.8])
+def test_dots_show_every_row_and_leave_gaps():
+    table = points(
+        correct=[0.9, 0.1, 0.8],
+        model=["a", "a", "b"],
+        domain="image",
+        heads=["intact", "top 5%", "top 5%"],
+    )
+    [ax] = plots.dots(table, "correct", rows="model").axes
+    assert [text.get_text() for text in ax.get_yticklabels()] == ["a", "b"] and ax.yaxis_inverted()
+    lines = lines_of(ax)
+    np.testing.assert_allclose(lines["intact"].get_xdata(), [0.9, np.nan])
+    np.testing.assert_allclose(lines["top 5%"].get_xdata(), [0.1, 0.8])
+    assert (lines["intact"].get_ydata() < lines["top 5%"].get_ydata()).all()
 
-    figure = plots.training_agreement(snapshots.rename(columns={"score": "overlap"}), {"overlap": 0.05})
-    line, level = figure.axes[0].lines
-    np.testing.assert_allclose(line.get_ydata(), [0.2, 0.8])
-    assert level.get_ydata()[0] == 0.05
+
+def test_a_name_has_one_look_and_what_it_begins_with_is_paler():
+    styles = plots._styles(["top 5%", "random", "top 10%", "unheard of", "refcocog", "image"])
+    assert styles["top 5%"]["color"] == styles["top 10%"]["color"] == plots.EVIDENCE
+    assert styles["top 5%"]["alpha"] == 1 > styles["top 10%"]["alpha"]
+    assert styles["refcocog"]["color"] == styles["image"]["color"]
+    assert (
+        len(
+            {
+                plots.LINES[name][0]
+                for name in ("intact", "top", "bottom", "random", "layer", *DOMAINS)
+            }
+        )
+        == 9
+    )
+
+
+def test_bars_stack_to_the_whole():
+    parts = ["V*", "other visual", "other text", "sink"]
+    table = pd.DataFrame(
+        [[0.7, 0.1, 0.1, 0.1, 1.0, 0.9, 1.2], [0.1, 0.5, 0.3, 0.1, 3.0, 2.9, 3.1]],
+        ["top", "rest"],
+        [*parts, "entropy", "entropy_low", "entropy_high"],
+    )
+    figure = plots.bars(table, parts, "entropy")
+    left, right = figure.axes
+    assert [text.get_text() for text in left.get_yticklabels()] == ["top", "rest"]
+    assert len(left.patches) == 8 and left.get_xlim() == (0, 1)
+    for row in (left.patches[::2], left.patches[1::2]):
+        assert sum(bar.get_width() for bar in row) == pytest.approx(1)
+    assert to_hex(left.patches[0].get_facecolor()) == plots.EVIDENCE
+    np.testing.assert_allclose(right.lines[0].get_xdata(), [1.0, 3.0])
+    segments = right.collections[0].get_segments()
+    np.testing.assert_allclose([segment[:, 0] for segment in segments], [[0.9, 1.2], [2.9, 3.1]])

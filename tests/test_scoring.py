@@ -8,13 +8,21 @@ from transformers import Qwen3VLConfig
 
 import corehead as ch
 from corehead import testbed
-from corehead.attention import BLOCK, CACHE, HYBRID, own_attention, row_sums
-from corehead.contexts import batches, null_sample, room_for
+from corehead.attention import CACHE, WEIGHTS_BLOCK, Call, hooks, row_weights
+from corehead.batching import batches, null_sample, room_for
 from corehead.models import memory
-from corehead.scoring import QUERIES
-from corehead.speed import GEOMETRIES
+from corehead.scoring import QUERIES, MassReader
 
 EVERY = [*FAMILIES, "llama", "qwen3"]
+QWEN3_VL_8B = dict(
+    hidden_size=4096,
+    intermediate_size=12288,
+    num_hidden_layers=36,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    vocab_size=151936,
+)
 
 
 def samples_for(mllm, n=5) -> list[ch.Sample]:
@@ -22,39 +30,74 @@ def samples_for(mllm, n=5) -> list[ch.Sample]:
     if mllm.family.name == "text":
         records = [f"key{i} is {i * i}. " for i in range(6)]
         shared = [
-            ask("".join(records), id=f"t{i}", evidence=[ch.Span(f"key{i} is {i * i}.")], question=f"key{i}?")
+            ask(
+                "".join(records),
+                id=f"t{i}",
+                evidence=[ch.Span(f"key{i} is {i * i}.")],
+                question=f"key{i}?",
+            )
             for i in range(3)
         ]
-        return [*shared, *(ask("".join(records[:i]), id=f"u{i}", evidence=[ch.Span("key0 is 0.")]) for i in (2, 3))]
+        return [
+            *shared,
+            *(
+                ask("".join(records[:i]), id=f"u{i}", evidence=[ch.Span("key0 is 0.")])
+                for i in (2, 3)
+            ),
+        ]
     image, second, video = picture(70, 110), picture(50, 60, seed=2), film(4, 60, 70)
     shared = [
-        ask(image_part(image), "Page 1.", image_part(second), id=f"s{i}", question="Where is it" + "?" * i, evidence=e)
-        for i, e in enumerate([[ch.Region(0, (0, 0, 40, 40))], [ch.Pages([1])], [ch.Span("Page 1")]])
+        ask(
+            image_part(image),
+            "Page 1.",
+            image_part(second),
+            id=f"s{i}",
+            question="Where is it" + "?" * i,
+            evidence=e,
+        )
+        for i, e in enumerate(
+            [[ch.Region(0, (0, 0, 40, 40))], [ch.Pages([1])], [ch.Span("Page 1")]]
+        )
     ]
-    alone = ask("Look: ", video_part(video), id="v", evidence=[ch.Tube(0, {1: (0, 0, 30, 30)})], answer="at the left")
+    alone = ask(
+        "Look: ",
+        video_part(video),
+        id="v",
+        evidence=[ch.Tube(0, {1: (0, 0, 30, 30)})],
+        answer="at the left",
+    )
     # the question in front of the picture: nothing can be shared
     reverse = ask(id="r", question="Is it there?", evidence=[ch.Region(0, (0, 0, 20, 20))])
     reverse.messages[0]["content"].append(image_part(second))
     return [*shared, alone, reverse][:n]
 
 
-def brute_force(mllm, tagged: ch.Tagged, implementation: str = "eager") -> dict[str, np.ndarray]:
+def brute_force(
+    mllm, tagged: ch.TaggedSample, implementation: str = "eager"
+) -> dict[str, np.ndarray]:
     """(query, layer, head) arrays from full attention matrices in float32."""
     before = mllm.text_config._attn_implementation
     mllm.text_config._attn_implementation = implementation
     try:
         with torch.no_grad():
-            out = mllm.model(**{k: v for k, v in tagged.inputs.items() if torch.is_tensor(v)}, output_attentions=True)
+            out = mllm.model(
+                **{k: v for k, v in tagged.inputs.items() if torch.is_tensor(v)},
+                output_attentions=True,
+            )
     finally:
         mllm.text_config._attn_implementation = before
     a = torch.stack(out.attentions)[:, 0].double().numpy()  # (layer, head, N, N)
     text = np.setdiff1d(np.arange(1, a.shape[-1]), tagged.visual)
-    keys = dict(target=tagged.target, visual=tagged.visual, text=text, sink=np.array([0]))
+    keys = dict(evidence=tagged.evidence, visual=tagged.visual, text=text, sink=np.array([0]))
     rows = dict(question=tagged.question, last=np.array([tagged.last]), answer=tagged.answer)
 
-    def over_rows(per_row):  # (layer, head, N) -> (query, layer, head); NaN where a query set is empty
+    def over_rows(
+        per_row,
+    ):  # (layer, head, N) -> (query, layer, head); NaN where a query set is empty
         empty = np.full(per_row.shape[:2], np.nan)
-        return np.stack([per_row[:, :, rows[q]].mean(-1) if len(rows[q]) else empty for q in QUERIES])
+        return np.stack(
+            [per_row[:, :, rows[q]].mean(-1) if len(rows[q]) else empty for q in QUERIES]
+        )
 
     found = {name: over_rows(a[..., columns].sum(-1)) for name, columns in keys.items()}
     return found | {"entropy": over_rows(-(a * np.log(np.clip(a, 1e-300, None))).sum(-1))}
@@ -70,10 +113,14 @@ def test_equal_to_brute_force(family, batch_size):
     for i, sample in enumerate(samples):
         row = scores.data.isel(sample=i)
         for name, expected in brute_force(mllm, mllm.tag(sample)).items():
-            np.testing.assert_allclose(row[name], expected, atol=1e-5, err_msg=f"{sample.id} {name}")
+            np.testing.assert_allclose(
+                row[name], expected, atol=1e-5, err_msg=f"{sample.id} {name}"
+            )
         quoted = sample.messages[0]["content"][0 if sample.id == "r" else -1]["text"]
         blank = mllm.tag(null_sample(sample, quoted))
-        np.testing.assert_allclose(row.null_target, brute_force(mllm, blank)["target"], atol=1e-5)
+        np.testing.assert_allclose(
+            row.null_evidence, brute_force(mllm, blank)["evidence"], atol=1e-5
+        )
     total = scores.data.visual + scores.data.text + scores.data.sink
     np.testing.assert_allclose(total, 1, atol=1e-5)
 
@@ -82,7 +129,8 @@ def test_equal_to_brute_force(family, batch_size):
 def test_batches_do_not_matter(family):
     mllm = tiny(family)
     samples = samples_for(mllm) + [
-        ask(*(s.messages[0]["content"][:-1]), id=f"{s.id}-again", evidence=s.evidence) for s in samples_for(mllm)[:3]
+        ask(*(s.messages[0]["content"][:-1]), id=f"{s.id}-again", evidence=s.evidence)
+        for s in samples_for(mllm)[:3]
     ]
     one = ch.score(mllm, samples, batch_size=1, progress=False).data
     for size in (3, 8):
@@ -94,21 +142,28 @@ def test_batches_do_not_matter(family):
 def test_rows_in_blocks_are_the_same_rows(monkeypatch):
     """Reading a few rows at a time gives what reading them at once gives; masked keys get nothing."""
     torch.manual_seed(0)
-    query, key = torch.randn(2, 6, 9, 8), torch.randn(2, 2, 33, 8)
-    groups, mask = torch.rand(2, 33, 3).round(), torch.rand(2, 9, 33) < 0.7
-    expected = (query @ key.repeat_interleave(3, 1).transpose(2, 3) / 8**0.5).masked_fill(~mask[:, None], -torch.inf)
-    expected = expected.softmax(-1)
+    query, key = torch.randn(2, 6, 33, 8), torch.randn(2, 2, 33, 8)
+    groups, mask = torch.rand(2, 33, 3).round(), torch.rand(2, 1, 33, 33) < 0.7
+    rows = torch.tensor([2, 3, 5, 8, 13, 21, 30, 31, 32])
+    expected = (query @ key.repeat_interleave(3, 1).transpose(2, 3) / 8**0.5).masked_fill(
+        ~mask, -torch.inf
+    )
+    expected = expected.softmax(-1)[:, :, rows]
+    call = Call(0, query, key, key, 8**-0.5, first=0, attention_mask=mask)
     for block in (1, 1000, 2**24):
-        monkeypatch.setitem(BLOCK, "cpu", block)
-        sums, entropy = row_sums(query, key, groups, mask, 8**-0.5)
-        torch.testing.assert_close(sums, torch.einsum("bhrn,bng->brhg", expected, groups))
-        torch.testing.assert_close(entropy, torch.special.entr(expected).sum(-1).transpose(1, 2))
+        monkeypatch.setitem(WEIGHTS_BLOCK, "cpu", block)
+        reader = MassReader(rows, groups)
+        for part, weights in row_weights(call, rows):
+            reader.read(call, part, weights)
+        sums, entropy = map(torch.from_numpy, reader.result())
+        torch.testing.assert_close(sums[0], torch.einsum("bhrn,bng->brhg", expected, groups))
+        torch.testing.assert_close(entropy[0], torch.special.entr(expected).sum(-1).transpose(1, 2))
 
 
 def in_chunks(monkeypatch, rows: int, elements: int):
     """Prefill and masks in small pieces."""
-    monkeypatch.setattr("corehead.contexts.ROWS", rows)
-    monkeypatch.setattr("corehead.attention.MASK", elements)
+    monkeypatch.setattr("corehead.batching.PREFILL_CHUNK", rows)
+    monkeypatch.setattr("corehead.attention.MASK_BLOCK", elements)
 
 
 @pytest.mark.parametrize("family", EVERY)
@@ -124,13 +179,14 @@ def test_chunked_prefill_is_the_whole_one(family, rows, monkeypatch):
         yield ch.score(mllm, samples, batch_size=1, progress=False)
         with ch.ablate(mllm, heads, mode="knockout"):
             yield ch.score(mllm, samples, progress=False)
-        with ch.accelerate(mllm, heads, window=9, sinks=2):
+        with ch.hybrid_attention(mllm, ch.HeadSet.of(heads, mllm.shape), window=9, sinks=2):
             yield ch.score(mllm, samples, progress=False)
 
     whole = list(tables())
     calls = []
     count = mllm.attentions[0].register_forward_pre_hook(
-        lambda module, args, kwargs: calls.append(kwargs["hidden_states"].shape[1]), with_kwargs=True
+        lambda module, args, kwargs: calls.append(kwargs["hidden_states"].shape[1]),
+        with_kwargs=True,
     )
     try:
         in_chunks(monkeypatch, rows, 500)
@@ -145,7 +201,7 @@ def test_batches_end_where_their_contexts_have_many_tokens(monkeypatch):
     mllm = tiny("llama")
     samples = [ask(f"record {i}: ", "alpha is 5. " * 9, id=f"s{i}", evidence=[]) for i in range(6)]
     [whole] = batches(mllm, samples, 16)
-    monkeypatch.setattr("corehead.contexts.FULL", 2 * len(whole[0].members[0].ids))
+    monkeypatch.setattr("corehead.batching.MAX_TOKENS", 2 * len(whole[0].members[0].ids))
     assert [len(batch) for batch in batches(mllm, samples, 16)] == [2, 2, 2]
 
 
@@ -160,8 +216,8 @@ def peak_bytes(function) -> int:
 def test_memory_grows_by_keys_values_and_embeddings_alone(monkeypatch):
     """And at the geometry of Qwen3-VL-8B, 128k tokens fit a GPU of 80 GB."""
     in_chunks(monkeypatch, 128, 2**17)
-    monkeypatch.setattr("corehead.models.ROWS", 128)
-    monkeypatch.setitem(BLOCK, "cpu", 2**12)
+    monkeypatch.setattr("corehead.models.PREFILL_CHUNK", 128)
+    monkeypatch.setitem(WEIGHTS_BLOCK, "cpu", 2**12)
     text = dict(hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=8)
     mllm = testbed.tiny("qwen3_vl", text=text | dict(num_key_value_heads=4, head_dim=32))
 
@@ -178,12 +234,14 @@ def test_memory_grows_by_keys_values_and_embeddings_alone(monkeypatch):
     assert abs(slopes[1] / slopes[0] - 1) < 0.02  # linear
     keys_and_values = 2 * 4 * 4 * 32 * 4  # layers, KV heads, head_dim, float32
     assert memory(mllm.model.config, tokens=1000).cache == 1000 * keys_and_values
-    rest = slopes[1] - keys_and_values - 192 * 4  # embeddings; then ids, masks, positions, groups
-    assert 0 < rest < 150
+    rest = (
+        slopes[1] - keys_and_values - 192 * 4
+    )  # embeddings; then ids, masks, positions, roles, groups
+    assert 0 < rest < 170
 
     monkeypatch.undo()
     released = Qwen3VLConfig(
-        text_config=GEOMETRIES["qwen3-vl-8b"][1],
+        text_config=QWEN3_VL_8B,
         vision_config=dict(out_hidden_size=4096, deepstack_visual_indexes=[8, 16, 24]),
         tie_word_embeddings=False,
     )
@@ -201,13 +259,15 @@ def test_prompts_behind_a_cache_are_causal_without_a_mask():
     with torch.inference_mode():
         for mask in (None, pad):
             whole = mllm.model(input_ids=ids, attention_mask=mask).logits
-            cache, found = room_for(mllm, 30), []  # too little room: it grows
-            with own_attention(mllm, HYBRID):
+            cache, found = room_for(mllm, 40), []
+            with hooks(mllm):
                 for i, j in ((0, 7), (7, 8), (8, 40)):
                     seen = None if mask is None else mask[:, :j]
                     places = None if mask is None else (mask.cumsum(1) - 1).clamp(min=0)[:, i:j]
                     more = {CACHE: cache, "position_ids": places}
-                    found.append(mllm.model(input_ids=ids[:, i:j], attention_mask=seen, **more).logits)
+                    found.append(
+                        mllm.model(input_ids=ids[:, i:j], attention_mask=seen, **more).logits
+                    )
             if mask is not None:
                 places = (mask.cumsum(1) - 1).clamp(min=0)
                 whole = mllm.model(input_ids=ids, attention_mask=mask, position_ids=places).logits
@@ -231,7 +291,9 @@ def test_questions_on_equal_media_share_one_prefill(mllm, copied):
     [[context]] = batches(mllm, samples, 16, null=True)
     assert len(context.members) == 5 and context.shared > len(context.members[0].visual)
     runs = []
-    tower = mllm.model.model.visual if mllm.family.name == "qwen3_vl" else mllm.model.model.vision_tower
+    tower = (
+        mllm.model.model.visual if mllm.family.name == "qwen3_vl" else mllm.model.model.vision_tower
+    )
     count = tower.register_forward_hook(lambda *given: runs.append(1))
     try:
         together = ch.score(mllm, samples, progress=False)
@@ -258,16 +320,16 @@ def test_variants_follow_their_formulas():
     mllm = tiny("qwen3_vl")
     scores = ch.score(mllm, samples_for(mllm), progress=False)
     d = scores.data.sel(query="last")
-    assert np.allclose(scores.per_sample("ram", "last"), d.target)
+    assert np.allclose(scores.per_sample("ram", "last"), d.evidence)
     mass = np.where(d.on_text, d.text.transpose(..., "sample"), d.visual.transpose(..., "sample"))
-    share = d.target.transpose(..., "sample").values / mass
+    share = d.evidence.transpose(..., "sample").values / mass
     assert np.allclose(scores.per_sample("share", "last").transpose(..., "sample"), share)
-    tokens = (d.n_target / d.n_context).values
+    tokens = (d.n_evidence / d.n_context).values
     assert np.allclose(scores.per_sample("lift", "last").transpose(..., "sample"), share / tokens)
-    assert np.allclose(scores.per_sample("calibrated", "last"), d.target - d.null_target)
-    assert scores.core("ram").shape == (mllm.n_layers, mllm.n_heads)
+    assert np.allclose(scores.per_sample("calibrated", "last"), d.evidence - d.null_evidence)
+    assert scores.mean("ram").shape == (mllm.n_layers, mllm.n_heads)
     order = scores.rank("ram").order
-    assert scores.core("ram").values[tuple(order[0])] == scores.core("ram").values.max()
+    assert scores.mean("ram").values[tuple(order[0])] == scores.mean("ram").values.max()
     for bad in ("rams", "RAM"):
         with pytest.raises(ValueError, match="'ram', 'share', 'lift', 'calibrated'"):
             scores.per_sample(bad)
@@ -278,19 +340,24 @@ def test_variants_follow_their_formulas():
 def test_bare_token_ids_need_no_processor():
     mllm = ch.MLLM(tiny("llama").model)
     ids = torch.arange(3, 23)[None]
-    tagged = ch.Tagged(
+    tagged = ch.TaggedSample(
         {"input_ids": ids, "attention_mask": torch.ones_like(ids)},
         visual=np.empty(0, np.int64),
-        target=np.array([4, 5]),
+        evidence=np.array([4, 5]),
         question=np.array([17, 18]),
         answer=np.empty(0, np.int64),
         last=19,
     )
     scores = ch.score(mllm, [tagged], progress=False)
     np.testing.assert_allclose(
-        scores.data.isel(sample=0).target[:2], brute_force(mllm, tagged)["target"][:2], atol=1e-5
+        scores.data.isel(sample=0).evidence[:2],
+        brute_force(mllm, tagged)["evidence"][:2],
+        atol=1e-5,
     )
-    assert np.isnan(scores.data.null_target).all() and np.isnan(scores.data.sel(query="answer").target).all()
+    assert (
+        np.isnan(scores.data.null_evidence).all()
+        and np.isnan(scores.data.sel(query="answer").evidence).all()
+    )
 
 
 def test_a_bad_sample_is_recorded_and_the_others_are_done(mllm):
@@ -298,7 +365,9 @@ def test_a_bad_sample_is_recorded_and_the_others_are_done(mllm):
     samples.insert(1, ask(image_part("nowhere.png"), id="bad"))
     scores = ch.score(mllm, samples, progress=False)
     assert list(scores.data.sample.values) == [s.id for s in samples if s.id != "bad"]
-    assert list(scores.failures["sample"]) == ["bad"] and "cannot be read" in scores.failures.reason[0]
+    assert (
+        list(scores.failures["sample"]) == ["bad"] and "cannot be read" in scores.failures.reason[0]
+    )
     with pytest.raises(ch.SampleError, match="'bad'"):
         ch.score(mllm, samples, on_error="raise", progress=False)
     with pytest.raises(ValueError, match="no sample could be scored"):
@@ -322,7 +391,7 @@ def test_attention_that_is_not_finite_names_the_layer(value):
         weight.data.copy_(kept)
 
 
-# --- stores: stopped runs, damaged parts, mixed-up configurations
+# --- stores
 
 
 def assert_same(a: ch.HeadScores, b: ch.HeadScores):
@@ -336,19 +405,15 @@ def test_a_run_that_was_stopped_goes_on(tmp_path):
     samples = samples_for(mllm)
     whole = ch.score(mllm, samples, progress=False)
     with pytest.raises(KeyboardInterrupt):
-        ch.score(mllm, interrupted(samples, 4), batch_size=1, store=tmp_path / "run", progress=False)
-    parts = sorted((tmp_path / "run").glob("part-*"))
-    assert parts
-    parts[-1].write_bytes(parts[-1].read_bytes()[:100])  # half-written
-    (tmp_path / "run" / "part-000009.parquet.writing").write_bytes(b"x")
+        ch.score(
+            mllm, interrupted(samples, 4), batch_size=1, store=tmp_path / "run", progress=False
+        )
     with pytest.raises(ValueError, match="resume=True"):
         ch.score(mllm, samples, store=tmp_path / "run", progress=False)
-    with pytest.warns(UserWarning, match="done again"):
-        again = ch.score(mllm, samples, store=tmp_path / "run", resume=True, progress=False)
+    again = ch.score(mllm, samples, store=tmp_path / "run", resume=True, progress=False)
     assert_same(again, whole)
     third = ch.score(mllm, samples, store=tmp_path / "run", resume=True, progress=False)
     assert_same(third, whole)
-    assert not list((tmp_path / "run").glob("*.writing"))
 
 
 def interrupted(samples, after):
@@ -365,7 +430,13 @@ def test_configurations_do_not_mix(tmp_path):
     with pytest.raises(ValueError, match=r"another configuration.*options"):
         ch.score(mllm, samples, null=False, store=tmp_path, resume=True, progress=False)
     with pytest.raises(ValueError, match=r"another configuration.*model"):
-        ch.score(tiny("internvl"), samples_for(tiny("internvl")), store=tmp_path, resume=True, progress=False)
+        ch.score(
+            tiny("internvl"),
+            samples_for(tiny("internvl")),
+            store=tmp_path,
+            resume=True,
+            progress=False,
+        )
     changed = samples_for(mllm)
     changed[0].answer = "8"
     with pytest.raises(ValueError, match="'s0' is not the one in the store"):

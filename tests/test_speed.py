@@ -1,6 +1,8 @@
-"""The benchmark of hybrid attention: what it counts, and that its commands run."""
+"""The benches: what they count, and that every table comes out of the one command."""
 
+import gc
 import json
+from time import perf_counter
 
 import numpy as np
 import pandas as pd
@@ -8,18 +10,41 @@ import pytest
 import torch
 
 import corehead as ch
-from corehead import speed
-from corehead.speed import Way, Work, build, prompt, ways, work_of
+from corehead.bench import __main__ as command
+from corehead.bench import attention, engine, measure, models
+from corehead.bench.attention import WAYS, Setting
+from corehead.bench.work import Work
 
-SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=4)
+SMALL = dict(
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+)
+
+
+@pytest.fixture(autouse=True)
+def quick_garbage_collection():
+    """All that the tests before have loaded is not looked through between the runs."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture
 def small(monkeypatch):
     """Every geometry, tiny."""
-    tiny = {name: (family, SMALL | dict(head_dim=8)) for name, (family, _) in speed.GEOMETRIES.items()}
-    tiny["llava-onevision-7b"] = ("llava_onevision", SMALL)
-    monkeypatch.setattr(speed, "GEOMETRIES", tiny)
+    for name, geometry in models.GEOMETRIES.items():
+        head_dim = {} if geometry["family"] == "llava_onevision" else {"head_dim": 8}
+        monkeypatch.setitem(models.GEOMETRIES, name, geometry | {"text": SMALL | head_dim})
+
+
+def tensors(layer) -> list[torch.Tensor]:
+    """Keys and values (B, H, N, D) that a cache's layer holds, split or not."""
+    if hasattr(layer, "buffers"):
+        return [x for buffer in layer.buffers.values() for x in buffer.tensors]
+    return [layer.keys, layer.values]
 
 
 def test_released_geometries_are_counted_without_weights():
@@ -30,92 +55,224 @@ def test_released_geometries_are_counted_without_weights():
         "internvl3.5-8b": 8.2,
         "llava-onevision-7b": 7.6,
     }.items():
-        mllm = build(name, "meta", torch.bfloat16)
-        work = work_of(mllm, Way("dense", None), 2048, 16)
-        assert abs((work.weights + 2 * work.head) / 1e9 - wanted) < 0.05, name
+        mllm = models.build(name, "meta", torch.bfloat16)
+        work = attention.work(mllm, "dense", Setting(2048, 16))
+        assert abs((work.weights + 2 * work.output_weights) / 1e9 - wanted) < 0.05, name
     assert (mllm.n_layers, mllm.n_heads, mllm.n_kv_heads, mllm.head_dim) == (28, 28, 4, 128)
+
+
+@pytest.mark.parametrize("name", models.RELEASED)
+def test_weights_are_those_of_the_linear_layers(small, name):
+    mllm = models.build(name)
+    work = attention.work(mllm, "dense", Setting(2048, 16))
+    decoder = mllm.family.decoder(mllm.model)
+    assert work.weights == sum(
+        m.weight.numel() for m in decoder.modules() if isinstance(m, torch.nn.Linear)
+    )
+    assert work.output_weights == mllm.model.get_output_embeddings().weight.numel()
 
 
 @pytest.mark.parametrize("n", [1, 5, 40])
 def test_work_is_what_the_masks_say(small, n):
-    mllm = build("cpu")
-    dense = np.random.default_rng(0).random((2, 8)) < 0.4
-    work = Work(mllm, dense, window=7, sinks=3)
+    mllm = models.build("cpu")
+    full = np.random.default_rng(0).random((2, 8)) < 0.4
+    work = Work(mllm, full, window=7, sinks=3)
     i, j = np.arange(n)[:, None], np.arange(n)
     causal = j <= i
     stream = causal & ((i - j < 7) | (j < 3))
-    edges = dense.sum() * causal.sum() + (~dense).sum() * stream.sum()
-    assert work.attention_flops(n) == 4 * 8 * edges  # a multiplication and an addition for QK and for AV
+    edges = full.sum() * causal.sum() + (~full).sum() * stream.sum()
+    assert (
+        work.attention_flops(n) == 4 * 8 * edges
+    )  # a multiplication and an addition for QK and for AV
     weights = 2 * (32 * 64 + 2 * 32 * 32 + 64 * 32 + 3 * 32 * 48)
-    assert work.weights == weights and work.prefill_flops(n) == 2 * (weights * n + work.head) + 4 * 8 * edges
-    for share in (0.0, 0.25, 1.0):
-        way = Way("x", share)
-        work = work_of(mllm, way, 7, 3)
-        with speed._under(mllm, way, 7, 3) as patterns, torch.inference_mode():
-            cache = mllm.model(input_ids=torch.ones(1, n).long(), use_cache=True).past_key_values
-        held = [x[:, :, : min(n, x.shape[2])] for layer in cache.layers for x in layer._tensors()]
-        assert len(patterns) == 2 and work.cache_bytes(n) == sum(x.nbytes for x in held)
-        assert work.dense.mean() == share
+    assert (
+        work.weights == weights
+        and work.prefill_flops(n) == 2 * (weights * n + work.output_weights) + 4 * 8 * edges
+    )
+
+
+@pytest.mark.parametrize("n", [1, 5, 40])
+@pytest.mark.parametrize("way", ["dense", "streaming", "hybrid 20%", "hybrid 50%", "whole"])
+def test_counted_caches_are_those_that_are_held(small, n, way):
+    mllm, setting = models.build("cpu"), Setting(window=7, sinks=3)
+    work = attention.work(mllm, way, setting)
+    assert work.full.mean() == {"dense": 1, "hybrid 20%": 0.25}.get(
+        way, WAYS[way]
+    )  # two of eight groups
+    with attention.running(mllm, way, setting):
+        cache = attention.prefill(mllm, attention.hidden_states(mllm, n))
+    # buffers have room for more tokens
+    held = [[x[:, :, : min(n, x.shape[2])] for x in tensors(layer)] for layer in cache.layers]
+    assert work.cache_bytes(n) == sum(x.nbytes for layer in held for x in layer)
+    assert (
+        work.cache_bytes(n)
+        <= attention.cache_bytes(cache)
+        == sum(x.nbytes for layer in cache.layers for x in tensors(layer))
+    )
 
 
 def test_prompts_have_the_length_asked_for(small):
-    for name in speed.GEOMETRIES:
-        mllm = build(name)
-        feed = prompt(mllm, 2001)
-        assert feed["inputs_embeds"].shape == (1, 2001, 32)
-        with pytest.raises(ValueError, match="take at least as many"):
-            prompt(mllm, 30)
+    for name, geometry in models.GEOMETRIES.items():
+        mllm, page = models.build(name), models.TOKENS[geometry["family"]]
+        assert attention.hidden_states(mllm, 2001).shape == (1, 2001, 32)
+        asked = models.questions(mllm, 2001, 3)
+        found = [mllm.tag(sample) for sample in asked]
+        assert (
+            len({len(tagged.ids) for tagged in found}) == 1
+            and len({sample.id for sample in asked}) == 3
+        )
+        assert found[0].visual.size == 2001 // page * page and 0 < len(found[0].evidence) <= page
+        assert mllm.tag(models.questions(mllm, 1)[0]).visual.size == 2 * page
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_the_commands_run_with_tiny_shapes(small, device, tmp_path, monkeypatch, capsys):
-    """`make bench` and, its device and clock replaced, `make bench-gpu`."""
-    monkeypatch.setattr(speed, "counted_rows", lambda *given: [dict(geometry=given[0])])
-    monkeypatch.setattr(speed, "cpu_peak", lambda *given: 1.0)  # a process of its own for each
-    monkeypatch.setattr(speed, "in_fresh_process", lambda code: 1.0)
-    arguments = ["--out", str(tmp_path), "--device", device, "--repeats", "1", "--window", "64", "--sinks", "4"]
+def test_the_command_runs_with_tiny_shapes(small, device, tmp_path, monkeypatch):
+    """`make bench` and, its device replaced, `make bench-gpu`."""
+    monkeypatch.setattr(
+        attention, "rates", lambda mllm: (1e10, 1e10)
+    )  # large products, once a length
+    ways = list(WAYS) if device == "cpu" else ["dense", "hybrid 10%", "streaming"]
+    monkeypatch.setattr(attention, "WAYS", {way: WAYS[way] for way in ways})
+    monkeypatch.setitem(command.WINDOW, device, 64)
     if device == "cuda":
-        monkeypatch.setattr(speed.torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(speed.torch.cuda, "get_device_name", lambda: "none")
-        monkeypatch.setattr(speed, "rates", lambda mllm: (1e10, 1e10))  # large products, twice a geometry
-        original = speed.build
-        monkeypatch.setattr(speed, "build", lambda geometry, device, dtype: original(geometry, "cpu", dtype))
-    speed.main([*arguments, "--only", "counted", "prefill", "decode", "scoring", "--lengths", "1500"])
-    names = ["cpu"] if device == "cpu" else [n for n in speed.GEOMETRIES if n != "cpu"]
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "none")
+        for module in (attention, measure):
+            monkeypatch.setattr(module, "timer", perf_counter)
+        build = models.build
+        monkeypatch.setattr(
+            command, "build", lambda geometry, device, dtype: build(geometry, "cpu", dtype)
+        )
+    given = ["--out", str(tmp_path), "--device", device, "--repeats", "1", "--lengths", "600"]
+    command.main([*given, "--only", "scoring", "attention", "costs"])
+    names = models.RELEASED if device == "cuda" else ["cpu"]
     for part in ("prefill", "decode"):
         table = pd.read_csv(tmp_path / f"acceleration-{device}-{part}.csv")
-        assert len(table) == len(names) * len(ways()) and set(table.geometry) == set(names)
-        assert (table.groupby("way")["speed-up"].first() > 0).all() and table["speed-up"][0] == 1
-        assert (table["cache MiB"][table.way == "streaming"] < table["cache MiB"][table.way == "dense"].min()).all()
+        assert list(table.way) == ways * len(names) and set(table.geometry) == set(names)
+        assert (table["speed-up"] > 0).all() and table["speed-up"][0] == 1
+        assert (
+            table["cache MiB"][table.way == "streaming"]
+            < table["cache MiB"][table.way == "dense"].min()
+        ).all()
         card = json.loads((tmp_path / f"acceleration-{device}-{part}.json").read_text())
         assert card["weights"].startswith("random") and card["window"] == 64
-    table = pd.read_csv(tmp_path / f"scoring-{device}.csv")
-    assert list(table.way) == ["plain", "score"] * len(names) and set(table.tokens) == {1500}
-    assert (table.seconds > 0).all() and (table["counted MiB"] > 0).all()
+    assert (pd.read_csv(tmp_path / f"acceleration-{device}-prefill.csv")["peak MiB"] >= 0).all()
+    table = pd.read_csv(tmp_path / ("scoring.csv" if device == "cpu" else "scoring-cuda.csv"))
+    names = models.RELEASED if device == "cuda" else ["small"]
+    assert list(table.way) == ["plain", "score 1", "score 8", "eager"] * len(names)
+    assert (
+        (table.seconds > 0).all()
+        and (table["counted MiB"] > 0).all()
+        and (table["peak MiB"] >= 0).all()
+    )
+    assert set(pd.read_csv(tmp_path / "costs-qwen3-vl-8b.csv").contexts) == {
+        5023,
+        4610,
+        313,
+        135,
+        2175,
+    }
 
 
 def test_without_a_gpu_the_gpu_benchmark_says_so(tmp_path, capsys):
     if torch.cuda.is_available():
         pytest.skip("there is one")
     with pytest.raises(SystemExit):
-        speed.main(["--device", "cuda", "--out", str(tmp_path)])
+        command.main(["--device", "cuda", "--out", str(tmp_path)])
     assert "no CUDA device" in capsys.readouterr().err
 
 
-def test_peak_memory_is_that_of_a_process_of_its_own():
-    assert 1 < speed.cpu_peak("cpu", 600, Way("hybrid 10%", 0.1), 64, 4) < 1000
+def test_help_names_the_parts_and_the_goals_on_a_gpu(capsys):
+    with pytest.raises(SystemExit):
+        command.main(["--help"])
+    text = capsys.readouterr().out
+    assert (
+        "2.1x at 64k" in text
+        and "85 % of its bound" in text
+        and all(part in text for part in command.PARTS)
+    )
+
+
+def test_peak_memory_is_that_of_the_call_alone():
+    held = np.ones(2**24)  # 128 MiB that were there before
+    for _ in range(2):  # what the first call freed is no free gift to the second
+        assert measure.peak_memory(lambda: np.ones(2**23).sum(), "cpu") == pytest.approx(64, abs=4)
+    assert held.sum()
+
+
+def test_ways_run_in_turn_and_the_first_round_does_not_count():
+    order = []
+
+    def way(name, numbers):
+        return lambda: order.append(name) or {"seconds": numbers.pop(0)}
+
+    results = measure.in_turn({"a": way("a", [99, 1, 4]), "b": way("b", [99, 2, 2])}, repeats=2)
+    assert order == list("ababab") and results["a"].seconds.tolist() == [1, 4]
+
+    def too_much():
+        raise torch.OutOfMemoryError
+
+    results = measure.in_turn({"fits": lambda: {"seconds": 1.0}, "does not": too_much}, repeats=2)
+    assert results["does not"].seconds.isna().all() and len(results["does not"]) == 2
+
+
+def test_attention_is_clocked_and_the_library_is_left_as_it_was(small):
+    mllm, before = models.build("cpu"), dict(attention.ALL_ATTENTION_FUNCTIONS)
+    for way in ("dense", "hybrid 50%"):
+        with attention.running(mllm, way, Setting(7, 3)), attention.attention_clock() as spent:
+            attention.prefill(mllm, attention.hidden_states(mllm, 40))
+        assert len(spent) == mllm.n_layers and min(spent) > 0
+    assert dict(attention.ALL_ATTENTION_FUNCTIONS) == before
 
 
 def test_counted_gains(small):
-    rows = pd.DataFrame(speed.counted_rows("qwen3-vl-8b", [1024, 8192], ways(), 64, 4))
+    rows = pd.DataFrame(attention.counted_rows("qwen3-vl-8b", [1024, 8192], Setting(64, 4)))
     long = rows[rows.tokens == 8192].set_index("way")
-    assert long["prefill speed-up"].loc["streaming"] > long["prefill speed-up"].loc["hybrid 10%"] > 1
+    assert (
+        long["prefill speed-up"].loc["streaming"] > long["prefill speed-up"].loc["hybrid 10%"] > 1
+    )
     assert (long.loc["whole", ["prefill speed-up", "decode speed-up", "cache"]] == 1).all()
-    assert (rows[rows.tokens == 1024].set_index("way")["prefill speed-up"] < long["prefill speed-up"] + 1e-9).all()
+    assert (
+        rows[rows.tokens == 1024].set_index("way")["prefill speed-up"]
+        < long["prefill speed-up"] + 1e-9
+    ).all()
 
 
 def test_testbed_documents_are_timed(monkeypatch):
+    monkeypatch.setattr(
+        attention, "WAYS", {way: WAYS[way] for way in ("dense", "hybrid 10%", "streaming", "whole")}
+    )
     mllm = ch.load("data/testbed/qwen3vl-s")
-    rows = speed.prefill_rows(mllm, speed.document(mllm, 8), ways((0.1,)), 16, 2, repeats=1)
-    assert [row["way"] for row in rows] == ["dense", "hybrid 10%", "streaming", "whole"]
-    assert rows[0]["speed-up"] == 1 and all(0 < row["attention seconds"] < row["seconds"] * 2 for row in rows)
+    rows, decodes = attention.attention_rows(mllm, 200, Setting(16, 2, repeats=1, steps=0))
+    assert [row["way"] for row in rows] == [
+        "dense",
+        "hybrid 10%",
+        "streaming",
+        "whole",
+    ] and not decodes
+    assert rows[0]["speed-up"] == 1 and all(
+        0 < row["attention seconds"] < row["seconds"] for row in rows
+    )
+
+
+def test_sharing_and_ablation_are_timed(small):
+    mllm = models.build("small")
+    rows = engine.sharing_rows(mllm, 512, (1, 2), repeats=1)
+    assert [row["questions"] for row in rows] == [1, 1, 2, 2] and all(
+        row["time / together"] > 0 for row in rows
+    )
+    rows = engine.ablation_rows(
+        "tiny", mllm, models.questions(mllm, 512, 8), conditions=2, repeats=1
+    )
+    assert [row["way"] for row in rows] == ["together", "one by one", "nothing shared"] * 2
+    assert all(row["time / together"] > 0 and row["conditions / s"] > 0 for row in rows)
+
+
+def test_stores_are_timed():
+    rows = engine.store_rows([200, 300])
+    assert [(row["table"], row["rows"]) for row in rows] == [
+        (t, n) for t in ("answers", "scores") for n in (200, 300)
+    ]
+    assert all(
+        row["appended / s"] > 0 and row["read / s"] > 0 and row["bytes / row"] > 0 for row in rows
+    )

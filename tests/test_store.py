@@ -1,25 +1,21 @@
-"""Stores: many rows, kills, full and read-only disks, two runs at once, and the same bits again."""
+"""Stores: what is appended comes back, also after kills, on full and read-only disks, and with two writers."""
 
 import errno
-import json
 import os
-import pickle
 import random
+import resource
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
-from conftest import ask, image_part, picture
 
-import corehead as ch
 from corehead import store as stores
-from corehead import testbed
-from corehead.ablation import curve
 from corehead.store import Store
 
 
@@ -27,98 +23,160 @@ def row(i: int) -> dict:
     return {"sample": f"s{i}", "n": i, "meta": {"i": i}, "mass": np.full((3, 2, 6), i, np.float32)}
 
 
-def filled(path, n: int) -> Path:
-    with Store(path, {"a": 1}) as keep:
+def filled(path: Path, n: int) -> Path:
+    with Store(path, {"a": 1}) as store:
         for i in range(n):
-            keep.append([row(i)])
+            store.append([row(i)])
     return path
 
 
-def names(path) -> list[str]:
-    with Store(path, {"a": 1}, resume=True) as keep:
-        return [r["sample"] for r in keep.rows]
+def names(path: Path) -> list[str]:
+    with Store(path, {"a": 1}, resume=True) as store:
+        return [r["sample"] for r in store.rows]
 
 
-def questions(mllm, n: int = 18) -> list[ch.Sample]:
-    """Three questions on each picture; the pictures are of several sizes, so that batches of several lengths wait."""
-    pictures = [image_part(picture(40 + 40 * (i % 3), 60, seed=i)) for i in range(n // 3)]
-    return [
-        ask(pictures[i // 3], id=f"s{i}", question=f"Where is {i}?", evidence=[ch.Region(0, (0, 0, 30, 30))])
-        for i in range(n)
+def in_a_process(code: str, *arguments) -> subprocess.Popen:
+    """Python that knows the store alone, so that it starts quickly; it says on its standard output how far it is."""
+    begin = f"import sys; sys.path.insert(0, {str(Path(stores.__file__).parent)!r}); from store import Store\n"
+    command = [sys.executable, "-u", "-c", begin + code, *map(str, arguments)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+# --- what goes in comes out
+
+
+def test_rows_come_back_as_they_were(tmp_path):
+    rng = np.random.default_rng(0)
+    batches = [
+        [row(0)],
+        [row(1), row(2)],
+        [],
+        [row(i) for i in range(3, 3 + 2 * stores.PIECE + 1)],
+        [{"sample": "Zürich \N{BLACK STAR}", "key": "", "number": 0.1 + 0.2}],
     ]
+    strange = {
+        "sample": "x",
+        "yes": True,
+        "none": None,
+        "nan": float("nan"),
+        "meta": {"a": [1, {"b": "c"}]},
+    }
+    strange |= {
+        "whole": rng.integers(0, 9, (2, 3)),
+        "single": np.float64(1 / 3),
+        "empty": np.empty((0, 4), np.float32),
+    }
+    strange |= {
+        "turned": rng.random((4, 5), dtype=np.float32).T,
+        "lost": np.array([np.nan, np.inf], np.float32),
+    }
+    batches.append([strange])
+    with Store(tmp_path / "run", {}) as store:
+        for batch in batches:
+            store.append(batch)
+    with Store(tmp_path / "run", {}, resume=True) as store:
+        found = store.rows
+    expected = [r for batch in batches for r in batch]
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected):
+        assert a.keys() == b.keys()
+        for name, value in b.items():
+            if isinstance(value, np.ndarray):
+                assert a[name].dtype == value.dtype
+            np.testing.assert_array_equal(a[name], value)
 
 
-# --- many rows
+def test_a_store_of_nothing_keeps_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with Store(None, {"a": 1}) as store:
+        store.append([row(0)])
+    assert store.rows == [] and not list(tmp_path.iterdir())
 
 
-def test_parts_are_merged_and_rows_keep_their_order(tmp_path, monkeypatch):
-    monkeypatch.setattr(stores, "MERGED", 4)
-    path = filled(tmp_path / "s", 100)
-    assert len(list(path.glob("part-*"))) == sum(int(digit) for digit in np.base_repr(100, 4))
-    assert names(path) == [f"s{i}" for i in range(100)]
-    with Store(path, {"a": 1}, resume=True) as keep:
-        assert all((r["mass"] == i).all() and r["meta"] == {"i": i} and r["n"] == i for i, r in enumerate(keep.rows))
-        keep.append([row(100)])
-    assert names(path)[-1] == "s100"
+def test_the_file_is_sqlite_for_anybody(tmp_path):
+    filled(tmp_path / "run", 3)
+    database = sqlite3.connect(f"file:{tmp_path}/run/results.sqlite?mode=ro", uri=True)
+    query = "SELECT json_extract(value, '$.sample') FROM batches, json_each(fields)"
+    assert [name for [name] in database.execute(query)] == ["s0", "s1", "s2"]
+    assert [name for [name] in database.execute("SELECT settings FROM provenance")] == ['{"a": 1}']
+    database.close()
 
 
-def test_large_parts_are_left_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(stores, "MERGED", 4)
-    monkeypatch.setattr(stores, "LARGEST", 10)
-    assert len(list(filled(tmp_path / "s", 9).glob("part-*"))) == 9
+# --- one configuration
 
 
-def test_what_was_merged_but_not_removed_does_not_count_twice(tmp_path, monkeypatch):
-    monkeypatch.setattr(stores, "MERGED", 4)
-    path = filled(tmp_path / "s", 3)
-    kept = {part: part.read_bytes() for part in path.glob("part-*")}
-    with Store(path, {"a": 1}, resume=True) as keep:
-        keep.append([row(3)])
-    for part, content in kept.items():  # as if the run had been killed between the merge and the removal
-        part.write_bytes(content)
-    assert names(path) == [f"s{i}" for i in range(4)]
-    assert [p.name for p in path.glob("part-*")] == ["part-000001-000004.parquet"]
+def test_results_of_two_configurations_do_not_mix(tmp_path):
+    filled(tmp_path, 2)
+    with pytest.raises(
+        ValueError,
+        match=r"holds results: pass resume=True to go on with them, or give another folder",
+    ):
+        Store(tmp_path, {"a": 1})
+    with pytest.raises(
+        ValueError, match=r"another configuration \(a, b differ\): give another folder"
+    ):
+        Store(tmp_path, {"a": 2, "b": {"c": [1]}}, resume=True)
+    assert names(tmp_path) == ["s0", "s1"]
 
 
-# --- disks that are full or read-only, and two runs
+def test_an_empty_store_takes_any_configuration(tmp_path):
+    Store(tmp_path, {"a": 1}).close()
+    with Store(tmp_path, {"a": (2, 3)}) as store:
+        store.append([row(0)])
+    with Store(tmp_path, {"a": [2, 3]}, resume=True) as store:
+        assert len(store.rows) == 1
 
 
-def test_a_full_disk_stops_the_run_and_what_was_finished_goes_on(tmp_path):
-    mllm, store = testbed.tiny("qwen3_vl"), tmp_path / "run"
-    samples = questions(mllm)
-
-    def until_full():
-        for i, sample in enumerate(samples):
-            if i == 9:  # from here on, a device that answers every write with ENOSPC
-                part = 1 + len(list(store.glob("part-*")))
-                (store / f"part-{part:06d}.parquet.writing").symlink_to("/dev/full")
-            yield sample
-
-    with pytest.raises(OSError, match=r"store=.*run: .*No space left on device.*Make room.*resume=True") as error:
-        ch.score(mllm, until_full(), batch_size=1, store=store, progress=False)
-    assert error.value.errno == errno.ENOSPC
-    assert list(store.glob("part-*.parquet")) and not list(store.glob("*.writing"))
-    resumed = ch.score(mllm, samples, batch_size=1, store=store, resume=True, progress=False)
-    assert resumed.data.identical(ch.score(mllm, samples, batch_size=1, progress=False).data)
+# --- disks that are full or read-only, and damage
 
 
-def test_a_merge_that_finds_the_disk_full_loses_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(stores, "MERGED", 4)
-    path = filled(tmp_path / "s", 3)
-    with Store(path, {"a": 1}, resume=True) as keep:
-        (path / "part-000001-000004.parquet.writing").symlink_to("/dev/full")
-        with pytest.raises(OSError, match="No space left on device"):
-            keep.append([row(3)])
-    assert names(path) == [f"s{i}" for i in range(4)]
+def test_a_full_disk_loses_nothing_that_was_finished(tmp_path):
+    with Store(filled(tmp_path, 5), {"a": 1}, resume=True) as store:
+        pages = store._database.execute("PRAGMA page_count").fetchone()[0]
+        store._database.execute(f"PRAGMA max_page_count = {pages + 2}")
+        with pytest.raises(
+            OSError, match=r"store=.*disk is full.*Make room there.*resume=True"
+        ) as error:
+            store.append([row(i) for i in range(5, 100)])
+        assert error.value.errno == errno.ENOSPC
+    assert names(tmp_path) == [f"s{i}" for i in range(5)]
+    with Store(tmp_path, {"a": 1}, resume=True) as store:  # there is room again
+        store.append([row(5)])
+    assert names(tmp_path) == [f"s{i}" for i in range(6)]
+
+
+def test_a_write_that_the_system_refuses_half_way_leaves_all_or_nothing(tmp_path):
+    file = filled(tmp_path, 5) / "results.sqlite"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Store(tmp_path, {"a": 1}, resume=True) as store:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size + 10_000, limits[1]))
+        try:
+            with pytest.raises(OSError, match=r"store=.*what is finished is whole: resume=True"):
+                store.append([row(i) for i in range(5, 200)])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert names(tmp_path) == [f"s{i}" for i in range(5)]
 
 
 def test_a_folder_that_cannot_be_written_to(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match=r"store=.*run: .*Not a directory.*Give a folder that can be written to"):
-        Store(tmp_path / "file" / "run", {})
+    (tmp_path / "locked full").write_text("")
+    for path, reason in (
+        (tmp_path / "locked full", "File exists"),
+        (tmp_path / "locked full" / "run", "Not a directory"),
+    ):
+        with pytest.raises(
+            OSError, match=rf"store=.*full.*: {reason}\. .*copy the folder to where there is"
+        ) as error:
+            Store(path, {})
+        assert not isinstance(error.value, BlockingIOError) and error.value.errno in (
+            errno.EEXIST,
+            errno.ENOTDIR,
+        )
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user for a moment, which root alone can")
+@pytest.mark.skipif(
+    os.geteuid() != 0, reason="becomes another user for a moment, which root alone can"
+)
 def test_a_read_only_folder():
     with tempfile.TemporaryDirectory() as folder:
         path = filled(Path(folder) / "s", 2)
@@ -127,127 +185,85 @@ def test_a_read_only_folder():
         os.seteuid(65534)  # root may write anywhere; nobody may not
         try:
             for place in (path, Path(folder) / "new"):
-                with pytest.raises(OSError, match=r"store=.*Permission denied.*Give a folder that can be written to"):
+                with pytest.raises(
+                    OSError, match=r"store=.*(readonly|Permission denied).*copy the folder to where"
+                ):
                     Store(place, {"a": 1}, resume=True)
-            assert pd.read_parquet(path / "part-000001.parquet")["sample"].tolist() == ["s0"]
+            database = sqlite3.connect(f"file:{path}/results.sqlite?mode=ro", uri=True)
+            assert database.execute("SELECT count(*) FROM batches").fetchone() == (2,)
+            database.close()
         finally:
             os.seteuid(0)
         assert names(path) == ["s0", "s1"]
 
 
-def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
-    def none(*_):
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(stores.fcntl, "flock", none)
-    with pytest.raises(OSError, match=r"store=.*No locks available.*Give a folder on a file system with locks"):
-        Store(tmp_path, {})
-
-
-def test_the_second_run_is_told_who_holds_the_store(tmp_path):
-    ready, tell = os.pipe()
-    other = os.fork()
-    if not other:
-        held = Store(tmp_path, {})
-        os.write(tell, b"." if held.path else b"")
-        signal.pause()
-    os.read(ready, 1)
-    try:
-        with pytest.raises(BlockingIOError, match=rf"another run writes to it \(process {other} on .*\)\. Wait"):
-            Store(tmp_path, {})
-    finally:
-        os.kill(other, signal.SIGKILL)  # the lock goes with its process
-        os.waitpid(other, 0)
-    Store(tmp_path, {})
+def test_a_damaged_file_is_named(tmp_path):
+    file = filled(tmp_path, 50) / "results.sqlite"
+    content = file.read_bytes()
+    for damaged in (content[: len(content) // 2], b"no database" * 100):
+        file.write_bytes(damaged)
+        with pytest.raises(
+            OSError, match=r"store=.*The file is damaged: take a copy of it, or give another folder"
+        ):
+            names(tmp_path)
+    file.write_bytes(content)
+    assert len(names(tmp_path)) == 50
 
 
-# --- the same bits
+# --- one writer, and kills
 
 
-def test_two_runs_give_the_same_bits():
-    tables = []
-    for _ in range(2):
-        mllm = testbed.tiny("qwen3_vl")
-        samples = questions(mllm)
-        scores = ch.score(mllm, samples, batch_size=2, progress=False)
-        ranking = scores.rank("ram")
-        conditions = {"intact": None} | curve(ranking, [0.2], "random", draws=range(2)) | curve(ranking, [0.2])
-        tables.append((scores, ranking, ch.evaluate(mllm, samples, conditions, batch_size=2, progress=False)))
-    (scores, ranking, answers), (scores2, ranking2, answers2) = tables
-    assert scores.data.identical(scores2.data)
-    assert np.array_equal(ranking.order, ranking2.order)
-    pd.testing.assert_frame_equal(answers, answers2, check_exact=True)
-
-
-def kill_at_random(folder: Path, kills: int) -> None:
-    """In a process of its own: fork runs, kill them at random points until `kills` died, and compare what they leave.
-
-    A point is the drawing of a sample or anything done to a file of the store: opened, renamed, removed.
-    """
-    stores.MERGED = 3
-    mllm = testbed.tiny("qwen3_vl")
-    samples, draw = questions(mllm), random.Random(0)
-
-    def run(store: Path, stop: int | None, out: Path) -> bool:
-        """Whether a run in a child came to its end before it was killed at point `stop`."""
-        child = os.fork()
-        if child:
-            return os.waitpid(child, 0)[1] == 0
-        passed = 0
-
-        def point():
-            nonlocal passed
-            passed += 1
-            if passed == stop:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        def watch(event, arguments):
-            if event in ("open", "os.rename", "os.remove") and str(store) in str(arguments[0]):
-                point()
-
-        def drawn():
-            for sample in samples:
-                point()
-                yield sample
-
-        status = 1
+def test_the_second_writer_is_told_who_holds_the_store(tmp_path):
+    hold = "store = Store(sys.argv[1], {'a': 1}, resume=True); print('open'); sys.stdin.read()"
+    for held in (tmp_path / "new", filled(tmp_path / "old", 2)):
+        other = in_a_process(hold, held)
         try:
-            sys.addaudithook(watch)
-            data = ch.score(mllm, drawn(), batch_size=2, store=store, resume=True, progress=False).data
-            out.write_bytes(pickle.dumps(data))
-            status = 0
+            assert other.stdout.readline() == "open\n"
+            with pytest.raises(
+                BlockingIOError, match=rf"store=.*: process {other.pid} on .* writes to it\. Wait"
+            ):
+                Store(held, {"a": 1}, resume=True)
         finally:
-            os._exit(status)
-
-    def finished(store: Path) -> list[str]:
-        card = store / "provenance.json"
-        with Store(store, json.loads(card.read_text()) if card.exists() else {}, resume=True) as keep:
-            return [r["sample"] for r in keep.rows]
-
-    whole = folder / "whole.pickle"
-    assert run(folder / "whole", None, whole)
-    died = runs = 0
-    while died < kills:
-        store, out, kept = folder / f"run{runs}", folder / f"run{runs}.pickle", []
-        runs += 1
-        while not run(store, draw.randrange(1, 60), out):
-            died += 1
-            now = finished(store)
-            assert set(kept) <= set(now) and len(set(now)) == len(now)
-            kept = now
-        assert sorted(finished(store)) == sorted(s.id for s in samples)
-        assert pickle.loads(out.read_bytes()).identical(pickle.loads(whole.read_bytes()))
-    print(died, runs)
+            other.kill()  # the lock goes with its process
+            other.communicate()
+        Store(held, {"a": 1}, resume=True).close()
 
 
-@pytest.mark.slow
-def test_kill_minus_nine_twenty_times(tmp_path):
-    """Nothing is lost, nothing is there twice, and the table has the bits of a run that nobody stopped."""
-    code = "import sys; from pathlib import Path; import test_store as t; t.kill_at_random(Path(sys.argv[1]), 20)"
-    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    command = [sys.executable, "-c", code, str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    died, runs = map(int, done.stdout.split())
-    assert died >= 20 and runs > 1
+def test_two_stores_of_one_process_do_not_share_a_file(tmp_path):
+    with Store(tmp_path, {"a": 1}) as store:
+        with pytest.raises(BlockingIOError, match=rf"process {os.getpid()} "):
+            Store(tmp_path, {"a": 1}, resume=True)
+        store.append([row(0)])
+    assert names(tmp_path) == ["s0"]
+
+
+WRITER = """
+import numpy as np
+with Store(sys.argv[1], {"a": 1}, resume=True) as store:
+    first = len(store.rows)
+    print(first)
+    while True:
+        store.append([{"sample": f"s{i}", "mass": np.full(50_000, i, np.float32)} for i in range(first, first + 3)])
+        first += 3
+        print(first)
+"""
+
+
+def test_kill_minus_nine_loses_no_acknowledged_row(tmp_path):
+    draw, kept = random.Random(0), 0
+    for _ in range(8):
+        writer = in_a_process(WRITER, tmp_path)
+        acknowledged = [int(writer.stdout.readline()) for _ in range(draw.randrange(1, 5))]
+        assert acknowledged[0] == kept
+        time.sleep(0.02 * draw.random())  # somewhere within an append
+        os.kill(writer.pid, signal.SIGKILL)
+        acknowledged += [int(line) for line in writer.communicate()[0].splitlines()]
+        with Store(tmp_path, {"a": 1}, resume=True) as store:
+            kept = len(store.rows)
+            assert kept in (
+                acknowledged[-1],
+                acknowledged[-1] + 3,
+            )  # a batch is there whole or not at all
+            assert [r["sample"] for r in store.rows] == [f"s{i}" for i in range(kept)]
+            assert all((r["mass"] == i).all() for i, r in enumerate(store.rows))
+    assert kept >= 8

@@ -1,4 +1,4 @@
-"""The generator, its fast path, the shipped model and its training."""
+"""Scenes, the fast path of training, the shipped models and the survey."""
 
 import json
 from pathlib import Path
@@ -12,23 +12,34 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import corehead as ch
-from corehead.testbed import samples, survey
-from corehead.testbed.generator import SPLITS, data_hash, digits, draw, to_samples
-from corehead.testbed.model import build_model, build_processor
-from corehead.testbed.train import (
-    LEVELS,
-    LONG_LEVELS,
-    TILED_LEVELS,
+from corehead.testbed import samples, survey, training
+from corehead.testbed.models import untrained
+from corehead.testbed.scenes import (
+    BLANK,
+    COLOURS,
+    MARK_GLYPH,
+    SPLITS,
+    data_hash,
+    digits,
+    draw,
+    to_samples,
+)
+from corehead.testbed.training import (
+    CURRICULA,
     Recipe,
-    _layout,
     answer_logits,
     batch_of,
+    context_of,
     main,
     train,
 )
 
 FOLDER = Path(__file__).parent.parent / "data/testbed/qwen3vl-s"
 LONG = FOLDER.with_name("qwen3vl-s-long")
+LEVELS, TILED_LEVELS, LONG_LEVELS = (
+    {name: domain["levels"] for name, domain in CURRICULA[curriculum]["domains"].items()}
+    for curriculum in ("short", "tiled", "long")
+)
 SMALL = dict(layers=2, heads=4, kv_heads=2, hidden=32, intermediate=48, head_dim=8)
 
 
@@ -48,24 +59,32 @@ def every_layout():
 def test_fast_path_gives_the_same_ids_pixels_and_positions(family, domain, layout):
     """A training sequence is, question by question, what the real processor makes of the samples."""
     scenes = draw(domain, np.random.default_rng(3), 2, questions=3, **layout)
-    mllm = ch.MLLM(build_model(**SMALL, family=family), build_processor(family))
-    batch = batch_of(scenes, layout, family)
+    mllm = untrained(family, **SMALL)
+    inputs, ask = batch_of(family, scenes, layout)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"][0, 0]
+    planes = inputs["position_ids"].reshape(-1, *ids.shape)
     length = scenes.question.shape[2] + 1
-    before = batch.ids.shape[1] - 3 * length
+    before = ids.shape[1] - 3 * length
+    assert ask.tolist() == [before + q * length + length - 2 for q in range(3)]
     for i, sample in enumerate(to_samples(scenes, "x")):
         b, q = divmod(i, 3)
         tagged = mllm.tag(sample)
         own = [*range(before), *range(before + q * length, before + (q + 1) * length)]
-        assert np.array_equal(batch.ids[b, own], tagged.ids) and mllm.tokenizer.unk_token_id not in tagged.ids
-        positions = mllm.family.positions(mllm, tagged.inputs).reshape(-1, len(own))
-        assert torch.equal(batch.positions[:, 0, own], positions.expand(len(batch.positions), -1))
-        assert torch.equal(batch.mask[0, 0][own][:, own], torch.ones(len(own), len(own), dtype=torch.bool).tril())
-        outside = np.setdiff1d(np.arange(batch.ids.shape[1]), own)
-        assert not batch.mask[0, 0][own[before:]][:, outside].any()
+        assert (
+            np.array_equal(ids[b, own], tagged.ids)
+            and mllm.tokenizer.unk_token_id not in tagged.ids
+        )
+        positions = mllm.family.positions(mllm.model, tagged.inputs).reshape(-1, len(own))
+        assert torch.equal(planes[:, b, own], positions.expand(len(planes), -1))
+        assert torch.equal(
+            mask[own][:, own], torch.ones(len(own), len(own), dtype=torch.bool).tril()
+        )
+        outside = np.setdiff1d(np.arange(ids.shape[1]), own)
+        assert not mask[own[before:]][:, outside].any()
         for name in ("pixel_values", "pixel_values_videos"):
-            assert (name in batch.media) == (name in tagged.inputs)
-            if name in batch.media:
-                mine = batch.media[name].reshape(2, -1)[b]
+            assert (name in inputs) == (name in tagged.inputs)
+            if name in inputs:
+                mine = inputs[name].reshape(2, -1)[b]
                 torch.testing.assert_close(mine, tagged.inputs[name].flatten(), atol=1e-6, rtol=0)
 
 
@@ -74,9 +93,10 @@ def test_fast_path_gives_the_same_ids_pixels_and_positions(family, domain, layou
 def test_training_logits_are_the_model_s(family, domain):
     layout = (LEVELS if family == "qwen3_vl" else TILED_LEVELS)[domain][-1]
     scenes = draw(domain, np.random.default_rng(5), 2, questions=2, **layout)
-    mllm = ch.MLLM(build_model(**SMALL, family=family).eval(), build_processor(family))
+    mllm = untrained(family, **SMALL)
+    mllm.model.eval()
     with torch.no_grad():
-        fast = answer_logits(mllm.model, batch_of(scenes, layout, family))
+        fast = answer_logits(mllm.model, *batch_of(family, scenes, layout))
         for i, sample in enumerate(to_samples(scenes, "x")):
             tagged = mllm.tag(sample)
             logits = mllm.model(**tagged.inputs).logits[0, tagged.last :]
@@ -88,21 +108,25 @@ def test_training_logits_are_the_model_s(family, domain):
 def test_tokens_of_tiles_see_one_cell_each(family, domain):
     """Every cell of a tiled layout has tokens of its own, and they are what changes when the cell does."""
     layout = TILED_LEVELS[domain][-1]
-    cells = _layout(family, domain, layout).cells
-    shape = draw(domain, np.random.default_rng(0), 1, **layout).key.shape[1:]
+    _, _, cells = context_of(family, domain, **layout)
+    shape = draw(domain, np.random.default_rng(0), 1, **layout).cells.shape[1:]
     assert set(cells.tolist()) - {-1} == set(range(np.prod(shape)))
 
 
 def test_pictures_may_be_larger_than_their_cells():
     scenes = draw("image", np.random.default_rng(0), 50, questions=4, cells=4, side=3)
-    assert scenes.key.shape == (50, 1, 3, 3) and ((scenes.key < 48).sum((1, 2, 3)) == 4).all()
-    assert ((scenes.glyph < 1797) == (scenes.key < 48)).all() and len(np.unique((scenes.key < 48)[:, 0], axis=0)) > 20
+    framed = scenes.cells["key"] != BLANK["key"]
+    assert framed.shape == (50, 1, 3, 3) and (framed.sum((1, 2, 3)) == 4).all()
+    assert ((scenes.cells["glyph"] < MARK_GLYPH) == framed).all() and len(
+        np.unique(framed[:, 0], axis=0)
+    ) > 20
     for b in range(50):
         for q in range(4):
-            [glyph] = scenes.glyph[b][scenes.target[b, q]]
+            [glyph] = scenes.cells["glyph"][b][scenes.evidence[b, q]]
             assert digits()[1][glyph] == scenes.answer[b, q] - 8
     scenes = draw("document", np.random.default_rng(0), 2, cells=4, side=3)
-    assert scenes.key.shape == (2, 8, 3, 3) and ((scenes.key < 48).sum((2, 3)) == 4).all()
+    framed = scenes.cells["key"] != BLANK["key"]
+    assert framed.shape == (2, 8, 3, 3) and (framed.sum((2, 3)) == 4).all()
     with pytest.raises(ValueError, match="cells=9, side=2"):
         samples("image", cells=9, side=2)
     with pytest.raises(ValueError, match="cells=7, side=3"):
@@ -111,12 +135,15 @@ def test_pictures_may_be_larger_than_their_cells():
 
 def test_splits_share_no_handwriting():
     used = {split: set(range(*bounds)) for split, bounds in SPLITS.items()}
-    assert not used["train"] & used["validation"] and not (used["train"] | used["validation"]) & used["test"]
+    assert (
+        not used["train"] & used["validation"]
+        and not (used["train"] | used["validation"]) & used["test"]
+    )
     assert set.union(*used.values()) == set(range(1797))
     for split, bounds in SPLITS.items():
         for domain in ("image", "document", "video", "majority"):
-            glyph = draw(domain, np.random.default_rng(0), 20, split=split).glyph
-            mine = glyph[glyph < 1797]
+            glyph = draw(domain, np.random.default_rng(0), 20, split=split).cells["glyph"]
+            mine = glyph[glyph < MARK_GLYPH]
             assert mine.min() >= bounds[0] and mine.max() < bounds[1]
 
 
@@ -127,13 +154,18 @@ def test_the_answer_stands_in_the_evidence_alone(domain):
     for b in range(50):
         for q in range(4):
             if domain == "text":
-                words = scenes.words[b][scenes.target[b, q]]
-                assert list(words[:2]) == list(scenes.question[b, q, 1:]) and words[2] == scenes.answer[b, q]
+                words = scenes.words[b][scenes.evidence[b, q]]
+                assert (
+                    list(words[:2]) == list(scenes.question[b, q, 1:])
+                    and words[2] == scenes.answer[b, q]
+                )
                 continue
-            hit = scenes.target[b, q]
-            assert (labels[scenes.glyph[b][hit]] == scenes.answer[b, q] - 8).all()  # "0" is word 8
-            assert len(set(scenes.key[b][hit])) == 1
-            same = scenes.key[b] == scenes.key[b][hit][0]
+            hit, key = scenes.evidence[b, q], scenes.cells["key"][b]
+            assert (
+                labels[scenes.cells["glyph"][b][hit]] == scenes.answer[b, q] - 8
+            ).all()  # "0" is word 8
+            assert len(set(key[hit])) == 1
+            same = key == key[hit][0]
             if domain == "document":  # the same key on every other page too
                 assert same.sum() == 8 and hit.sum() == 1
             else:
@@ -141,44 +173,61 @@ def test_the_answer_stands_in_the_evidence_alone(domain):
 
 
 @pytest.mark.parametrize("domain", ["document", "video"])
-def test_hay_holds_no_key(domain):
+def test_distractors_hold_no_key(domain):
     layout = LONG_LEVELS[domain][-1]
     scenes = draw(domain, np.random.default_rng(1), 4, split="test", questions=6, **layout)
-    pages = scenes.key.shape[1]
-    assert pages == layout["hay"] + 8 and pages * scenes.key[0, 0].size // (2 if domain == "video" else 1) >= 1024
-    framed = (scenes.key < 48).any((2, 3))  # (B, P)
-    bare = ~framed & (scenes.glyph < 1797).any((2, 3))
+    glyph, pages = scenes.cells["glyph"], scenes.cells.shape[1]
+    assert (
+        pages == layout["distractors"] + 8
+        and scenes.cells[0].size // (2 if domain == "video" else 1) >= 1024
+    )
+    framed = (scenes.cells["key"] != BLANK["key"]).any((2, 3))  # (B, P)
+    bare = ~framed & (glyph < MARK_GLYPH).any((2, 3))
     for b in range(4):
         for q in range(6):
-            hit = scenes.target[b, q]
-            assert (digits()[1][scenes.glyph[b][hit]] == scenes.answer[b, q] - 8).all() and framed[b][
+            hit = scenes.evidence[b, q]
+            assert (digits()[1][glyph[b][hit]] == scenes.answer[b, q] - 8).all() and framed[b][
                 hit.any((1, 2))
             ].all()
     if domain == "document":
-        assert (framed.sum(1) == 8).all() and ((scenes.glyph >= 1797) & (scenes.glyph < 1809)).any((2, 3)).sum() == 32
+        marked = ((glyph >= MARK_GLYPH) & (glyph < BLANK["glyph"])).any((2, 3))
+        assert (framed.sum(1) == 8).all() and marked.sum() == 32
         assert (np.diff(framed.argmax(1)) != 0).any()  # not always at the same place
-        page = scenes.page[:, :, None, None, None] == np.arange(pages)[:, None, None]
-        assert not (scenes.target & ~page).any()
-    hay = scenes.glyph[bare]
-    assert 0.3 < (hay < 1797).mean() < 0.7 and bare.mean() > 0.7
+        assert (scenes.evidence.any((3, 4)).sum(2) == 1).all()  # on one page
+    clutter = glyph[bare]
+    assert 0.3 < (clutter < MARK_GLYPH).mean() < 0.7 and bare.mean() > 0.7
     first, last = SPLITS["test"]
-    assert ((hay[hay < 1797] >= first) & (hay[hay < 1797] < last)).all()
+    assert ((clutter[clutter < MARK_GLYPH] >= first) & (clutter[clutter < MARK_GLYPH] < last)).all()
 
 
-def test_context_tasks_are_right():
-    scenes = draw("majority", np.random.default_rng(2), 200)
-    colour = scenes.key.reshape(200, -1) % 8
+@pytest.mark.parametrize("side", [4, 6])
+def test_context_tasks_are_right(side):
+    scenes = draw("majority", np.random.default_rng(2), 200, side=side)
+    framed = scenes.cells["key"] != BLANK["key"]
+    assert (framed.sum((1, 2, 3)) == 16).all() and (scenes.evidence == framed[:, None]).all()
+    colour = scenes.cells["key"][framed].reshape(200, -1) % 8
     counts = (colour[..., None] == np.arange(8)).sum(1)
     best = np.sort(counts)[:, ::-1]
     assert (best[:, 0] > best[:, 1]).all()
     names = np.array([s.answer for s in to_samples(scenes, "x")])
-    from corehead.testbed.generator import COLOURS
-
     assert (names == np.array(list(COLOURS))[counts.argmax(1)]).all()
-    scenes = draw("count", np.random.default_rng(2), 200, questions=2)
+    scenes = draw("count", np.random.default_rng(2), 200, questions=2, side=side)
+    framed = scenes.cells["key"] != BLANK["key"]
     for i, sample in enumerate(to_samples(scenes, "x")):
         wanted = list(COLOURS).index(sample.question.split()[1])
-        assert int(sample.answer) == (scenes.key[i // 2] % 8 == wanted).sum() or scenes.key[i // 2].size > 9
+        shown = scenes.cells["key"][i // 2][framed[i // 2]]
+        assert int(sample.answer) == (shown % 8 == wanted).sum() or shown.size > 9
+
+
+@pytest.mark.parametrize("domain", ["majority", "count"])
+def test_the_evidence_of_a_context_task_is_every_cell_that_is_not_blank(shipped, domain):
+    [whole] = samples(domain, n=1, cells=16)
+    assert whole.evidence == [ch.Region(0, (0, 0, 64, 64))]
+    for sample in samples(domain, n=4, questions=2, cells=16, side=6):
+        tagged = shipped.tag(sample)
+        picture = np.asarray(sample.messages[0]["content"][0]["image"])
+        drawn = (picture.reshape(6, 16, 6, 16, 3) < 255).any((1, 3, 4)).ravel()
+        assert drawn.sum() == 16 and np.array_equal(np.isin(tagged.visual, tagged.evidence), drawn)
 
 
 def test_samples_are_seeded_and_bad_requests_are_named():
@@ -189,15 +238,25 @@ def test_samples_are_seeded_and_bad_requests_are_named():
     assert len({s.id for s in samples("video", n=6, questions=3)}) == 6
     assert samples("image", n=2, questions=2)[0].messages[0]["content"][0]["image"] is not None
     assert len(data_hash()) == 64
-    for bad in (dict(domain="images"), dict(split="dev"), dict(n=5, questions=2), dict(evidence="box"), dict(cells=7)):
+    for bad in (
+        dict(domain="images"),
+        dict(split="dev"),
+        dict(n=5, questions=2),
+        dict(evidence="box"),
+        dict(cells=7),
+    ):
         with pytest.raises(ValueError):
             samples(**{"domain": "image", "n": 4} | bad)
     with pytest.raises(ValueError, match="at most as many pages"):
         samples("document", pages=13)
     with pytest.raises(ValueError, match="even number of frames"):
         samples("video", frames=5)
-    with pytest.raises(ValueError, match="hay=3"):
-        samples("video", hay=3)
+    with pytest.raises(ValueError, match="distractors=3"):
+        samples("video", distractors=3)
+    with pytest.raises(ValueError, match="cells=49: there are 48 keys"):
+        samples("image", cells=49)
+    with pytest.raises(TypeError, match="hay"):
+        samples("video", hay=2)
 
 
 def test_shared_questions_share_their_picture():
@@ -209,15 +268,26 @@ def test_shared_questions_share_their_picture():
 def test_the_shipped_model_loads_without_corehead(shipped):
     model = AutoModelForImageTextToText.from_pretrained(FOLDER)
     processor = AutoProcessor.from_pretrained(FOLDER)
-    assert type(model).__name__ == "Qwen3VLForConditionalGeneration" and type(processor).__name__ == "Qwen3VLProcessor"
+    assert (
+        type(model).__name__ == "Qwen3VLForConditionalGeneration"
+        and type(processor).__name__ == "Qwen3VLProcessor"
+    )
     sample = samples("image", n=1)[0]
     inputs = processor.apply_chat_template(
-        sample.messages, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
+        sample.messages,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        add_generation_prompt=True,
     )
     assert torch.equal(inputs["input_ids"][0], torch.from_numpy(shipped.tag(sample).ids[:-1]))
     out = model.generate(**inputs, max_new_tokens=4, do_sample=False)
-    assert processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip().isdigit()
-    assert (FOLDER / "model.safetensors").stat().st_size <= 12 * 2**20
+    assert (
+        processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        .strip()
+        .isdigit()
+    )
+    assert (FOLDER / "model.safetensors").stat().st_size <= 6 * 2**20
     assert shipped.n_layers * shipped.n_heads >= 96 and shipped.n_kv_heads < shipped.n_heads
 
 
@@ -231,24 +301,35 @@ def test_the_shipped_model_has_its_papers(shipped):
 
 @pytest.mark.parametrize(
     "domain,layout",
-    [("image", dict(cells=16)), ("document", dict(pages=8)), ("video", dict(frames=8)), ("text", dict(cells=16))],
+    [
+        ("image", dict(cells=16)),
+        ("document", dict(pages=8)),
+        ("video", dict(frames=8)),
+        ("text", dict(cells=16)),
+    ],
 )
 def test_the_shipped_model_answers_on_digits_it_never_saw(shipped, domain, layout):
-    results = ch.evaluate(shipped, samples(domain, "validation", 300, **layout), progress=False)
-    assert results.correct.mean() >= 0.88  # 0.90 on the test split, in notebook 2; this is another draw
+    results = ch.evaluate(
+        shipped, samples(domain, "validation", 300, questions=4, **layout), progress=False
+    )
+    assert (
+        results.correct.mean() >= 0.88
+    )  # 0.90 on the test split, in notebook 2; this is another draw
     assert (results.correct == (results.prediction == results.answer)).all()
     assert ((results.margin > 0) == results.correct).all() and (results.logprob <= 0).all()
 
 
-@pytest.mark.parametrize("domain,hay", [("document", 164), ("video", 220)])
-def test_the_long_model_reads_a_thousand_visual_tokens(domain, hay):
+@pytest.mark.parametrize("domain,distractors", [("document", 164), ("video", 220)])
+def test_the_long_model_reads_a_thousand_visual_tokens(domain, distractors):
     mllm = ch.load(LONG)
-    asked = samples(domain, "validation", 48, questions=6, hay=hay)
+    asked = samples(domain, "validation", 48, questions=6, distractors=distractors)
     assert len(mllm.tag(asked[0]).visual) >= 1024
     assert ch.evaluate(mllm, asked, progress=False).correct.mean() >= 0.75
     card = json.loads((LONG / "training.json").read_text())
-    assert card["recipe"]["curriculum"] == "long" and card["recipe"]["base"] == "data/testbed/qwen3vl-s"
-    assert (LONG / "model.safetensors").stat().st_size <= 12 * 2**20
+    assert (
+        card["recipe"]["curriculum"] == "long"
+        and card["recipe"]["base"] == "data/testbed/qwen3vl-s"
+    )
 
 
 def test_evaluation_does_not_depend_on_the_batch(shipped):
@@ -260,75 +341,108 @@ def test_evaluation_does_not_depend_on_the_batch(shipped):
         ch.evaluate(shipped, asked[:1], progress=False)
 
 
-def test_thirty_steps_of_training(tmp_path):
-    """From a fixed seed the loss falls; a run that was interrupted ends as one that was not."""
-    recipe = dict(SMALL, probe_steps=30, stage_steps=6, final_steps=0, warmup=5)  # five stages of six steps
+def test_thirty_steps_of_training(tmp_path, monkeypatch):
+    """From a fixed seed the loss falls; a run that was killed ends as one that was not."""
+    recipe = dict(
+        SMALL, probe_steps=30, stage_steps=6, final_steps=0, warmup=5
+    )  # five stages of six steps
     layout = LEVELS["image"][0]
-    batch = batch_of(draw("image", np.random.default_rng(0), 32, questions=8, **layout), layout)
+    scenes = draw("image", np.random.default_rng(0), 32, questions=8, **layout)
 
     def loss(model):
         with torch.no_grad():
-            logits = answer_logits(model, batch)[:, :, 0]
-        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.answer.flatten()).item()
+            logits = answer_logits(model, *batch_of("qwen3_vl", scenes, layout))[:, :, 0]
+        return torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), torch.from_numpy(scenes.answer).flatten()
+        ).item()
 
-    whole = train(Recipe(out=str(tmp_path / "a"), **recipe), quiet=True)
+    whole = train(Recipe(**recipe), tmp_path / "a")
     assert json.loads((tmp_path / "a" / "training.json").read_text())["steps"] == 30
-    assert loss(whole) < loss(build_model(**SMALL)) - 1
+    assert loss(whole) < loss(untrained(**SMALL).model) - 1
 
-    train(Recipe(out=str(tmp_path / "b"), max_seconds=0.0, **recipe), quiet=True)
-    assert json.loads((tmp_path / "b" / "training.json").read_text())["steps"] == 1
+    def killed(run, model, optimiser):
+        if run.step == 17:
+            raise KeyboardInterrupt
+        train_step(run, model, optimiser)
+
+    train_step = training.train_step
+    monkeypatch.setattr(training, "CHECKPOINT", 10)
+    monkeypatch.setattr(training, "train_step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(Recipe(**recipe), tmp_path / "b")
+    assert [path.name for path in (tmp_path / "b").iterdir()] == ["checkpoint.pt"]
+    monkeypatch.setattr(training, "train_step", train_step)
     with pytest.raises(ValueError, match="another recipe"):
-        train(Recipe(out=str(tmp_path / "b"), **recipe | {"seed": 1}), quiet=True)
-    resumed = train(Recipe(out=str(tmp_path / "b"), **recipe), quiet=True)
+        train(Recipe(**recipe | {"seed": 1}), tmp_path / "b")
+    resumed = train(Recipe(**recipe), tmp_path / "b")
+    assert not (tmp_path / "b" / "checkpoint.pt").exists()
     for a, b in zip(whole.parameters(), resumed.parameters()):
         torch.testing.assert_close(a, b)
-    logs = [pd.read_csv(tmp_path / run / "training_log.csv").drop(columns="seconds") for run in "ab"]
-    pd.testing.assert_frame_equal(*logs)
+    pd.testing.assert_frame_equal(
+        *(pd.read_csv(tmp_path / run / "training_log.csv") for run in "ab")
+    )
 
 
 def test_training_goes_on_from_a_trained_model(tmp_path):
-    first = dict(SMALL, probe_steps=2, stage_steps=1, final_steps=0)
-    base = train(Recipe(out=str(tmp_path / "a"), **first), quiet=True)
-    more = dict(SMALL, curriculum="long", base=str(tmp_path / "a"), stage_steps=2, final_steps=1, lr=1e-9, warmup=1)
-    found = train(Recipe(out=str(tmp_path / "b"), **more), quiet=True)
+    train(Recipe(**SMALL, probe_steps=2, stage_steps=1, final_steps=0), tmp_path / "a")
+    more = dict(
+        SMALL,
+        curriculum="long",
+        base=str(tmp_path / "a"),
+        stage_steps=2,
+        final_steps=1,
+        lr=1e-9,
+        warmup=1,
+    )
+    found = train(Recipe(**more), tmp_path / "b")
+    base = ch.load(tmp_path / "a", dtype="float32").model
     for a, b in zip(base.parameters(), found.parameters()):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
     card = json.loads((tmp_path / "b" / "training.json").read_text())
     assert card["steps"] == 3 and card["recipe"]["base"] == str(tmp_path / "a")
-    with pytest.raises(ValueError, match="curriculum='longer': take one of 'short', 'tiled', 'long'"):
-        train(Recipe(out=str(tmp_path / "c"), curriculum="longer"), quiet=True)
+    with pytest.raises(
+        ValueError, match="curriculum='longer': take one of 'short', 'tiled', 'long'"
+    ):
+        Recipe(curriculum="longer")
 
 
 def test_a_stage_ends_at_its_own_cap(tmp_path):
     caps = dict(image=2, text=1, video=3, document=1, count=1)
     recipe = dict(SMALL, probe_steps=1, final_steps=0)
-    train(Recipe(out=str(tmp_path / "a"), stage_steps=caps, **recipe), quiet=True)
+    train(Recipe(stage_steps=caps, **recipe), tmp_path / "a")
     assert json.loads((tmp_path / "a/training.json").read_text())["steps"] == 8
     with pytest.raises(ValueError, match="one for each of image, text, video, document, count"):
-        train(Recipe(out=str(tmp_path / "b"), stage_steps={"image": 2}, **recipe), quiet=True)
-    with pytest.raises(ValueError, match="weights='bfloat': take a dtype"):
-        train(Recipe(out=str(tmp_path / "b"), weights="bfloat", **recipe), quiet=True)
-    assert not (tmp_path / "b").exists()
+        Recipe(stage_steps={"image": 2})
 
 
-RECIPES = sorted(p for p in FOLDER.parent.glob("*.yaml") if p.stem != "smollm2")  # it has tests of its own
+RECIPES = sorted(
+    p for p in FOLDER.parent.glob("*.yaml") if p.stem != "smollm2"
+)  # it has tests of its own
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
 def test_every_recipe_trains(recipe, tmp_path):
     """A few steps of each, M and L among them: the probe, the decoder, snapshots, and a folder that loads."""
-    text = recipe.read_text()
-    if "base:" in text and not (FOLDER.parent.parent.parent / yaml.safe_load(text)["base"]).is_dir():
+    given = yaml.safe_load(recipe.read_text())
+    if "base" in given and not [
+        *(FOLDER.parent.parent.parent / given["base"]).glob("*.safetensors")
+    ]:
         pytest.skip("its base is not trained")
     short = dict(probe_steps=2, stage_steps=1, final_steps=0, snapshot_steps=3)
-    (tmp_path / "a.yaml").write_text(yaml.safe_dump(yaml.safe_load(text) | short))
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(given | short))
     main([str(tmp_path / "a.yaml")])
+    if "base" not in given:  # five steps, a stage each
+        assert [path.name for path in (tmp_path / "a/snapshots").iterdir()] == ["00003"]
     mllm = ch.load(tmp_path / "a")
-    given = yaml.safe_load(text)
     assert mllm.family.name == given["family"] and mllm.n_layers == given.get("layers", 12)
-    on_disk = [t.dtype for file in (tmp_path / "a").glob("*.safetensors") for t in load_file(file).values()]
-    assert mllm.model.dtype == torch.float32 and set(on_disk) == {getattr(torch, given.get("weights", "float32"))}
-    sample = samples("image", n=1, **json.loads((tmp_path / "a/training.json").read_text())["layouts"]["image"])
+    on_disk = [
+        t.dtype for file in (tmp_path / "a").glob("*.safetensors") for t in load_file(file).values()
+    ]
+    assert mllm.model.dtype == torch.float32 and set(on_disk) == {torch.float16}
+    assert json.loads((tmp_path / "a/config.json").read_text())["dtype"] == "float16"
+    sample = samples(
+        "image", n=1, **json.loads((tmp_path / "a/training.json").read_text())["layouts"]["image"]
+    )
     assert len(ch.evaluate(mllm, sample, progress=False)) == 1
 
 
@@ -336,10 +450,13 @@ def test_scales_are_what_they_are_said_to_be():
     size = {}
     for name in ("s", "m", "l"):
         given = yaml.safe_load((FOLDER.parent / f"qwen3vl-{name}.yaml").read_text())
-        shape = {k: v for k, v in given.items() if k in ("layers", "heads", "hidden", "intermediate", "head_dim")}
+        shape = {
+            k: v
+            for k, v in given.items()
+            if k in ("layers", "heads", "hidden", "intermediate", "head_dim")
+        }
         with torch.device("meta"):
-            model = build_model(**shape)
-        size[name] = sum(p.numel() for p in model.parameters())
+            size[name] = untrained(**shape).model.num_parameters()
     assert 3.5 < size["m"] / size["s"] < 4.5 and 14 < size["l"] / size["s"] < 18
     assert given["layers"] * given.get("heads", 16) >= 256
 
@@ -356,26 +473,41 @@ def test_the_survey_replaces_a_model_s_rows_and_keeps_the_others(tmp_path, shipp
     (tmp_path / "testbed/one").symlink_to(FOLDER)
     command = ["--testbeds", str(tmp_path / "testbed"), "--out", str(tmp_path), "--n", "12"]
     survey.main(command)
-    first = {kind: pd.read_csv(tmp_path / f"{kind}.csv") for kind in ("models", "heads", "answers")}
-    assert len(first["models"]) == 1 and len(first["heads"]) == 4 * 192
-    assert set(first["answers"]["heads"]) == {"intact", "top", "bottom", "text entropy", "random", "layer"}
+    models, first = (pd.read_csv(tmp_path / f"{kind}.csv") for kind in ("models", "answers"))
+    heads = pd.read_parquet(tmp_path / "heads.parquet")
+    assert len(models) == 1 and len(heads) == 4 * 192
+    assert set(first["heads"]) == {"intact", "top", "bottom", "text entropy", "random", "layer"}
     asked = samples("image", "validation", 12, 0, questions=6, cells=25)
-    core = ch.score(shipped, asked, progress=False).core("ram").values
-    mine = first["heads"][first["heads"].domain == "image"]
-    np.testing.assert_allclose(core[mine.layer, mine["head"]], mine.ram, atol=6e-5)
+    ram = ch.score(shipped, asked, progress=False).mean("ram").values
+    mine = heads[heads.domain == "image"]
+    np.testing.assert_allclose(ram[mine.layer, mine["head"]], mine.ram, atol=6e-5)
 
-    gone = first["answers"].assign(model="gone")  # a model that is not there any more
+    gone = first.assign(model="gone")  # a model that is not there any more
     gone.to_csv(tmp_path / "answers.csv", index=False)
+    heads.assign(model="gone").to_parquet(tmp_path / "heads.parquet", index=False)
     survey.main(command)
     both = pd.read_csv(tmp_path / "answers.csv")
     assert list(dict.fromkeys(both.model)) == ["gone", "one"] and len(both) == 2 * len(gone)
     again = both[both.model == "one"].reset_index(drop=True)
-    pd.testing.assert_frame_equal(again, first["answers"])
+    pd.testing.assert_frame_equal(again, first)
     survey.main(command)
     assert len(pd.read_csv(tmp_path / "answers.csv")) == 2 * len(gone)
+    assert len(pd.read_parquet(tmp_path / "heads.parquet")) == 2 * len(heads)
 
 
-SHIPPED = [folder for _, step, folder in survey.folders(FOLDER.parent) if not step]
+def test_the_survey_that_ships_is_whole():
+    folder = FOLDER.parent.parent / "results/survey"
+    models, answers = (pd.read_csv(folder / f"{kind}.csv") for kind in ("models", "answers"))
+    heads = pd.read_parquet(folder / "heads.parquet")
+    assert [*heads] == ["model", "step", "domain", "layer", "head", "ram", "ram last", "calibrated"]
+    runs = [set(zip(table.model, table.step)) for table in (models, answers, heads)]
+    assert runs[0] == runs[1] == runs[2] and heads.ram.between(0, 1).all()
+    assert {(path.parent.name, 0) for path in FOLDER.parent.glob("*/training.json")} - {
+        ("smollm2", 0)
+    } <= runs[0]
+
+
+SHIPPED = [folder for _, step, folder, _ in survey.runs(FOLDER.parent) if not step]
 
 
 @pytest.mark.parametrize("folder", SHIPPED, ids=lambda p: p.name)
@@ -383,8 +515,8 @@ def test_every_model_that_ships_can_read(folder):
     """On validation digits, at the hardest layouts that it came to; sizes as promised."""
     mllm, card = ch.load(folder), json.loads((folder / "training.json").read_text())
     assert card["data_sha256"] == data_hash() and mllm.model.dtype == torch.float32
-    pieces = [file.stat().st_size for file in folder.glob("*.safetensors")]
-    assert max(pieces) < 16 * 2**20 and sum(pieces) <= (12 if "-s" in folder.name else 24) * 2**20
+    if "-s" in folder.name:  # larger ones do not ship
+        assert [file.stat().st_size <= 6 * 2**20 for file in folder.glob("*.safetensors")] == [True]
     for domain in survey.RETRIEVAL:
         asked = samples(domain, "validation", 96, questions=6, **card["layouts"][domain])
         assert ch.evaluate(mllm, asked, progress=False).correct.mean() >= 0.8, domain
@@ -394,8 +526,12 @@ def test_tiles_and_thumbnail_are_really_used():
     mllm = ch.load(FOLDER.with_name("internvl-s"))
     [sample] = samples("image", "validation", 1, cells=36, side=6)
     tagged = mllm.tag(sample)
-    assert len(tagged.visual) == 45 and len(np.unique(tagged.image_grid[0].view)) == 2  # four tiles of nine, and all
+    assert (
+        len(tagged.visual) == 45 and len(np.unique(tagged.media[0].view)) == 2
+    )  # four tiles of nine, and all
     [sample] = samples("document", "validation", 1, cells=16, pages=3, side=6)
     tagged = mllm.tag(sample)
-    assert len(tagged.visual) == 3 * 45 and len(tagged.target) == 45
-    assert np.array_equal(mllm.tag(sample, "counting").target, tagged.target)  # cumulative offsets
+    assert len(tagged.visual) == 3 * 45 and len(tagged.evidence) == 45
+    assert np.array_equal(
+        mllm.tag(sample, "counting").evidence, tagged.evidence
+    )  # cumulative offsets

@@ -8,25 +8,25 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import fields
 from itertools import islice
 from pathlib import Path
 
 from ..samples import Sample, SampleError
-from . import metrics, mlvu, mmdocir, mmlongbench, refcocog, vidstg
+from . import metrics
+from .mlvu import MLVU
+from .mmdocir import MMDocIR
+from .mmlongbench import MMLongBench
+from .mmlongbench_doc import MMLongBenchDoc
+from .refcocog import RefCOCOg
+from .vidstg import VidSTG
 
 __all__ = ["BENCHMARKS", "load", "metrics"]
 
-BENCHMARKS = {
-    "refcocog": refcocog.samples,
-    "vidstg": vidstg.samples,
-    "mmdocir": mmdocir.samples,
-    "mmlongbench": mmlongbench.samples,
-    "mmlongbench-doc": mmlongbench.documents,
-    "mlvu": mlvu.samples,
-}
+LOADERS = (RefCOCOg, VidSTG, MMDocIR, MMLongBench, MMLongBenchDoc, MLVU)
+BENCHMARKS = {loader.name: loader for loader in LOADERS}
 
 
 def load(
@@ -44,18 +44,26 @@ def load(
 
     Parameters
     ----------
-    name : one of `BENCHMARKS`.
-    source : a folder, a hub id, or None for the benchmark's own hub id.
-    n : at most this many samples.
-    errors : what to do with a row that is not as it should be: "raise", "skip" (with a warning), or a function that
-        takes the error; the next rows go on.
-    **options : split, revision and the benchmark's own: see ``BENCHMARKS[name]``.
+    name : str
+        One of `BENCHMARKS`.
+    source : str or Path, optional
+        A folder, a hub id, or None for the benchmark's own hub id.
+    n : int, optional
+        At most this many samples.
+    errors : str or callable
+        What to do with a row that is not as it should be: "raise", "skip" (with a warning), or a function that takes
+        the error; the next rows go on.
+    **options
+        split, revision and the benchmark's own: see ``BENCHMARKS[name]``.
 
     Raises
     ------
-    ValueError : no such benchmark or option; an archive that must not be unpacked.
-    FileNotFoundError : files of the split are missing; the message says how to fetch them.
-    SampleError : a bad row, with ``errors="raise"``; it names the row, the field and the mend.
+    ValueError
+        No such benchmark or option; an archive that must not be unpacked.
+    FileNotFoundError
+        Files of the split are missing; the message says how to fetch them.
+    SampleError
+        A bad row, with ``errors="raise"``; it names the row, the field and the fix.
     """
     if name not in BENCHMARKS:
         raise ValueError(f"benchmark {name!r}: take one of {', '.join(BENCHMARKS)}")
@@ -63,18 +71,20 @@ def load(
         raise ValueError(f"errors={errors!r}: take 'raise', 'skip' or a function")
     if n is not None and n < 0:
         raise ValueError(f"n={n}: take at least 0")
-    known = list(inspect.signature(BENCHMARKS[name]).parameters)[1:]
+    known = [field.name for field in fields(BENCHMARKS[name])]
     for option in options:
         if option not in known:
             raise ValueError(f"{name} has no option {option}=: take {', '.join(known)}")
-    return islice(_good(BENCHMARKS[name](source, **options), errors), n)
+    return islice(_good(BENCHMARKS[name](source=source, **options), errors), n)
 
 
-def _good(found: Iterator[Sample | SampleError], errors) -> Iterator[Sample]:
+def _good(found: Iterable[Sample | SampleError], errors) -> Iterator[Sample]:
     names: set[str] = set()
     for sample in found:
         if isinstance(sample, Sample) and sample.id in names:
-            sample = SampleError(sample.id, "id", "stands twice in the files", "Leave one of the two rows out")
+            sample = SampleError(
+                sample.id, "id", "stands twice in the files", "Leave one of the two rows out"
+            )
         if isinstance(sample, Sample):
             names.add(sample.id)
             yield sample

@@ -12,28 +12,32 @@ import math
 import re
 import string
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
+import torch
+from torchvision.ops import box_iou
 
-Box = tuple[float, float, float, float]
+from .rows import Box
+
 NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)"
-_FOUR = re.compile(r"[\[(]\s*" + r"\s*,\s*".join([f"({NUMBER})"] * 4) + r"\s*[\])]")
-_FIVE = re.compile(r"[\[(]\s*" + r"\s*,\s*".join([f"({NUMBER})"] * 5) + r"\s*[\])]")
 UNANSWERABLE = "not answerable"
 
 
 # Boxes and tubes
 
 
+def _bracketed(text: str, count: int) -> list[tuple[float, ...]]:
+    """Every [a, b, ...] or (a, b, ...) of `count` numbers in a text."""
+    numbers = r"\s*,\s*".join([f"({NUMBER})"] * count)
+    return [tuple(map(float, found)) for found in re.findall(rf"[\[(]\s*{numbers}\s*[\])]", text)]
+
+
 def iou(a: Box, b: Box) -> float:
     """Intersection over union of two boxes (x1, y1, x2, y2); 0 where one is empty."""
-    wide, high = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
-    if wide <= 0 or high <= 0 or a[0] >= a[2] or a[1] >= a[3] or b[0] >= b[2] or b[1] >= b[3]:
-        return 0.0
-    both = wide * high
-    return both / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - both)
+    boxes = torch.tensor([a, b], dtype=torch.float64)
+    return float(box_iou(boxes[:1], boxes[1:]).nan_to_num())
 
 
 def box_metric(text: str, box: Box) -> dict[str, float]:
@@ -41,12 +45,14 @@ def box_metric(text: str, box: Box) -> dict[str, float]:
 
     Parameters
     ----------
-    text : what the model wrote.
-    box : the true box, 0..1.
+    text : str
+        What the model wrote.
+    box : (x1, y1, x2, y2)
+        The true box, 0..1.
     """
-    found = _FOUR.search(text)
-    value = iou(tuple(map(float, found.groups())), box) if found else 0.0
-    return {"parsed": float(found is not None), "iou": value, "acc@0.5": float(value >= 0.5)}
+    found = _bracketed(text, 4)
+    value = iou(found[0], box) if found else 0.0
+    return {"parsed": float(bool(found)), "iou": value, "acc@0.5": float(value >= 0.5)}
 
 
 def tube_iou(found: Mapping[int, Box], true: Mapping[int, Box]) -> tuple[float, float]:
@@ -54,7 +60,7 @@ def tube_iou(found: Mapping[int, Box], true: Mapping[int, Box]) -> tuple[float, 
 
     tIoU = ``|P & G| / |P | G|`` over frames; vIoU = the sum of the boxes' IoU over P & G, divided by ``|P | G|``.
     """
-    union, both = set(found) | set(true), set(found) & set(true)
+    union, both = found.keys() | true.keys(), found.keys() & true.keys()
     if not union:
         return 0.0, 0.0
     return len(both) / len(union), sum(iou(found[f], true[f]) for f in both) / len(union)
@@ -68,19 +74,28 @@ def tube_metric(text: str, seconds: Sequence[float], boxes: Mapping[int, Box]) -
 
     Parameters
     ----------
-    text : what the model wrote.
-    seconds : of the frames that it saw.
-    boxes : the true tube over those frames, 0..1.
+    text : str
+        What the model wrote.
+    seconds : sequence of float
+        Of the frames that it saw.
+    boxes : mapping of int to (x1, y1, x2, y2)
+        The true tube over those frames, 0..1.
     """
-    rows = sorted({row[0]: row for row in (tuple(map(float, m)) for m in _FIVE.findall(text))}.values())
+    rows = sorted({row[0]: row for row in _bracketed(text, 5)}.values())
     found: dict[int, Box] = {}
     if rows:
-        table, half = np.array(rows), (seconds[1] - seconds[0]) / 2 if len(seconds) > 1 else math.inf
-        inside = [i for i, s in enumerate(seconds) if table[0, 0] - half < s < table[-1, 0] + half]
-        moved = [np.interp([seconds[i] for i in inside], table[:, 0], table[:, c]) for c in range(1, 5)]
-        found = {i: tuple(float(column[k]) for column in moved) for k, i in enumerate(inside)}
+        times, *sides = np.array(rows).T
+        half = (seconds[1] - seconds[0]) / 2 if len(seconds) > 1 else math.inf
+        for i, second in enumerate(seconds):
+            if times[0] - half < second < times[-1] + half:
+                found[i] = tuple(float(np.interp(second, times, side)) for side in sides)
     time, space = tube_iou(found, boxes)
-    values = {"tiou": time, "viou": space, "viou@0.3": float(space > 0.3), "viou@0.5": float(space > 0.5)}
+    values = {
+        "tiou": time,
+        "viou": space,
+        "viou@0.3": float(space > 0.3),
+        "viou@0.5": float(space > 0.5),
+    }
     return {"parsed": float(bool(rows)), **values}
 
 
@@ -88,44 +103,49 @@ def tube_metric(text: str, seconds: Sequence[float], boxes: Mapping[int, Box]) -
 
 
 def recall_at(ranked: Sequence[int], true: Collection[int], k: int) -> float:
-    """Share of the true pages among the first k of a ranking.
-
-    Raises
-    ------
-    ValueError : there are no true pages, so that recall means nothing.
-    """
+    """Share of the true pages among the first k of a ranking; ValueError where there are no true pages."""
     if not true:
         raise ValueError("recall without true pages: leave the question out")
     return len(set(ranked[:k]) & set(true)) / len(set(true))
 
 
-def layout_recall_at(ranked: Sequence[tuple[int, Box]], true: Sequence[tuple[int, Box]], k: int) -> float:
+def _area(boxes: Sequence[Box]) -> float:
+    """Area that boxes cover together: what two of them cover counts once."""
+    corners = np.array(boxes).reshape(-1, 4)
+    xs, ys = np.unique(corners[:, ::2]), np.unique(corners[:, 1::2])
+    covered = np.zeros((len(ys), len(xs)), bool)  # cells between all edges
+    for left, top, right, bottom in corners:
+        rows = slice(*np.searchsorted(ys, (top, bottom)))
+        covered[rows, slice(*np.searchsorted(xs, (left, right)))] = True
+    return float((covered[:-1, :-1] * np.outer(np.diff(ys), np.diff(xs))).sum())
+
+
+def layout_recall_at(
+    ranked: Sequence[tuple[int, Box]], true: Sequence[tuple[int, Box]], k: int
+) -> float:
     """Area of the true layouts that the first k of a ranking cover, divided by their area (MMDocIR).
 
     Parameters
     ----------
-    ranked, true : (page, box) each.
-    k : how many of `ranked` count.
+    ranked, true : sequence of (page, box)
+    k : int
+        How many of `ranked` count.
 
     Raises
     ------
-    ValueError : there are no true layouts.
+    ValueError
+        There are no true layouts.
     """
     if not true:
         raise ValueError("recall without true layouts: leave the question out")
     covered = area = 0.0
     for page, (x1, y1, x2, y2) in true:
-        # cells between all edges, so that what two boxes cover counts once
-        cut = [np.clip(box, [x1, y1, x1, y1], [x2, y2, x2, y2]) for p, box in ranked[:k] if p == page]
-        xs, ys = (
-            np.unique([lo, hi, *(b[i] for b in cut for i in (a, a + 2))]) for lo, hi, a in ((x1, x2, 0), (y1, y2, 1))
-        )
-        hit = np.zeros((len(ys) - 1, len(xs) - 1), bool)
-        for b in cut:
-            hit |= np.outer((ys[:-1] >= b[1]) & (ys[1:] <= b[3]), (xs[:-1] >= b[0]) & (xs[1:] <= b[2]))
-        covered += (hit * np.outer(np.diff(ys), np.diff(xs))).sum()
+        inside = [
+            np.clip(box, [x1, y1, x1, y1], [x2, y2, x2, y2]) for p, box in ranked[:k] if p == page
+        ]
+        covered += _area(inside)
         area += (x2 - x1) * (y2 - y1)
-    return float(covered / area)
+    return covered / area
 
 
 def page_metric(text: str, pages: Collection[int]) -> dict[str, float]:
@@ -133,11 +153,16 @@ def page_metric(text: str, pages: Collection[int]) -> dict[str, float]:
 
     Parameters
     ----------
-    text : what the model wrote.
-    pages : the true page numbers, as the question counts them (from 1).
+    text : str
+        What the model wrote.
+    pages : collection of int
+        The true page numbers, as the question counts them (from 1).
     """
     ranked = list(dict.fromkeys(int(n) for n in re.findall(r"(?<![\d.])\d{1,6}(?![\d.]*\d)", text)))
-    return {"parsed": float(bool(ranked)), **{f"recall@{k}": recall_at(ranked, pages, k) for k in (1, 3, 5)}}
+    return {
+        "parsed": float(bool(ranked)),
+        **{f"recall@{k}": recall_at(ranked, pages, k) for k in (1, 3, 5)},
+    }
 
 
 # Texts
@@ -145,7 +170,7 @@ def page_metric(text: str, pages: Collection[int]) -> dict[str, float]:
 
 def plain(text: str) -> str:
     """Lower case, without punctuation, articles and repeated blanks."""
-    text = "".join(c for c in text.lower() if c not in string.punctuation)
+    text = text.lower().translate(str.maketrans("", "", string.punctuation))
     return " ".join(word for word in text.split() if word not in ("a", "an", "the"))
 
 
@@ -156,14 +181,12 @@ def said(text: str) -> str:
 
 def distance(a: str, b: str) -> int:
     """Levenshtein distance."""
-    row = np.arange(len(b) + 1)
-    steps = np.arange(len(b) + 1)
-    other = np.array(list(b))
-    for c in a:
-        best = np.minimum(row[1:] + 1, row[:-1] + (other != c)) if len(b) else row[1:]
-        start = np.concatenate([[row[0] + 1], best])
-        row = np.minimum.accumulate(start - steps) + steps  # insertions, all at once
-    return int(row[-1])
+    row = list(range(len(b) + 1))
+    for i, c in enumerate(a, 1):
+        above, row = row, [i]
+        for j, d in enumerate(b, 1):
+            row.append(min(above[j] + 1, row[-1] + 1, above[j - 1] + (c != d)))
+    return row[-1]
 
 
 def anls(text: str, golds: str | Sequence[str], threshold: float = 0.5) -> float:
@@ -178,15 +201,16 @@ def anls(text: str, golds: str | Sequence[str], threshold: float = 0.5) -> float
 def f1(text: str, gold: str) -> float:
     """F1 of the words of two texts."""
     a, b = Counter(plain(text).split()), Counter(plain(gold).split())
-    both = (a & b).total()
-    return 2 * both / (a.total() + b.total()) if both else 0.0
+    return 2 * (a & b).total() / max(1, a.total() + b.total())
 
 
 _EXACT = re.compile(
     r"https?://|\.(py|ipynb)$|^page|^\d+([-\s]\d+)?$|[ap]\.m\.|^\d{4}[-/\s]\d{1,2}([-/\s]\d{1,2})?$"
     r"|^\d{1,2}[-/\s]\d{1,2}[-/\s]\d{2,4}$|^[\w.%+-]+@[\w.-]+\.[a-z]{2,}$"
 )  # addresses, files, dates, numbers: nearly right is wrong
-_UNITS = re.compile(r"(?<=[\d\s])(miles?|million|billion|thousand|kg|meters|acres|minutes|feet|mm|m)$")
+_UNITS = re.compile(
+    r"(?<=[\d\s])(miles?|million|billion|thousand|kg|meters|acres|minutes|feet|mm|m)$"
+)
 
 
 def _bare(value: object) -> str:
@@ -205,12 +229,13 @@ def _number(value: object) -> float | None:
 
 def _close(gold: float, found: float) -> bool:
     """Equal within 1 % or to two places; a per cent sign may have been taken along or not."""
+    golds = gold / 100, gold, gold * 100
     return any(
-        math.isclose(g, found, rel_tol=0.01) or round(g, 2) == round(found, 2) for g in (gold / 100, gold, gold * 100)
+        math.isclose(g, found, rel_tol=0.01) or round(g, 2) == round(found, 2) for g in golds
     )
 
 
-def _as_list(value: object) -> list:
+def _entries(value: object) -> list:
     """A list, or the text of one; any other text is its only entry."""
     if isinstance(value, str) and value.strip().startswith("["):
         for read in (ast.literal_eval, json.loads):
@@ -222,6 +247,29 @@ def _as_list(value: object) -> list:
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
+def _score(parsed: bool, score: float) -> dict[str, float]:
+    return {"parsed": float(parsed), "score": float(score)}
+
+
+def _by_number(answer: str, gold: str, same: Callable[[float, float], bool]) -> dict[str, float]:
+    true, found = _number(gold), _number(answer)
+    return _score(found is not None, None not in (true, found) and same(true, found))
+
+
+def _by_text(answer: str, gold: str) -> dict[str, float]:
+    true, found = _bare(gold), _bare(answer).rstrip(".")
+    return _score(bool(found), found == true if _EXACT.search(true) else anls(found, true))
+
+
+def _by_entries(answer: str, gold: str) -> dict[str, float]:
+    true, found = (sorted(map(_bare, _entries(value))) for value in (gold, answer))
+    if not any(found) or len(true) != len(found):
+        return _score(any(found), 0)
+    if any(_number(entry) is not None or _EXACT.search(entry) for entry in true):
+        return _score(True, true == found)
+    return _score(True, min(anls(f, t) for f, t in zip(found, true)))
+
+
 def doc_rule(text: str, gold: str, kind: str) -> dict[str, float]:
     """MMLongBench-Doc: the rule of each answer_format, applied to what stands behind "Answer:".
 
@@ -231,35 +279,26 @@ def doc_rule(text: str, gold: str, kind: str) -> dict[str, float]:
 
     Parameters
     ----------
-    text : what the model wrote; the benchmark has another model cut the short answer out of it first.
-    gold, kind : the row's answer and answer_format.
+    text : str
+        What the model wrote; the benchmark has another model cut the short answer out of it first.
+    gold, kind : str
+        The row's answer and answer_format.
 
     Raises
     ------
-    ValueError : an answer_format that the benchmark does not have.
+    ValueError
+        An answer_format that the benchmark does not have.
     """
-    answer, parsed, value = said(text), True, 0.0
+    answer = said(text)
     if kind == "Int":
-        true, found = _number(gold), _number(answer)
-        parsed = found is not None
-        value = float(parsed and true is not None and int(true) == int(found))
-    elif kind == "Float":
-        true, found = _number(gold), _number(answer)
-        parsed = found is not None
-        value = float(parsed and true is not None and _close(true, found))
-    elif kind in ("Str", "None"):
-        true, found = _bare(UNANSWERABLE if kind == "None" else gold), _bare(answer).rstrip(".")
-        parsed = bool(found)
-        value = (float(true == found) if _EXACT.search(true) else anls(found, true)) if parsed else 0.0
-    elif kind == "List":
-        true, found = (sorted(map(_bare, _as_list(v))) for v in (gold, answer))
-        parsed = any(found)
-        if parsed and len(true) == len(found):
-            strict = [_number(t) is not None or bool(_EXACT.search(t)) for t in true]
-            value = float(true == found) if any(strict) else min(anls(f, t) for f, t in zip(found, true))
-    else:
-        raise ValueError(f"answer_format {kind!r}: take Int, Float, Str, List or None")
-    return {"parsed": float(parsed), "score": float(value)}
+        return _by_number(answer, gold, lambda true, found: int(true) == int(found))
+    if kind == "Float":
+        return _by_number(answer, gold, _close)
+    if kind in ("Str", "None"):
+        return _by_text(answer, UNANSWERABLE if kind == "None" else gold)
+    if kind == "List":
+        return _by_entries(answer, gold)
+    raise ValueError(f"answer_format {kind!r}: take Int, Float, Str, List or None")
 
 
 def doc_qa(text: str, gold: str, kind: str) -> dict[str, float]:
@@ -267,30 +306,43 @@ def doc_qa(text: str, gold: str, kind: str) -> dict[str, float]:
 
     Parameters
     ----------
-    text : what the model wrote.
-    gold, kind : the row's answer and answer_format: Integer, Float, String, List or None.
+    text : str
+        What the model wrote.
+    gold, kind : str
+        The row's answer and answer_format: Integer, Float, String, List or None.
 
     Raises
     ------
-    ValueError : an answer_format that the benchmark does not have.
+    ValueError
+        An answer_format that the benchmark does not have.
     """
     answer = said(text)
+    if kind in ("Integer", "Float"):
+        true, same = _number(gold), _close if kind == "Float" else float.__eq__
+        found = [float(n) for n in re.findall(NUMBER, answer.replace(",", ""))]
+        return _score(bool(found), true is not None and any(same(true, n) for n in found))
+    if kind in ("String", "None"):
+        exact = _EXACT.search(gold.lower())
+        return _score(bool(answer), gold.lower() in answer.lower() if exact else f1(answer, gold))
     if kind == "List":
-        entries = [str(entry) for entry in _as_list(gold)]
-        soft = [e for e in entries if _number(e) is None and not _EXACT.search(e.lower())]
-        merged = [" ".join(soft)] * bool(soft) + [e for e in entries if e not in soft]
-        kinds = ["String" if (n := _number(e)) is None else "Integer" if n == int(n) else "Float" for e in merged]
-        value = float(np.mean([doc_qa(text, e, k)["score"] for e, k in zip(merged, kinds)])) if merged else 0.0
-    elif kind in ("Integer", "Float"):
-        true, found = _number(gold), [float(n) for n in re.findall(NUMBER, answer.replace(",", ""))]
-        same = (lambda n: n == true) if kind == "Integer" else (lambda n: _close(true, n))
-        value = float(true is not None and any(same(n) for n in found))
-        return {"parsed": float(bool(found)), "score": value}
-    elif kind in ("String", "None"):
-        value = float(gold.lower() in answer.lower()) if _EXACT.search(gold.lower()) else f1(answer, gold)
-    else:
-        raise ValueError(f"answer_format {kind!r}: take Integer, Float, String, List or None")
-    return {"parsed": float(bool(answer)), "score": value}
+        entries = [str(entry) for entry in _entries(gold)]
+        words = [
+            entry
+            for entry in entries
+            if _number(entry) is None and not _EXACT.search(entry.lower())
+        ]
+        parts = [entry for entry in entries if entry not in words]
+        parts += [" ".join(words)] * bool(words)  # texts are compared as one
+        scores = [doc_qa(text, part, _kind(part))["score"] for part in parts]
+        return _score(bool(answer), np.mean(scores) if scores else 0)
+    raise ValueError(f"answer_format {kind!r}: take Integer, Float, String, List or None")
+
+
+def _kind(entry: str) -> str:
+    number = _number(entry)
+    if number is None:
+        return "String"
+    return "Integer" if number.is_integer() else "Float"
 
 
 def sub_em(text: str, golds: str | Sequence[str]) -> dict[str, float]:
@@ -305,13 +357,16 @@ def soft_acc(text: str, counts: Sequence[int]) -> dict[str, float]:
     answer = said(text)
     lists = re.findall(r"\[[\d\s,]+\]", answer)
     found = [int(n) for n in re.findall(r"\d{1,9}", lists[-1] if lists else answer)]
-    return {"parsed": float(bool(found)), "soft_acc": float(bool(found) and sum(found) == sum(counts))}
+    return {
+        "parsed": float(bool(found)),
+        "soft_acc": float(bool(found) and sum(found) == sum(counts)),
+    }
 
 
 def yes_no(text: str, right: str) -> dict[str, float]:
     """The last "yes" or "no" of the text is the right one."""
     found = re.findall(r"\b(yes|no)\b", said(text).lower())
-    return {"parsed": float(bool(found)), "accuracy": float(bool(found) and found[-1] == right.strip().lower())}
+    return {"parsed": float(bool(found)), "accuracy": float(found[-1:] == [right])}
 
 
 def letter(text: str, options: Sequence[str]) -> int | None:
@@ -320,13 +375,21 @@ def letter(text: str, options: Sequence[str]) -> int | None:
     bracketed = set(re.findall(rf"\(([A-{last}])\)", text))
     if len(bracketed) > 1:
         return None
-    for pattern in (rf"^\W*([A-{last}])(?![A-Za-z'])", rf"(?i:answer|option)(?: is)?:?\s*\(?([A-{last}])(?![A-Za-z'])"):
+    for pattern in (
+        rf"^\W*([A-{last}])(?![A-Za-z'])",
+        rf"(?i:answer|option)(?: is)?:?\s*\(?([A-{last}])(?![A-Za-z'])",
+    ):
         found = re.search(pattern, text)
         behind = text[found.end() :] if found else ""
         # "A man ..." is the article, "A or B" is no choice
-        if found and not re.match(r"\W+(or|and)\b", behind) and not (found[1] == "A" and re.match(r"\s+[a-z]", behind)):
+        if (
+            found
+            and not re.match(r"\W+(or|and)\b", behind)
+            and not (found[1] == "A" and re.match(r"\s+[a-z]", behind))
+        ):
             return ord(found[1]) - ord("A")
-    same = [i for i, option in enumerate(options) if plain(option) and plain(option) == plain(said(text))]
+    answer = plain(said(text))
+    same = [i for i, option in enumerate(options) if plain(option) and plain(option) == answer]
     if len(same) == 1:
         return same[0]
     return ord(bracketed.pop()) - ord("A") if bracketed else None
@@ -337,9 +400,12 @@ def choice_metric(text: str, options: Sequence[str], right: int) -> dict[str, fl
 
     Parameters
     ----------
-    text : what the model wrote.
-    options : their texts, or empty texts where they are pictures.
-    right : index of the right one.
+    text : str
+        What the model wrote.
+    options : sequence of str
+        Their texts, or empty texts where they are pictures.
+    right : int
+        Index of the right one.
     """
     found = letter(text, options)
     return {"parsed": float(found is not None), "accuracy": float(found == right)}
@@ -353,17 +419,20 @@ def table(results: pd.DataFrame, by: str | list[str] | None = None) -> pd.DataFr
 
     Parameters
     ----------
-    results : its rows; the metrics are the columns behind "parsed".
-    by : columns to group by, such as "condition"; None gives one row.
+    results : DataFrame
+        Its rows; the metrics are the columns behind "parsed".
+    by : str or list of str, optional
+        Columns to group by, such as "condition"; None gives one row.
 
     Returns
     -------
-    DataFrame : n, unparsed (how many answers could not be read; they count as wrong), and the mean of each metric.
+    DataFrame
+        n, unparsed (how many answers could not be read; they count as wrong), and the mean of each metric.
     """
     names = list(results.columns[results.columns.get_loc("parsed") + 1 :])
-    groups = [("all", results)] if by is None else results.groupby(by, sort=False)
-    rows = {key: {"n": len(g), "unparsed": int((g["parsed"] != 1).sum()), **g[names].mean()} for key, g in groups}
-    return pd.DataFrame.from_dict(rows, orient="index")
+    groups = results.groupby((lambda row: "all") if by is None else by, sort=False)
+    counts = groups["parsed"].agg(n="size", unparsed=lambda parsed: int((parsed != 1).sum()))
+    return counts.join(groups[names].mean())
 
 
 def macro_mean(results: pd.DataFrame, metric: str, task: str = "task") -> float:

@@ -2,76 +2,89 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
-from ..samples import Sample
-from .media import Video, unpack_all, video
+from .media import unpack_all, video
 from .metrics import choice_metric
-from .rows import Found, Row, files, guarded, json_list, locate
+from .rows import Found, Loader, Positive, Row, Text, files, json_list
 
-HUB = "MLVU/MVLU"
 TASKS = ("plotQA", "needle", "ego", "order", "count", "topic_reasoning", "anomaly_reco")
 VIDEOS = (".mp4", ".avi", ".mkv", ".mov", ".webm")
 ASK = "Look at the video and choose the best option of the question.\n"
 
 
-def samples(source: str | Path | None, *, revision: str | None = None, fps: float = 1.0, max_frames: int = 64) -> Found:
+class Question(Row):
+    task: Text
+    video: Text
+    duration: Positive
+    question: Text
+    candidates: list[Any]
+    answer: Text
+    question_type: Text
+
+
+@dataclass(kw_only=True)
+class MLVU(Loader):
     """A sample for each question, without evidence; those on one video follow each other and share its frames.
+
+    Its terms must be accepted on the hub.
 
     Parameters
     ----------
-    source : a folder, a hub id, or None for the benchmark's own (its terms must be accepted on the hub).
-    revision : version on the hub.
-    fps, max_frames : frames a second, and at most how many, then evenly over the whole video.
+    fps, max_frames : float, int
+        Frames a second, and at most how many, then evenly over the whole video.
     """
-    folder = locate(source, HUB, revision=revision, patterns=["*.json", *(f"*{ending}" for ending in VIDEOS)])
-    paths = files(folder, "*.json", "download the benchmark again")
-    unpack_all(folder)
-    at_hand: dict[str, list[Path]] = {}
-    for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in VIDEOS):
-        at_hand.setdefault(path.name, []).append(path)
-    for path in paths:
-        task = path.stem.split("_", 1)[-1]  # question_type spells one of them in another way
-        if task not in TASKS:
-            continue  # open-ended tasks, and files of the download itself
-        groups: dict[str, list[tuple[str, object]]] = {}
-        for i, values in enumerate(json_list(path)):
-            name = values.get("video") if isinstance(values, dict) else i
-            groups.setdefault(str(name), []).append((f"mlvu-{path.stem}-{i}", values))
-        for group in groups.values():
-            clips: list[Video] = []  # of the first row that can read it
-            for id, values in group:
-                yield from guarded(id, _row, id, values, task, at_hand, clips, fps, max_frames)
 
+    name, hub, patterns = "mlvu", "MLVU/MVLU", ("*.json", *(f"*{ending}" for ending in VIDEOS))
+    context = ("task", "video")
+    fps: float = 1.0
+    max_frames: int = 64
 
-def _row(
-    id: str, values, task: str, at_hand: dict[str, list[Path]], clips: list[Video], fps: float, most: int
-) -> Found:
-    row = Row(id, values)
-    name = row.text("video")
-    question, answer = row.text("question"), row.text("answer")
-    row.number("duration")
-    row.text("question_type")
-    options = [str(option).strip() for option in row.get("candidates", list)]
-    if options.count(answer) != 1:
-        row.fail("answer", f"{answer!r} stands {options.count(answer)} times among the candidates", "Leave the row out")
-    if not clips:
-        found = at_hand.get(Path(name).name, [])
-        found = [p for p in found if task.lower() in p.parent.name.lower()] if len(found) > 1 else found
+    def rows(self) -> Iterator[tuple[str, Any]]:
+        paths = files(self.folder, "*.json")
+        unpack_all(self.folder)
+        for path in paths:
+            task = path.stem.split("_", 1)[-1]  # question_type spells one of them in another way
+            if task not in TASKS:
+                continue  # open-ended ones, and files of the download itself
+            for i, values in enumerate(json_list(path)):
+                values = values | {"task": task} if isinstance(values, dict) else values
+                yield f"mlvu-{path.stem}-{i}", values
+
+    def samples(self, id: str, values: Any) -> Found:
+        row = Question.of(id, values)
+        options = [str(option).strip() for option in row.candidates]
+        times = options.count(row.answer)
+        if times != 1:
+            row.fail(
+                "answer",
+                f"{row.answer!r} stands {times} times among the candidates",
+                "Leave the row out",
+            )
+        path = self._find(row)
+        with row.reading("video", f"the video {path.name}"):
+            clip = self.kept(path, partial(video, path, fps=self.fps, most=self.max_frames))
+        right = options.index(row.answer)
+        letters = [chr(ord("A") + i) for i in range(len(options))]
+        choices = "\n".join(f"({letter}) {option}" for letter, option in zip(letters, options))
+        text = f"{ASK}Question: {row.question}\nOptions:\n{choices}\nBest option: ("
+        metric = partial(choice_metric, options=options, right=right)
+        yield self.sample(
+            id, [clip.part], text, row.question, [], letters[right], metric, task=row.task
+        )
+
+    @cached_property
+    def videos(self) -> list[Path]:
+        return sorted(path for path in self.folder.rglob("*") if path.suffix.lower() in VIDEOS)
+
+    def _find(self, row: Question) -> Path:
+        found = [path for path in self.videos if path.name == Path(row.video).name]
+        if len(found) > 1:  # tasks have videos of one name
+            found = [path for path in found if row.task.lower() in path.parent.name.lower()]
         if len(found) != 1:
-            mend = f"Fetch it with `hf download --repo-type dataset {HUB}`"
-            row.fail("video", f"{len(found)} files {name} below the folder", mend)
-        clips.append(video(found[0], id, "video", fps=fps, most=most)[0])
-    [clip], right = clips, options.index(answer)
-    listed = "\n".join(f"({chr(ord('A') + i)}) {option}" for i, option in enumerate(options))
-    text = f"{ASK}Question: {question}\nOptions:\n{listed}\nBest option: ("
-    yield Sample(
-        id,
-        [{"role": "user", "content": [clip.part, {"type": "text", "text": text}]}],
-        [],
-        chr(ord("A") + right),
-        question,
-        {"benchmark": "mlvu", "task": task},
-        partial(choice_metric, options=options, right=right),
-    )
+            self.fetch(row, "video", f"single {row.video}")
+        return found[0]

@@ -1,74 +1,257 @@
-"""MMLongBench (long contexts of pages, needles and haystacks) and MMLongBench-Doc (questions on whole documents)."""
+"""MMLongBench: long contexts of pages, needles and haystacks."""
 
 from __future__ import annotations
 
 import re
-from functools import partial
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import chain
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from PIL import Image
+from pydantic import BeforeValidator, Field
 
-from ..samples import Evidence, Pages, Sample, SampleError, Span
-from .media import image, pdf_pages, unpack_all
-from .metrics import UNANSWERABLE, choice_metric, doc_qa, doc_rule, soft_acc, sub_em, yes_no
-from .rows import AGAIN, Found, Row, files, guarded, json_lines, locate, parquet_rows
+from ..samples import Evidence, Pages, Sample, Span
+from .media import image, unpack_all
+from .metrics import choice_metric, doc_qa, soft_acc, sub_em, yes_no
+from .mmlongbench_doc import ASK as ASK_DOC
+from .rows import Found, Integers, Loader, Names, Row, Text, files, guarded, images, json_lines
 
-HUB = "ZhaoweiWang/MMLongBench"
-DOC_HUB = "yubo2333/MMLongBench-Doc"
 SLOT = "<image>"
-ASK = "Answer as concisely as you can, with a single phrase where that is possible"
-ASK_DOC = f"{ASK}; where the document does not say it, write 'Not answerable'. Question: "
-FORMATS = ("Integer", "Float", "String", "List", "None")
-DOC_FORMATS = ("Int", "Float", "Str", "List", "None")
-DOC_COLUMNS = ["doc_id", "doc_type", "question", "answer", "evidence_pages", "evidence_sources", "answer_format"]
+ASK = "Answer as concisely as you can, with a single phrase where that is possible. Question: "
 
 
-class Pictures:
-    """Picture files of a download, each decoded once as long as this lives."""
-
-    def __init__(self, roots: list[Path]):
-        self.roots, self._open = roots, {}
-
-    def __call__(self, row: Row, where: str, name: Any) -> Image.Image:
-        if not isinstance(name, str) or not name or PurePosixPath(name).is_absolute() or ".." in Path(name).parts:
-            row.fail(where, f"{str(name)[:60]!r} is no path inside the download")
-        if name not in self._open:
-            found = next((root / name for root in self.roots if (root / name).is_file()), None)
-            if found is None:
-                row.fail(where, f"there is no {name}", f"Fetch it with `hf download --repo-type dataset {HUB}`")
-            self._open[name] = image(found, row.id, where)
-        return self._open[name]
+def _spelled(value: Any) -> Any:
+    """Numbers and lists as text."""
+    return (
+        str(value)
+        if isinstance(value, (int, float, list)) and not isinstance(value, bool)
+        else value
+    )
 
 
-def samples(source: str | Path | None, *, split: str = "mmlongdoc_K8", revision: str | None = None) -> Found:
+Spelled = Annotated[Text, BeforeValidator(_spelled)]
+
+
+class DocumentQuestion(Row):
+    doc_name: Text
+    question: Text
+    answer: Spelled
+    answer_format: Literal["Integer", "Float", "String", "List", "None"]
+    page_list: list[Any]  # of pictures
+    ans_page_list: Integers  # in the document, from 0
+
+
+class Paragraph(Row):
+    text: str
+
+
+class Picture(Row):
+    image: Text
+
+
+class Haystack(Row):
+    """MM-NIAH (paragraphs with pictures between) and Visual Haystack (names of pictures alone)."""
+
+    ctxs: list[Any]
+    question: Text
+    answer: Any
+    positive_ctxs: list[Any]
+    image_list: Names = Field(default_factory=list)
+    choices_image: Names = Field(default_factory=list)
+    needle_image_list: Names = Field(default_factory=list)
+
+
+class Counts(Row):
+    answer: Integers
+
+
+class Answers(Row):
+    answer: Annotated[
+        list[Spelled],
+        BeforeValidator(lambda value: value if isinstance(value, list) else [value]),
+        Field(min_length=1),
+    ]
+
+
+@dataclass(kw_only=True)
+class MMLongBench(Loader):
     """A sample for each row of one of MMLongBench's files on document questions, needles (MM-NIAH) and haystacks.
 
-    Questions on the same pages follow each other and share them.
+    Questions on the same pages follow each other and share them. Archives in the folder are unpacked.
 
     Parameters
     ----------
-    source : a folder, a hub id, or None for the benchmark's own; archives in it are unpacked.
-    split : the file, as {task}_K{8,16,32,64,128}, without ".jsonl".
-    revision : version on the hub.
+    split : str
+        The file, as {task}_K{8,16,32,64,128}, without ".jsonl".
     """
-    folder = locate(source, HUB, revision=revision, patterns=["*.tar.gz", "*.jsonl"])
-    unpack_all(folder)
-    known = ", ".join(sorted(p.stem for p in folder.rglob("*.jsonl"))) or "none"
-    [path, *_] = files(folder, f"{split}.jsonl", f"take as split= one of: {known}")
-    below = [d for pattern in ("*", "*/*", "*/*/documentQA") for d in sorted(folder.glob(pattern)) if d.is_dir()]
-    roots = [folder, *below]
-    groups: dict[tuple, list[tuple[str, object]]] = {}
-    for name, values in json_lines(path):
-        id = f"mmlongbench-{name}"
-        if isinstance(values, dict) and "page_list" in values:  # paths alone, so that all fit in memory
-            groups.setdefault((str(values["page_list"]),), []).append((id, values))
+
+    name, hub = "mmlongbench", "ZhaoweiWang/MMLongBench"
+    patterns, context = ("*.tar.gz", "*.jsonl"), ("page_list",)
+    split: str = "mmlongdoc_K8"
+
+    def rows(self) -> Iterator[tuple[str, Any]]:
+        unpack_all(self.folder)
+        known = ", ".join(sorted(path.stem for path in self.folder.rglob("*.jsonl"))) or "none"
+        [path, *_] = files(self.folder, f"{self.split}.jsonl", f"take as split= one of: {known}")
+        for name, values in json_lines(path):
+            yield f"mmlongbench-{name}", values
+
+    def __iter__(self) -> Found:
+        on_documents = []
+        for id, values in self.rows():
+            if (
+                isinstance(values, dict) and "page_list" in values
+            ):  # paths alone, so that all fit in memory
+                on_documents.append((id, values))
+            else:
+                yield from guarded(id, self._haystack, values)
+        yield from self.by_context(on_documents)
+
+    @cached_property
+    def roots(self) -> list[Path]:
+        """Folders that paths of pictures may start from."""
+        below = [sorted(self.folder.glob(pattern)) for pattern in ("*", "*/*", "*/*/documentQA")]
+        return [self.folder, *chain(*below)]
+
+    def picture(
+        self, row: Row, field: str, name: Any, decoded: dict[str, Image.Image]
+    ) -> Image.Image:
+        """A picture by its path in the download, decoded once."""
+        if (
+            not isinstance(name, str)
+            or not name
+            or PurePosixPath(name).is_absolute()
+            or ".." in Path(name).parts
+        ):
+            row.fail(field, f"{str(name)[:60]!r} is no path inside the download")
+        if name not in decoded:
+            path = next((root / name for root in self.roots if (root / name).is_file()), None)
+            if path is None:
+                self.fetch(row, field, name)
+            with row.reading(field, name):
+                decoded[name] = image(path)
+        return decoded[name]
+
+    def samples(self, id: str, values: Any) -> Found:
+        """Of a question on pages of documents."""
+        row = DocumentQuestion.of(id, values)
+        document = row.doc_name.removesuffix(".pdf")
+        decoded = self.kept(str(row.page_list), dict)
+        names, content = [], []
+        for path in row.page_list:
+            name = _page(path)
+            if name is None:
+                row.fail("page_list", f"{str(path)[:60]!r} does not say document and page")
+            names.append(name)
+            content.append({"type": "text", "text": f"\nDocument {name[0]} (page {name[1]}): "})
+            content += images([self.picture(row, "page_list", path, decoded)])
+        positions: list[int] = []
+        for page in row.ans_page_list:
+            # the list is cut and padded with other documents' pages: only the file's name says what a picture is
+            found = [i for i, name in enumerate(names) if name == (document, page)]
+            if not found:
+                problem = f"page {page} of {document} is not in page_list"
+                row.fail("ans_page_list", problem, "Take a longer K, or leave it out")
+            positions += found
+        text = f"\n{ASK_DOC}Based on Document {document}, answer the following question. {row.question}"
+        evidence, kind = [Pages(positions)] if positions else [], row.answer_format
+        metric = partial(doc_qa, gold=row.answer, kind=kind)
+        meta = dict(task=self.split, format=kind)
+        yield self.sample(id, content, text, row.question, evidence, row.answer, metric, **meta)
+
+    def _haystack(self, id: str, values: Any) -> Found:
+        row = Haystack.of(id, values)
+        if "image" in values:
+            row.fail(
+                "image", "belongs to another task", "Take files on documents, needles or haystacks"
+            )
+        if all(isinstance(context, str) for context in row.ctxs):
+            texts, names = [SLOT] * len(row.ctxs), row.ctxs + row.image_list
         else:
-            yield from guarded(id, _haystack, id, values, split, Pictures(roots))
-    for group in groups.values():
-        pictures = Pictures(roots)
-        for id, values in group:
-            yield from guarded(id, _pages, id, values, split, pictures)
+            texts, names = [Paragraph.of(id, context).text for context in row.ctxs], row.image_list
+        choices = [f"\n{chr(ord('A') + i)}. {SLOT}" for i in range(len(row.choices_image))]
+        question = row.question + "".join(choices)
+        slots = sum(text.count(SLOT) for text in texts)
+        shown = self._shown(
+            row, names + (row.choices_image or row.needle_image_list), slots + question.count(SLOT)
+        )
+        content = []
+        for text in texts:
+            content += [*_interleaved(text, shown), {"type": "text", "text": "\n\n"}]
+        asked = _interleaved(question, shown)
+        content += [{"type": "text", "text": ASK}, *asked]
+        quoted = max((text.strip() for text in _texts(asked)), key=len, default="")
+        evidence = self._needles(row, names[:slots], "".join(_texts(content)))
+        answer, metric = self._answer(row, values)
+        meta = {"benchmark": self.name, "task": self.split}
+        yield Sample(
+            id, [{"role": "user", "content": content}], evidence, answer, quoted, meta, metric
+        )
+
+    def _shown(self, row: Haystack, names: list, slots: int) -> Iterator[Image.Image]:
+        """The pictures in the order of the slots that they fill."""
+        if slots != len(names):
+            row.fail("image_list", f"{len(names)} pictures for {slots} times {SLOT}")
+        decoded: dict[str, Image.Image] = {}
+        return iter([self.picture(row, "image_list", name, decoded) for name in names])
+
+    def _needles(self, row: Haystack, names: list[str], text: str) -> list[Evidence]:
+        """Where the positive contexts stand: their pictures, among those of `names`, or their pieces of the text."""
+        pages: set[int] = set()
+        spans: list[Evidence] = []
+        in_pictures = (
+            "-image" in self.split or "_image" in self.split or self.split.startswith("vh")
+        )
+        for needle in row.positive_ctxs:
+            if (
+                in_pictures
+            ):  # all pictures have the same text, so only the file's name tells them apart
+                name = needle if isinstance(needle, str) else Picture.of(row._id, needle).image
+                found = {
+                    i
+                    for i, other in enumerate(names)
+                    if other == name or other.endswith("/" + name)
+                }
+                if not found:
+                    row.fail(
+                        "positive_ctxs",
+                        f"the picture {name} is not among those shown",
+                        "Leave the row out",
+                    )
+                pages |= found
+                continue
+            for piece in Paragraph.of(row._id, needle).text.split(SLOT):
+                piece = piece.strip()
+                if re.search(r"\w", piece):
+                    if text.count(piece) != 1:
+                        times = f"{piece[:60]!r} stands {text.count(piece)} times"
+                        row.fail("positive_ctxs", times, "Leave the row out")
+                    spans.append(Span(piece))
+        return [Pages(sorted(pages))] if pages else spans
+
+    def _answer(self, row: Haystack, values: dict) -> tuple[str, Callable[[str], dict[str, float]]]:
+        if row.choices_image:
+            options = [""] * len(row.choices_image)
+            if type(row.answer) is not int or not 0 <= row.answer < len(options):
+                row.fail(
+                    "answer", f"{row.answer!r} is not among {len(options)} choices, counted from 0"
+                )
+            return chr(ord("A") + row.answer), partial(
+                choice_metric, options=options, right=row.answer
+            )
+        if "counting" in self.split:
+            counts = Counts.of(row._id, values).answer
+            return str(counts), partial(soft_acc, counts=counts)
+        if self.split.startswith("vh"):
+            right = str(row.answer).strip().lower()
+            if right not in ("yes", "no"):
+                row.fail("answer", f"{right!r} is neither yes nor no")
+            return right.capitalize(), partial(yes_no, right=right)
+        golds = Answers.of(row._id, values).answer
+        return golds[0], partial(sub_em, golds=golds)
 
 
 def _page(path: Any) -> tuple[str, int] | None:
@@ -76,187 +259,26 @@ def _page(path: Any) -> tuple[str, int] | None:
 
     ``document/..._page7.jpg`` counts from 0, as ans_page_list does; ``document/...-8-1024.jpg``, of SlideVQA, from 1.
     """
-    for pattern, first in ((r"([^/]+)/[^/]*page[_-]?(\d+)\.\w+$", 0), (r"([^/]+)/[^/]*-(\d+)-\d+\.\w+$", 1)):
+    for pattern, first in (
+        (r"([^/]+)/[^/]*page[_-]?(\d+)\.\w+$", 0),
+        (r"([^/]+)/[^/]*-(\d+)-\d+\.\w+$", 1),
+    ):
         found = re.search(pattern, path) if isinstance(path, str) else None
         if found and int(found[2]) >= first:
             return found[1].removesuffix(".pdf"), int(found[2]) - first
     return None
 
 
-def _pages(id: str, values: dict, split: str, pictures: Pictures) -> Found:
-    row = Row(id, values)
-    document, question = row.text("doc_name").removesuffix(".pdf"), row.text("question")
-    kind, gold = row.text("answer_format"), _text(row, "answer")
-    if kind not in FORMATS:
-        row.fail("answer_format", f"{kind!r} is none of {', '.join(FORMATS)}")
-    listed, content = row.get("page_list", list), []
-    names = [_page(path) for path in listed]
-    for name, path in zip(names, listed):
-        if name is None:
-            row.fail("page_list", f"{str(path)[:60]!r} does not say document and page")
-        content.append({"type": "text", "text": f"\nDocument {name[0]} (page {name[1]}): "})
-        content.append({"type": "image", "image": pictures(row, "page_list", path)})
-    places = []
-    for page in row.integers("ans_page_list"):
-        # the list is cut and padded with other documents' pages: only the file's name says what a picture is
-        found = [i for i, name in enumerate(names) if name == (document, page)]
-        if not found:
-            row.fail(
-                "ans_page_list", f"page {page} of {document} is not in page_list", "Take a longer K, or leave it out"
-            )
-        places += found
-    text = f"\n{ASK_DOC}Based on Document {document}, answer the following question. {question}"
-    yield Sample(
-        id,
-        [{"role": "user", "content": [*content, {"type": "text", "text": text}]}],
-        [Pages(places)] if places else [],
-        gold,
-        question,
-        {"benchmark": "mmlongbench", "task": split, "format": kind},
-        partial(doc_qa, gold=gold, kind=kind),
-    )
-
-
-def _haystack(id: str, values: object, split: str, pictures: Pictures) -> Found:
-    """MM-NIAH (paragraphs with pictures between) and Visual Haystack (pictures alone)."""
-    row = Row(id, values)
-    if "image" in row.values:
-        row.fail("image", "belongs to another task", "Take files on documents, needles or haystacks")
-    contexts, question = row.get("ctxs", list), row.text("question")
-    if values.get("choices_image"):
-        question += "".join(f"\n{chr(ord('A') + i)}. {SLOT}" for i in range(len(row.get("choices_image", list))))
-    asked = values.get("choices_image") or values.get("needle_image_list") or []
-    names = list(values.get("image_list") or []) + list(asked)
-    if contexts and all(isinstance(context, str) for context in contexts):
-        texts, names = [SLOT] * len(contexts), contexts + names
-    else:
-        texts = [Row(id, context).get("text", str) for context in contexts]
-    places = sum(text.count(SLOT) for text in texts)
-    if places + question.count(SLOT) != len(names):
-        row.fail("image_list", f"{len(names)} pictures for {places + question.count(SLOT)} places {SLOT}")
-    shown = iter([pictures(row, "image_list", name) for name in names])
-    content = [part for text in texts for part in (*_interleaved(text, shown), {"type": "text", "text": "\n\n"})]
-    pieces = _interleaved(question, shown)
-    quoted = max((part["text"].strip() for part in pieces if part["type"] == "text"), key=len, default="")
-    content += [{"type": "text", "text": f"{ASK}. Question: "}, *pieces]
-    in_pictures = "-image" in split or "_image" in split or split.startswith("vh")
-    evidence = _needles(row, names[:places], in_pictures)
-    whole = "".join(part["text"] for part in content if part["type"] == "text")
-    for span in evidence:
-        if isinstance(span, Span) and whole.count(span.text) != 1:
-            row.fail("positive_ctxs", f"{span.text[:60]!r} stands {whole.count(span.text)} times", "Leave the row out")
-    answer, metric = _answer(row, split)
-    meta = {"benchmark": "mmlongbench", "task": split}
-    yield Sample(id, [{"role": "user", "content": content}], evidence, answer, quoted, meta, metric)
-
-
-def _interleaved(text: str, shown) -> list[dict]:
-    """Parts of a message: a text, its places filled with the next pictures."""
+def _interleaved(text: str, shown: Iterator[Image.Image]) -> list[dict]:
+    """Parts of a message: a text, its slots filled with the next pictures."""
     parts: list[dict] = []
     for i, piece in enumerate(text.split(SLOT)):
         if i:
-            parts.append({"type": "image", "image": next(shown)})
+            parts += images([next(shown)])
         if piece:
             parts.append({"type": "text", "text": piece})
     return parts
 
 
-def _needles(row: Row, names: list[str], in_pictures: bool) -> list[Evidence]:
-    """Where the positive contexts stand: their pictures, among those of `names`, or their text."""
-    pages: list[int] = []
-    spans: list[Evidence] = []
-    for needle in row.get("positive_ctxs", list):
-        needle = {"image": needle} if isinstance(needle, str) else Row(row.id, needle).values
-        if in_pictures:  # all pictures have the same text, so only the file's name tells them apart
-            name = Row(row.id, needle).text("image")
-            found = [i for i, other in enumerate(names) if other == name or other.endswith("/" + name)]
-            if not found:
-                row.fail("positive_ctxs", f"the picture {name} is not among those shown", "Leave the row out")
-            pages += found
-        else:
-            text = Row(row.id, needle).text("text")
-            spans += [Span(piece.strip()) for piece in text.split(SLOT) if re.search(r"\w", piece)]
-    return [Pages(sorted(set(pages)))] if pages else spans
-
-
-def _text(row: Row, name: str) -> str:
-    """A text, number or list as text."""
-    return str(row.get(name, str, int, float, list)).strip() or row.fail(name, "is empty")
-
-
-def _answer(row: Row, split: str) -> tuple[str, partial]:
-    if row.values.get("choices_image"):
-        right, options = row.integer("answer"), [""] * len(row.values["choices_image"])
-        if right >= len(options):
-            row.fail("answer", f"{right} is not among {len(options)} choices, counted from 0")
-        return chr(ord("A") + right), partial(choice_metric, options=options, right=right)
-    if "counting" in split:
-        counts = row.integers("answer")
-        return str(counts), partial(soft_acc, counts=counts)
-    if split.startswith("vh"):
-        right = _text(row, "answer").lower()
-        if right not in ("yes", "no"):
-            row.fail("answer", f"{right!r} is neither yes nor no")
-        return right.capitalize(), partial(yes_no, right=right)
-    several = isinstance(row.values.get("answer"), list)
-    golds = [str(gold) for gold in row.values["answer"]] if several else [_text(row, "answer")]
-    if not golds or not all(gold.strip() for gold in golds):
-        row.fail("answer", "is empty")
-    return golds[0], partial(sub_em, golds=golds)
-
-
-def documents(source: str | Path | None, *, revision: str | None = None, max_pages: int = 120) -> Found:
-    """MMLongBench-Doc: a sample for each question; those on one document follow each other and share its pages.
-
-    Parameters
-    ----------
-    source : a folder, a hub id, or None for the benchmark's own; documents/*.pdf are rendered at 144 dpi.
-    revision : version on the hub.
-    max_pages : pages shown of a document, from its first; a question on a later one is an error.
-    """
-    folder = locate(source, DOC_HUB, revision=revision, patterns=["*.parquet", "*.pdf"])
-    paths = files(folder, "*.parquet", "download the benchmark again")
-    at_hand = {path.name: path for path in folder.rglob("*.pdf")}
-    groups: dict[str, list[tuple[str, dict]]] = {}
-    for at, row in parquet_rows(paths, DOC_COLUMNS):  # texts alone: all fit in memory
-        if isinstance(row, SampleError):
-            yield row
-        else:
-            name = str(row.get("doc_id"))
-            groups.setdefault(name, []).append((f"mmlongbench-doc-{name.removesuffix('.pdf')}-{at}", row))
-    for group in groups.values():
-        pages: list[Image.Image] = []  # of the first question that can read them
-        for id, row in group:
-            yield from guarded(id, _document, id, row, at_hand, pages, max_pages)
-
-
-def _document(id: str, values: dict, at_hand: dict[str, Path], pages: list[Image.Image], max_pages: int) -> Found:
-    row = Row(id, values)
-    name, question, gold = row.text("doc_id"), row.text("question"), row.text("answer")
-    kind, wanted = row.text("answer_format"), row.integers("evidence_pages")
-    if kind not in DOC_FORMATS:
-        row.fail("answer_format", f"{kind!r} is none of {', '.join(DOC_FORMATS)}")
-    if any(page < 1 for page in wanted):
-        row.fail("evidence_pages", f"{wanted} names a page below 1, but pages count from 1", "Leave the row out")
-    if name not in at_hand:
-        row.fail("doc_id", f"there is no {name}", f"Fetch it with `hf download --repo-type dataset {DOC_HUB}`")
-    if not pages:
-        pages.extend(pdf_pages(at_hand[name], max_pages, id, "doc_id"))
-    if max(wanted, default=0) > len(pages):
-        mend = f"Take max_pages={max(wanted)} or more" if len(pages) == max_pages else AGAIN
-        row.fail("evidence_pages", f"page {max(wanted)} is behind the {len(pages)} pages that are shown", mend)
-    parts = [{"type": "image", "image": picture} for picture in pages]
-    yield Sample(
-        id,
-        [{"role": "user", "content": [*parts, {"type": "text", "text": ASK_DOC + question}]}],
-        [Pages([page - 1 for page in wanted])] if wanted else [],
-        UNANSWERABLE.capitalize() if kind == "None" else gold,
-        question,
-        {
-            "benchmark": "mmlongbench-doc",
-            "task": str(values.get("doc_type") or ""),
-            "format": kind,
-            "sources": ", ".join(map(str, row.listed("evidence_sources"))) if values.get("evidence_sources") else "",
-        },
-        partial(doc_rule, gold=gold, kind=kind),
-    )
+def _texts(parts: list[dict]) -> list[str]:
+    return [part["text"] for part in parts if part["type"] == "text"]

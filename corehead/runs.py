@@ -1,0 +1,301 @@
+"""The loop of every run: samples go in, rows come out, and a store keeps each batch of them as soon as it is finished.
+
+`score` and `evaluate` differ in what they do with a batch. That is their `work`; what a run is stands here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from operator import itemgetter, length_hint
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from .models import MLLM
+from .samples import Sample, SampleError
+from .store import Store
+from .tagging import TaggedSample
+
+ENGINES = ("local", "ray")
+_place = itemgetter("sample", "key")  # of a row in a run
+VOLATILE = {
+    "architectures",
+    "dtype",
+    "transformers_version",
+    "_name_or_path",
+}  # saving and loading write these
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a nested value.
+
+    Parameters
+    ----------
+    value : object
+        A Sample, or strings, numbers, containers, arrays and PIL images, nested in any way.
+
+    Returns
+    -------
+    str
+        The first 16 hexadecimal digits.
+    """
+    text = json.dumps(value, sort_keys=True, default=_as_json)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _as_json(value: Any) -> Any:
+    """What JSON does not know as something that it does."""
+    if isinstance(value, TaggedSample):
+        return [value.ids, value.evidence]
+    if isinstance(value, Sample):
+        return [value.id, value.messages, value.evidence, value.answer, value.question]
+    if isinstance(value, Image.Image):
+        return [value.mode, np.asarray(value)]
+    if isinstance(value, np.ndarray):
+        return [value.shape, value.dtype.str, hashlib.sha256(value.tobytes()).hexdigest()]
+    return repr(value)
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """Digest of the first eight weights of every parameter.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        Parameters that are offloaded are read in host memory or on disk.
+
+    Returns
+    -------
+    str
+        16 hexadecimal digits.
+    """
+    first = {}
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:  # offloaded: accelerate's hook knows where to
+            owner, _, own = name.rpartition(".")
+            parameter = model.get_submodule(owner)._hf_hook.weights_map[own]
+        first[name] = parameter.detach().flatten()[:8].float().tolist()
+    return digest(first)
+
+
+def provenance(mllm: MLLM, **options: Any) -> dict:
+    """All that determines a table: the model, its weights and preprocessing, the versions, the options.
+
+    Parameters
+    ----------
+    mllm : MLLM
+        The model.
+    **options
+        Of the run, as JSON can hold them.
+
+    Returns
+    -------
+    dict
+        As JSON can hold it.
+    """
+    model, processor = mllm.model, mllm.processor
+    config = json.loads(model.config.to_json_string(use_diff=False), object_hook=_without_volatile)
+    return dict(
+        model=mllm.source,
+        revision=mllm.revision,
+        architecture=model.config.model_type,
+        dtype=str(model.dtype),
+        weights=fingerprint(model),
+        config=digest(config),
+        processor=json.loads(processor.to_json_string())
+        if hasattr(processor, "to_json_string")
+        else {},
+        python=platform.python_version(),
+        torch=torch.__version__,
+        transformers=transformers.__version__,
+        options=options,
+    )
+
+
+def _without_volatile(settings: dict) -> dict:
+    return {name: value for name, value in settings.items() if name not in VOLATILE}
+
+
+@dataclass
+class Finished:
+    """What a run has brought.
+
+    Attributes
+    ----------
+    keys : sequence of str
+        Of the rows that each sample gets.
+    rows : dict of (str, str) to dict
+        By id and key, those that the store held included.
+    samples : dict of str to Sample
+        By id, in the order given; without messages and evidence, whose media would fill the memory.
+    digests : dict of str to str
+        Of each sample's whole content.
+    failures : list of dict
+        "sample" (its id) and "reason" of each sample that failed.
+    """
+
+    keys: Sequence[str]
+    rows: dict[tuple[str, str], dict]
+    samples: dict[str, Sample] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
+    failures: list[dict] = field(default_factory=list)
+
+    def lacking(self, ids: Iterable[str]) -> list[str]:
+        """Keys for which any of these samples has no row yet."""
+        ids = list(ids)
+        return [key for key in self.keys if any((name, key) not in self.rows for name in ids)]
+
+    def draw(
+        self, samples: Iterable[Sample | TaggedSample], bar: tqdm
+    ) -> Iterator[Sample | TaggedSample | None]:
+        """The samples that lack rows, None in place of the others."""
+        for index, item in enumerate(samples):
+            if isinstance(item, TaggedSample) and item.sample is None:
+                item = replace(item, sample=Sample(str(index), []))
+            sample = item.sample if isinstance(item, TaggedSample) else item
+            name = sample.id
+            if name in self.samples:
+                raise ValueError(f"two samples have the id {name!r}: ids must differ")
+            self.samples[name] = replace(sample, messages=[], evidence=[])
+            try:
+                self.digests[name] = digest(item)
+            except (
+                Exception
+            ):  # a picture that cannot be read: the work finds that out as well, and says so
+                self.digests[name] = ""
+            stored = [self.rows[name, key] for key in self.keys if (name, key) in self.rows]
+            if any(row["digest"] != self.digests[name] for row in stored):
+                raise ValueError(
+                    f"sample {name!r} is not the one in the store: it has another content"
+                )
+            bar.update(len(stored))
+            yield item if len(stored) < len(self.keys) else None
+
+    def enter(self, batch: list[dict], store: Store) -> int:
+        """Keep the rows of a batch that are new, and count them."""
+        rows = {_place(row): row | {"digest": self.digests[row["sample"]]} for row in batch}
+        new = {place: row for place, row in rows.items() if place not in self.rows}
+        store.append(list(new.values()))
+        self.rows |= new
+        return len(new)
+
+
+def run(
+    mllm: MLLM,
+    samples: Iterable[Sample | TaggedSample],
+    work: Callable,
+    *,
+    provenance: dict,
+    keys: Sequence[str] = ("",),
+    store: str | Path | None = None,
+    resume: bool = False,
+    on_error: str = "raise",
+    engine: str = "local",
+    workers: int | None = None,
+    batch_size: int = 16,
+    edited: bool = False,
+    progress: bool = True,
+    description: str = "",
+) -> Finished:
+    """Do some work on samples, a row for each sample and key, and never twice what the store has.
+
+    Parameters
+    ----------
+    mllm : MLLM
+        The model.
+    samples : iterable of Sample or TaggedSample
+        Drawn one at a time. A `TaggedSample` without a sample is named by its index.
+    work : callable
+        ``work(mllm, samples, lacking, fail)`` yields the rows of each batch that it has finished, in any order: a list
+        of dictionaries with "sample" and "key". It gives ``fail`` a SampleError for each sample that it cannot do.
+        Among the samples is None where finished ones are left out: what stands on either side must not be batched as
+        neighbours, so that a resumed run has the batches of one that was never stopped. ``lacking(ids)`` says which
+        keys any of these samples still needs. With engine="ray" it must be possible to pickle `work`.
+    provenance : dict
+        All that determines the rows: see `provenance`.
+    keys : sequence of str
+        Of the rows that each sample gets.
+    store : str, Path or None
+        Folder that keeps every finished batch: see `Store`.
+    resume : bool
+        Go on with what the store has.
+    on_error : {"raise", "record"}
+        "raise" stops at the first sample that fails, "record" notes it and goes on.
+    engine : {"local", "ray"}
+        Where the work is done.
+    workers : int or None
+        For "ray"; None takes as many as there are GPUs, or else CPUs.
+    batch_size : int
+        Contexts that a worker gets at a time.
+    edited : bool
+        Whether the model is edited from outside, of which neither a store nor a worker would know.
+    progress : bool
+        Show a bar with the time left.
+    description : str
+        In front of the bar.
+
+    Returns
+    -------
+    Finished
+        Samples in the order given, their rows and failures.
+
+    Raises
+    ------
+    ValueError
+        An option is misspelt or cannot be; two samples have one id; a sample or the whole store is of another content.
+    SampleError
+        With on_error="raise", what is wrong with a sample. What was finished before is in the store.
+    ImportError
+        engine="ray", and Ray is not installed.
+    OSError
+        The store cannot be written to.
+    """
+    if on_error not in ("record", "raise"):
+        raise ValueError(f"on_error={on_error!r}: take 'record' or 'raise'")
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: take at least 1")
+    if engine not in ENGINES:
+        raise ValueError(f"engine={engine!r}: take one of {', '.join(map(repr, ENGINES))}")
+    if workers is not None and (engine != "ray" or workers < 1):
+        raise ValueError(
+            f"workers={workers} with engine={engine!r}: take at least 1, with engine='ray'"
+        )
+    if edited and (store is not None or engine == "ray"):
+        raise ValueError(
+            "inside ablate() there is neither a store nor engine='ray': they would know nothing of it"
+        )
+    total = length_hint(samples) * len(keys) or None
+    with (
+        Store(store, provenance, resume) as keep,
+        tqdm(total=total, desc=description, unit="row", disable=not progress) as bar,
+    ):
+        finished = Finished(keys, {_place(row): row for row in keep.rows})
+
+        def fail(error: SampleError) -> None:
+            if on_error == "raise":
+                raise error
+            finished.failures.append({"sample": error.sample_id, "reason": str(error)})
+            bar.update(len(finished.lacking([error.sample_id])))
+
+        given = finished.draw(samples, bar), finished.lacking, fail
+        if engine == "ray":
+            from .distributed import on_ray  # here alone, so that nobody else needs Ray
+
+            batches = on_ray(mllm, work, *given, batch_size, workers)
+        else:
+            batches = work(mllm, *given)
+        with closing(batches):  # an error on this side ends the work as well
+            for batch in batches:
+                bar.update(finished.enter(batch, keep))
+    return finished

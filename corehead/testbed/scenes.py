@@ -1,0 +1,545 @@
+"""Digit-needle scenes: pictures, documents, videos and texts in which exactly one place holds the answer.
+
+A picture is a grid of 16 x 16 px cells. A cell holds a handwritten digit (scikit-learn's 8 x 8 digits) in a frame of
+one of 6 styles and 8 colours; style and colour together are the *key*. With 8 px patches and a 2 x 2 merge, a cell is
+exactly one visual token. The digits are split into train / validation / test by the handwritten original.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import yaml
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from ..samples import Pages, Region, Sample, Span, Tube
+
+ART = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
+STYLES, COLOURS, MARKS = list(ART["frames"]), ART["colours"], list(ART["marks"])
+VOCABULARY = {
+    w: i
+    for i, w in enumerate(
+        [*ART["special"], *"0123456789", *STYLES, *COLOURS, *MARKS, *ART["words"]]
+    )
+}
+FIRST_DIGIT, FIRST_STYLE, FIRST_COLOUR, FIRST_MARK = (
+    VOCABULARY[w] for w in ("0", "solid", "red", "circle")
+)
+SPLITS = {"train": (0, 1400), "validation": (1400, 1598), "test": (1598, 1797)}
+CELL = 16  # pixels
+VIDEO_SIDE = 3  # cells
+FPS = 2.0
+RECORD = 4  # words of a needle in text: style, colour, digit, semicolon
+N_KEYS = len(STYLES) * len(COLOURS)
+MARK_GLYPH = N_DIGITS = SPLITS["test"][1]
+# A cell: key (style * 8 + colour), glyph (a digit's index, or 1797 + a mark's), its shift, the needle it belongs to.
+BLANK = np.array(
+    (N_KEYS, MARK_GLYPH + len(MARKS), 0, -1),
+    [(name, np.int64) for name in ("key", "glyph", "shift", "needle")],
+)
+
+
+@cache
+def digits() -> tuple[np.ndarray, np.ndarray]:
+    """The handwritten digits in the order of the split.
+
+    Returns
+    -------
+    tuple of np.ndarray
+        Ink (1797, 8, 8) uint8 from 0 to 255, and labels (1797,) int64.
+    """
+    data = load_digits()
+    order = np.random.default_rng(0).permutation(N_DIGITS)
+    return np.minimum(data.images * 16, 255).astype(np.uint8)[order], data.target[order]
+
+
+def data_hash() -> str:
+    """SHA-256 over the digits in split order: two machines with the same hash draw the same scenes."""
+    ink, labels = digits()
+    return hashlib.sha256(
+        ink.tobytes() + labels.astype("<i8").tobytes() + repr(SPLITS).encode()
+    ).hexdigest()
+
+
+def _bitmaps(kind: str) -> np.ndarray:
+    """(n, rows, columns) bool."""
+    return (
+        np.array([[list(row) for row in drawing.split()] for drawing in ART[kind].values()]) == "#"
+    )
+
+
+@cache
+def _frames() -> np.ndarray:
+    """Every key's frame and the blank, (48 + 1, 16, 16, 3) uint8."""
+    styles, colours = _bitmaps("frames"), np.array(list(COLOURS.values()), np.uint8)
+    frames = np.where(
+        styles[:, None, :, :, None], colours[:, None, None], np.uint8(255)
+    )  # (6, 8, 16, 16, 3)
+    blank = np.full((1, CELL, CELL, 3), 255, np.uint8)
+    return np.concatenate([frames.reshape(-1, CELL, CELL, 3), blank])
+
+
+@cache
+def _glyphs() -> np.ndarray:
+    """Ink of every glyph at 3 x 3 positions around the middle of a cell, (1797 + 12 + 1, 9, 16, 16) uint8."""
+    marks, blank = _bitmaps("marks") * np.uint8(255), np.zeros((1, 8, 8), np.uint8)
+    ink = np.concatenate([digits()[0], marks, blank])
+    shifts = [
+        np.pad(ink, ((0, 0), (top, 8 - top), (left, 8 - left)))
+        for top in (3, 4, 5)
+        for left in (3, 4, 5)
+    ]
+    return np.stack(shifts, 1)
+
+
+def render(cells: np.ndarray) -> np.ndarray:
+    """Pictures (..., R * 16, C * 16, 3) uint8 of cells (..., R, C): black ink on white, in its frame."""
+    ink = _glyphs()[cells["glyph"], cells["shift"]]
+    pixels = np.minimum(_frames()[cells["key"]], 255 - ink[..., None])  # (..., R, C, y, x, 3)
+    *before, rows, columns = cells.shape
+    return pixels.swapaxes(-4, -3).reshape(*before, rows * CELL, columns * CELL, 3)
+
+
+@dataclass
+class Scenes:
+    """A batch of B scenes of one domain and layout, with Q questions each.
+
+    Attributes
+    ----------
+    domain : str
+        The task's name.
+    question : np.ndarray
+        (B, Q, Lq) int64 token ids.
+    answer : np.ndarray
+        (B, Q) int64 token ids.
+    asked : np.ndarray
+        (B, Q) int64, the needle that each question is about.
+    cells : np.ndarray or None
+        (B, P, R, C) of `BLANK`'s dtype: what P pictures or frames show, and which needle is there.
+    words : np.ndarray or None
+        (B, L) int64 token ids of a text context, a needle being `RECORD` words.
+    """
+
+    domain: str
+    question: np.ndarray
+    answer: np.ndarray
+    asked: np.ndarray
+    cells: np.ndarray | None = None
+    words: np.ndarray | None = None
+
+    @property
+    def evidence(self) -> np.ndarray:
+        """Where the answer stands: (B, Q, P, R, C) bool over cells, or (B, Q, L) over words."""
+        if self.cells is None:
+            return np.arange(self.words.shape[1]) // RECORD == self.asked[..., None]
+        return self.cells["needle"][:, None] == self.asked[..., None, None, None]
+
+
+@dataclass
+class Sampler:
+    """What scenes are drawn with: a source of randomness, numbers of scenes and questions, a split of the digits."""
+
+    rng: np.random.Generator
+    n: int
+    questions: int
+    split: str
+
+    def permutations(self, items: int) -> np.ndarray:
+        """(B, items)."""
+        return self.rng.random((self.n, items)).argsort(1)
+
+    def digits(self, *shape: int) -> np.ndarray:
+        """Glyphs of handwritten digits."""
+        return self.rng.integers(*SPLITS[self.split], size=shape)
+
+    def clutter(self, *shape: int) -> np.ndarray:
+        """Glyphs of distractors: half of the cells show a digit."""
+        return np.where(self.rng.random(shape) < 0.5, self.digits(*shape), BLANK["glyph"])
+
+    def keys(self, count: int, distinct_colours: bool = False) -> np.ndarray:
+        """(B, count) keys, different from each other within a scene."""
+        if count > N_KEYS:
+            raise ValueError(
+                f"cells={count}: there are {N_KEYS} keys, so at most as many cells that differ"
+            )
+        if not distinct_colours:
+            return self.permutations(N_KEYS)[:, :count]
+        colour = self.permutations(len(COLOURS))[:, :count]
+        return self.rng.integers(len(STYLES), size=colour.shape) * len(COLOURS) + colour
+
+    def needles(self, key: np.ndarray) -> np.ndarray:
+        """Cells (B, count) that show digits in the frames of `key`."""
+        cells = np.full(key.shape, BLANK)
+        cells["key"], cells["glyph"] = key, self.digits(*key.shape)
+        cells["needle"] = np.arange(key.shape[1])
+        return cells
+
+    def asked(self, needles: int) -> np.ndarray:
+        """(B, Q) which needle each question is about: different ones while they last."""
+        rounds = -(-self.questions // needles)
+        return np.concatenate([self.permutations(needles) for _ in range(rounds)], 1)[
+            :, : self.questions
+        ]
+
+    def shifts(self, *shape: int) -> np.ndarray:
+        return self.rng.integers(9, size=shape)
+
+
+def _pick(values: np.ndarray, index: np.ndarray) -> np.ndarray:
+    return np.take_along_axis(values, index, 1)
+
+
+def _key_words(key: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return FIRST_STYLE + key // len(COLOURS), FIRST_COLOUR + key % len(COLOURS)
+
+
+def _ask(what: str, *words: np.ndarray) -> np.ndarray:
+    """Questions (B, Q, 1 + words) from token ids (B, Q)."""
+    return np.stack(np.broadcast_arrays(VOCABULARY[what], *words), -1)
+
+
+def _about(needle: np.ndarray, *heading: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Question and answer about needles (B, Q): which digit stands in the frame of that style and colour?"""
+    return _ask("digit", *heading, *_key_words(needle["key"])), FIRST_DIGIT + digits()[1][
+        needle["glyph"]
+    ]
+
+
+def _text_only(sampler: Sampler) -> Scenes:
+    """Sums without a context."""
+    a, b = sampler.rng.integers(10, size=(2, sampler.n, sampler.questions))
+    question = _ask("sum", FIRST_DIGIT + a, FIRST_DIGIT + b)
+    return Scenes(
+        "text_only",
+        question,
+        FIRST_DIGIT + (a + b) % 10,
+        a,
+        words=np.zeros((sampler.n, 0), np.int64),
+    )
+
+
+def _text(sampler: Sampler, cells: int = 16) -> Scenes:
+    """Records of a key and a digit, as words."""
+    key = sampler.keys(cells, distinct_colours=cells <= 4)
+    value = FIRST_DIGIT + sampler.rng.integers(10, size=key.shape)
+    asked = sampler.asked(cells)
+    question = _ask("digit", *_key_words(_pick(key, asked)))
+    records = np.stack(
+        np.broadcast_arrays(*_key_words(key), value, VOCABULARY[";"]), -1
+    )  # (B, cells, RECORD)
+    return Scenes(
+        "text", question, _pick(value, asked), asked, words=records.reshape(sampler.n, -1)
+    )
+
+
+def _picture(sampler: Sampler, cells: np.ndarray, side: int | None) -> np.ndarray:
+    """One picture (B, 1, side, side) of cells (B, count): in their order, or scattered where there is room to spare."""
+    n, count = cells.shape
+    least = round(count**0.5)
+    side = side or least
+    if least**2 != count or side < least:
+        raise ValueError(
+            f"cells={count}, side={side}: a picture has a square number of cells, and holds them"
+        )
+    if side > least:
+        position = sampler.permutations(side**2)[:, :count]
+        scattered = np.full((n, side**2), BLANK)
+        np.put_along_axis(scattered, position, cells, 1)
+        cells = scattered
+    cells["shift"] = sampler.shifts(*cells.shape)
+    return cells.reshape(n, 1, side, side)
+
+
+def _image(sampler: Sampler, cells: int = 16, side: int | None = None) -> Scenes:
+    """A picture of digits with different keys."""
+    needles = sampler.needles(sampler.keys(cells, distinct_colours=cells <= 4))
+    asked = sampler.asked(cells)
+    question, answer = _about(_pick(needles, asked))
+    return Scenes("image", question, answer, asked, _picture(sampler, needles, side))
+
+
+def _coloured(sampler: Sampler, cells: int) -> tuple[np.ndarray, np.ndarray]:
+    """One needle of many cells (B, cells), whose keys may repeat, and how often each colour is there (B, 8)."""
+    # each scene has weights of its own, so that one colour stands out
+    weight = sampler.rng.dirichlet(np.full(len(COLOURS), 0.7), size=sampler.n).cumsum(1)
+    colour = (
+        (sampler.rng.random((sampler.n, cells, 1)) > weight[:, None])
+        .sum(-1)
+        .clip(max=len(COLOURS) - 1)
+    )
+    needles = sampler.needles(
+        sampler.rng.integers(len(STYLES), size=colour.shape) * len(COLOURS) + colour
+    )
+    needles["needle"] = 0
+    return needles, (colour[..., None] == np.arange(len(COLOURS))).sum(1)
+
+
+def _majority(sampler: Sampler, cells: int = 16, side: int | None = None) -> Scenes:
+    """Which colour is there most often?"""
+    needles, tally = _coloured(sampler, cells)
+    top = tally.argmax(1)
+    tied = (tally == tally.max(1, keepdims=True)).sum(1) > 1
+    for scene in np.flatnonzero(tied):  # the first of the colours gets a cell of another one
+        colour = needles["key"][scene] % len(COLOURS)
+        other = (colour != top[scene]).argmax()
+        needles["key"][scene, other] += top[scene] - colour[other]
+    answer = (FIRST_COLOUR + top)[:, None].repeat(sampler.questions, 1)
+    question = np.full_like(answer, VOCABULARY["majority"])[..., None]
+    return Scenes(
+        "majority", question, answer, np.zeros_like(answer), _picture(sampler, needles, side)
+    )
+
+
+def _count(sampler: Sampler, cells: int = 16, side: int | None = None) -> Scenes:
+    """How often is a colour there? Those that are there come first, those with more than nine cells last."""
+    needles, tally = _coloured(sampler, cells)
+    order = (sampler.rng.random(tally.shape) + 2 * (tally > 9) + 0.8 * (tally == 0)).argsort(1)
+    colour = np.tile(order, -(-sampler.questions // len(COLOURS)))[:, : sampler.questions]
+    answer = FIRST_DIGIT + _pick(tally, colour).clip(max=9)
+    question = _ask("count", FIRST_COLOUR + colour)
+    return Scenes(
+        "count", question, answer, np.zeros_like(answer), _picture(sampler, needles, side)
+    )
+
+
+def _document(
+    sampler: Sampler, cells: int = 4, pages: int = 8, distractors: int = 0, side: int | None = None
+) -> Scenes:
+    """Pages with a mark as heading; the same keys stand on every page, each time in another order."""
+    if pages > len(MARKS):
+        raise ValueError(
+            f"pages={pages}: there are {len(MARKS)} heading marks, so at most as many pages"
+        )
+    columns = side or (1 if cells == 1 else 2)
+    rows = side or 1 + -(-cells // columns)
+    if cells > (rows - 1) * columns:
+        raise ValueError(
+            f"cells={cells}, side={side}: a page of {side} x {side} cells has one row for its heading"
+        )
+    mark = sampler.permutations(len(MARKS))[:, :pages]
+    pool = sampler.keys(cells)
+    order = sampler.rng.random((sampler.n, pages, cells)).argsort(2)
+    needles = sampler.needles(np.take_along_axis(pool[:, None], order, 2).reshape(sampler.n, -1))
+    asked = sampler.asked(pages * cells)
+    question, answer = _about(_pick(needles, asked), FIRST_MARK + _pick(mark, asked // cells))
+
+    sheets = np.full((sampler.n, pages, rows * columns), BLANK)
+    sheets["glyph"][:, :, 0] = MARK_GLYPH + mark
+    sheets[:, :, columns : columns + cells] = needles.reshape(order.shape)
+    if distractors:
+        sheets = _among_distractors(sampler, sheets, distractors)
+    sheets["shift"] = sampler.shifts(*sheets.shape)
+    return Scenes("document", question, answer, asked, sheets.reshape(sampler.n, -1, rows, columns))
+
+
+def _among_distractors(sampler: Sampler, sheets: np.ndarray, distractors: int) -> np.ndarray:
+    """Pages (B, P, cells) in their order among others without heading and keys."""
+    n, pages, cells = sheets.shape
+    kept = np.sort(sampler.permutations(pages + distractors)[:, :pages])
+    among = np.full((n, pages + distractors, cells), BLANK)
+    among["glyph"] = sampler.clutter(*among.shape)
+    np.put_along_axis(among, kept[..., None], sheets, 1)
+    return among
+
+
+def _video(sampler: Sampler, cells: int = 6, frames: int = 8, distractors: int = 0) -> Scenes:
+    """Digits that come and go while the camera pans over a grid of 3 x 3 cells, around its edges."""
+    side, total = VIDEO_SIDE, frames + distractors
+    if cells > side**2 or frames % 2 or distractors % 2 or frames < 4:
+        what = f"cells={cells}, frames={frames}, distractors={distractors}"
+        raise ValueError(
+            f"{what}: at most {side**2} digits, an even number of frames from 4 and of distractors"
+        )
+    needles = sampler.needles(sampler.keys(cells))
+    length = sampler.rng.integers(3, min(frames, 6) + 1, size=needles.shape)
+    begin = (sampler.rng.random(needles.shape) * (total - length + 1)).astype(np.int64)
+    time = np.arange(total)[:, None]
+    visible = (time >= begin[:, None]) & (time < (begin + length)[:, None])  # (B, T, cells)
+    # the camera rests for a pair of frames, which a token sees at once: it must not see two digits
+    pan = (
+        sampler.rng.integers(-1, 2, size=(sampler.n, total // 2, 2)).cumsum(1).repeat(2, 1)
+    )  # (B, T, 2)
+    row, column = np.divmod(sampler.permutations(side**2)[:, None, :cells], side)
+    position = (row + pan[..., :1]) % side * side + (column + pan[..., 1:]) % side  # (B, T, cells)
+
+    film = np.full((sampler.n, total, side**2), BLANK)
+    if distractors:
+        empty = ~visible.reshape(sampler.n, total // 2, -1).any(2).repeat(2, 1)
+        film["glyph"][empty] = sampler.clutter(sampler.n, total // 2, side**2).repeat(2, 1)[empty]
+    asked = sampler.asked(cells)
+    needles["shift"] = sampler.shifts(*needles.shape)  # one a digit, or it would tremble
+    scene, frame, needle = visible.nonzero()
+    film[scene, frame, position[visible]] = needles[scene, needle]
+    question, answer = _about(_pick(needles, asked))
+    return Scenes("video", question, answer, asked, film.reshape(sampler.n, total, side, side))
+
+
+DOMAINS = {
+    "image": _image,
+    "document": _document,
+    "video": _video,
+    "text": _text,
+    "majority": _majority,
+    "count": _count,
+    "text_only": _text_only,
+}
+
+
+def draw(
+    domain: str,
+    rng: np.random.Generator,
+    n: int,
+    *,
+    split: str = "train",
+    questions: int = 1,
+    **layout: int,
+) -> Scenes:
+    """Draw scenes of one layout.
+
+    Parameters
+    ----------
+    domain : str
+        "image", "document", "video", "text", "majority", "count" or "text_only".
+    rng : np.random.Generator
+        Source of all randomness.
+    n : int
+        Number of scenes.
+    split : str
+        Which handwritten digits are used: "train", "validation" or "test".
+    questions : int
+        Questions a scene.
+    **layout : int
+        What the domain knows of:
+
+        - cells: image, majority, count: cells in the picture, a square number (default 16). document: cells a page
+          (default 4). video: different digits, at most 9 (default 6). text: records (default 16).
+        - pages, frames: document: pages with a heading, at most 12. video: frames, an even number from 4.
+        - distractors: document, video: that many more pages or frames, which hold no key, anywhere among the others;
+          half of their cells show a digit without a frame. In a video an even number.
+        - side: image, majority, count, document: pictures of side x side cells, of which those not needed stay blank
+          (anywhere in a picture, at the end of a page). By default as few as hold the cells.
+
+    Returns
+    -------
+    Scenes
+
+    Raises
+    ------
+    ValueError
+        No such domain, or sizes that do not fit.
+    """
+    if domain not in DOMAINS:
+        raise ValueError(f"domain={domain!r}: take one of {', '.join(map(repr, DOMAINS))}")
+    return DOMAINS[domain](Sampler(rng, n, questions, split), **layout)
+
+
+def decode(ids: np.ndarray) -> str:
+    """Token ids to text."""
+    words = list(VOCABULARY)
+    return " ".join(words[i] for i in ids)
+
+
+def cell_box(row: int, column: int) -> tuple[int, int, int, int]:
+    """A cell's (x1, y1, x2, y2) in pixels."""
+    left, top = int(column) * CELL, int(row) * CELL
+    return left, top, left + CELL, top + CELL
+
+
+def _evidence(domain: str, where: np.ndarray, words: np.ndarray | None, kind: str) -> list:
+    """Evidence of one question from a mask over words (L,) or cells (P, R, C)."""
+    if domain == "text_only":
+        return []
+    if domain == "text":
+        return [Span(decode(words[where]))]
+    at = np.argwhere(where)
+    if domain == "document" and kind == "page":
+        return [Pages([at[0, 0]])]
+    if domain == "video":
+        return [Tube(0, {int(frame): cell_box(row, column) for frame, row, column in at})]
+    if where.all():
+        return [Region(0, (0, 0, where.shape[2] * CELL, where.shape[1] * CELL))]
+    return [Region(int(page), cell_box(row, column)) for page, row, column in at]
+
+
+def _context(scenes: Scenes, scene: int) -> list[dict]:
+    """The parts of a message in front of the question."""
+    if scenes.domain == "text_only":
+        return []
+    if scenes.domain == "text":
+        return [{"type": "text", "text": decode(scenes.words[scene]) + "\n"}]
+    pictures = render(scenes.cells[scene])
+    if scenes.domain == "video":
+        return [{"type": "video", "video": pictures, "fps": FPS}]
+    return [{"type": "image", "image": Image.fromarray(picture)} for picture in pictures]
+
+
+def to_samples(scenes: Scenes, prefix: str, evidence: str = "page") -> list[Sample]:
+    """Scenes to samples with PIL images or video arrays, B * Q of them, ids ``prefix-scene-question``."""
+    samples = []
+    for scene, masks in enumerate(scenes.evidence):
+        context = _context(scenes, scene)
+        words = None if scenes.words is None else scenes.words[scene]
+        for i, where in enumerate(masks):
+            question, answer = decode(scenes.question[scene, i]), decode(scenes.answer[scene, [i]])
+            messages = [{"role": "user", "content": [*context, {"type": "text", "text": question}]}]
+            pieces = _evidence(scenes.domain, where, words, evidence)
+            meta = {"domain": scenes.domain, "scene": scene}
+            samples.append(
+                Sample(f"{prefix}-{scene}-{i}", messages, pieces, answer, question, meta)
+            )
+    return samples
+
+
+def samples(
+    domain: str,
+    split: str = "test",
+    n: int = 100,
+    seed: int = 0,
+    *,
+    questions: int = 1,
+    evidence: str = "page",
+    **layout: int,
+) -> list[Sample]:
+    """Digit-needle samples for scoring and evaluation.
+
+    Parameters
+    ----------
+    domain : str
+        "image", "document", "video", "text", "majority", "count" or "text_only".
+    split : str
+        "train", "validation" or "test"; digits of one split never appear in another.
+    n : int
+        Number of samples, a multiple of `questions`.
+    seed : int
+        The same seed gives the same samples.
+    questions : int
+        Questions that share one context; they follow each other.
+    evidence : str
+        Documents only: "page" marks the whole page (as the paper does), "cell" the cell with the answer.
+    **layout : int
+        cells=, pages=, frames=, distractors=, side= as in `draw`.
+
+    Returns
+    -------
+    list of Sample
+
+    Raises
+    ------
+    ValueError
+        An unknown domain, split or kind of evidence, or sizes that do not fit.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split={split!r}: take one of {sorted(SPLITS)}")
+    if evidence not in ("page", "cell"):
+        raise ValueError(f"evidence={evidence!r}: take 'page' or 'cell'")
+    if n % questions:
+        raise ValueError(f"n={n} is no multiple of questions={questions}")
+    name = "-".join([domain, split, str(seed), *(f"{k}{v}" for k, v in sorted(layout.items()))])
+    rng = np.random.default_rng([seed, *name.encode()])
+    scenes = draw(domain, rng, n // questions, split=split, questions=questions, **layout)
+    return to_samples(scenes, name, evidence)
