@@ -142,12 +142,14 @@ def context_of(
     mllm = geometry(family)
     tagged = mllm.tag(to_samples(scenes, "layout")[0])
     length = len(tagged.ids) - scenes.question.shape[-1] - 1  # without question and answer
-    positions = mllm.family.positions(mllm.model, tagged.inputs).reshape(-1, len(tagged.ids))[:, :length]
+    positions = mllm.family.positions(mllm.model, tagged.inputs)
+    positions = positions.reshape(-1, len(tagged.ids))[:, :length]
     cells = [_cells(medium, *scenes.cells.shape[2:]) for medium in tagged.media]
     return tagged.ids[:length], positions, np.concatenate(cells) if cells else np.zeros(0, np.int64)
 
 
 def _cells(medium: Medium, rows: int, columns: int) -> np.ndarray:
+    # rounded, or a box that ends at a cell's edge would count as reaching into the next one
     left, top, right, bottom = medium.boxes.round(6).T / CELL  # NaN where a token sees nothing
     single = (np.ceil(right) - np.floor(left) == 1) & (np.ceil(bottom) - np.floor(top) == 1)
     picture = medium.index + medium.frames[:, 0]  # a frame of the only video, or an image
@@ -199,15 +201,13 @@ def batch_of(
     turns = np.concatenate([scenes.question, scenes.answer[..., None]], -1).reshape(b, -1)
     start = int(positions.max()) + 1 if length else 0
     after = (start + torch.arange(turn)).repeat(q).expand(len(positions), -1)
-    block = np.maximum(
-        np.arange(-length, q * turn) // turn, -1
-    )  # question of each token; -1 is the context
+    # which question each token belongs to; -1 is the context, which all may see
+    block = np.maximum(np.arange(-length, q * turn) // turn, -1)
     mask = np.tril((block == -1) | (block[:, None] == block))
+    position_ids = torch.cat([positions, after], 1)[:, None].expand(-1, b, -1)
     inputs = {
         "input_ids": torch.from_numpy(np.concatenate([context, turns], 1)),
-        "position_ids": torch.cat([positions, after], 1)[:, None]
-        .expand(-1, b, -1)
-        .squeeze(0),  # (3, B, L) or (B, L)
+        "position_ids": position_ids.squeeze(0),  # (3, B, L) or (B, L)
         "attention_mask": torch.from_numpy(mask)[None, None],
     }
     return inputs | media(family, scenes), torch.arange(length + words - 1, length + q * turn, turn)
@@ -229,6 +229,7 @@ class Domain:
     goal: float
     scenes: int
     questions: int
+    weight: int = 1
     level: int = 0
     accuracy: float = 0.0
     seen: int = 0
@@ -246,6 +247,7 @@ class Domain:
         if layout != self.levels[self.level]:
             return
         self.seen += 1
+        # a plain mean at first, then one that forgets: what counts is how good it is now
         self.accuracy += max(0.08, 1 / self.seen) * (accuracy - self.accuracy)
         if self.seen >= 12 and self.accuracy > min(0.85, self.goal) and not self.at_last_level:
             self.level, self.accuracy, self.seen = self.level + 1, 0.0, 0
@@ -261,9 +263,8 @@ class Run:
     stage_start: int = 0
     seconds: float = 0.0
     log: list[dict] = field(default_factory=list)
-    window: list[tuple[float, float]] = field(
-        default_factory=list
-    )  # loss and accuracy since the last row of the log
+    # loss and accuracy since the last row of the log
+    window: list[tuple[float, float]] = field(default_factory=list)
 
     def __post_init__(self):
         curriculum = CURRICULA[self.recipe.curriculum]
@@ -292,9 +293,7 @@ class Run:
         """Domain and layout of this step: two thirds for what is being learnt, the rest keeps the older domains."""
         older = [name for _, names in self.stages[: self.stage] for name in names]
         if self.final:
-            weights = np.array(
-                [{"document": 3, "image": 2, "video": 2}.get(name, 1) for name in older]
-            )
+            weights = np.array([self.domains[name].weight for name in older])
             name = str(self.rng.choice(older, p=weights / weights.sum()))
         else:
             new = self.stages[self.stage][1]
@@ -308,6 +307,7 @@ class Run:
         """What a step came to; it may end the stage."""
         if not math.isfinite(loss):
             raise FloatingPointError(f"loss is {loss} at step {self.step}: lower the rate")
+        rate = self.rate()
         self.domains[name].note(layout, accuracy)
         self.window.append((loss, accuracy))
         self.step += 1
@@ -321,32 +321,22 @@ class Run:
                 f"{name}@{d.level}:{d.accuracy:.2f}" for name, d in self.domains.items()
             )
             stage = "all" if self.final else self.stages[self.stage][0]
-            self.write(self.step, stage, what, *np.mean(self.window, 0).tolist(), self.rate())
+            self.write(self.step, stage, what, *np.mean(self.window, 0).tolist(), rate)
             self.window.clear()
 
     def write(
         self, step: int, stage: str, what: str, loss: float, accuracy: float, rate: float = 0.0
     ) -> None:
-        row = {
-            "step": step,
-            "stage": stage,
-            "what": what,
-            "loss": loss,
-            "accuracy": accuracy,
-            "lr": rate,
-        }
-        self.log.append(row)
+        row = {"step": step, "stage": stage, "what": what}
+        self.log.append(row | {"loss": loss, "accuracy": accuracy, "lr": rate})
         print(f"{step} {stage} {what} loss {loss:.4f} accuracy {accuracy:.4f}", flush=True)
 
 
 def _tower(model: PreTrainedModel) -> list[nn.Parameter]:
     """What is taught to see and then frozen: the vision tower and the projector, without deepstack's branch."""
     parts = "visual.", "vision_tower.", "multi_modal_projector."
-    return [
-        p
-        for name, p in model.model.named_parameters()
-        if name.startswith(parts) and "deepstack" not in name
-    ]
+    named = model.model.named_parameters()
+    return [p for name, p in named if name.startswith(parts) and "deepstack" not in name]
 
 
 def _labels(scenes: Scenes, cells: np.ndarray) -> list[torch.Tensor]:
@@ -370,19 +360,14 @@ def _teach_tower(model: PreTrainedModel, run: Run) -> None:
     A fourth probe asks every token of a page for the page's heading, which the tower's attention can bring there; so
     the heading becomes one more property of a cell, and a document does not need a hop that a picture does not.
     """
-    recipe, device, levels = (
-        run.recipe,
-        model.device,
-        {name: d.levels for name, d in run.domains.items()},
-    )
+    recipe, device = run.recipe, model.device
     probes = nn.Linear(recipe.hidden, sum(PROBES.values())).to(device)
-    optimiser = torch.optim.AdamW(
-        [*_tower(model), *probes.parameters()], lr=2e-3, weight_decay=0.01
-    )
+    taught = [*_tower(model), *probes.parameters()]
+    optimiser = torch.optim.AdamW(taught, lr=2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, recipe.probe_steps)
     rng = np.random.default_rng([recipe.seed, 1])
-    pages = [level for level in levels["document"] if level["pages"] == 4]
-    layouts = [("image", levels["image"][1:4]), ("document", pages[:3])]
+    pages = [level for level in run.domains["document"].levels if level["pages"] == 4]
+    layouts = [("image", run.domains["image"].levels[1:4]), ("document", pages[:3])]
     for step in range(1, recipe.probe_steps + 1):
         domain, choices = layouts[step % 2]
         layout = choices[step // 2 % 3]
@@ -445,15 +430,12 @@ def train_step(run: Run, model: PreTrainedModel, optimiser: torch.optim.Optimize
     n = min(domain.scenes, 1 + TOKENS // max(length, 1))
     scenes = draw(name, run.rng, n, questions=domain.questions, **layout)
     inputs, ask = batch_of(family, scenes, layout)
-    logits = answer_logits(
-        model, {key: values.to(model.device) for key, values in inputs.items()}, ask
-    )
+    inputs = {key: values.to(model.device) for key, values in inputs.items()}
+    logits = answer_logits(model, inputs, ask)
     answer = torch.from_numpy(scenes.answer).to(model.device)
     end = torch.full_like(answer, VOCABULARY["<|im_end|>"])
-    loss, end_loss = (
-        F.cross_entropy(logits[:, :, i].flatten(0, 1), x.flatten())
-        for i, x in enumerate((answer, end))
-    )
+    loss = F.cross_entropy(logits[:, :, 0].flatten(0, 1), answer.flatten())
+    end_loss = F.cross_entropy(logits[:, :, 1].flatten(0, 1), end.flatten())
     optimiser.zero_grad()
     (loss + 0.1 * end_loss).backward()
     nn.utils.clip_grad_norm_(group["params"], 1.0)
@@ -493,12 +475,13 @@ def train(recipe: Recipe, out: str | Path, device: str = "cpu") -> PreTrainedMod
     run, model, optimiser = _start(recipe, checkpoint, device)
     while not run.finished:
         train_step(run, model, optimiser)
-        run.seconds, clock = run.seconds + time.perf_counter() - clock, time.perf_counter()
+        now = time.perf_counter()
+        run.seconds += now - clock
+        clock = now
         if run.step % CHECKPOINT == 0:
-            torch.save(
-                {"run": run, "model": model.state_dict(), "optimiser": optimiser.state_dict()}, part
-            )
-            part.replace(checkpoint)
+            state = {"model": model.state_dict(), "optimiser": optimiser.state_dict()}
+            torch.save(state | {"run": run}, part)
+            part.replace(checkpoint)  # whole or not at all, whenever the run is killed
         if recipe.snapshot_steps and run.step % recipe.snapshot_steps == 0:
             save(model, run, out / "snapshots" / f"{run.step:05d}")
     save(model.eval(), run, out)
@@ -508,6 +491,7 @@ def train(recipe: Recipe, out: str | Path, device: str = "cpu") -> PreTrainedMod
 
 def save(model: PreTrainedModel, run: Run, out: Path) -> None:
     """Write weights in float16, config, processor, the log and a card that says how they came about."""
+    # half the size, and RAM moves by less than 2e-4; training goes on in float32
     copy.deepcopy(model).half().save_pretrained(out)
     geometry(run.recipe.family).processor.save_pretrained(out)
     pd.DataFrame(run.log).round(6).to_csv(out / "training_log.csv", index=False)
@@ -539,10 +523,8 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(
             f"{options.recipe}: unknown {', '.join(sorted(unknown))}; a recipe has {', '.join(known)}"
         )
-    out, device = (
-        options.out or options.recipe.with_suffix(""),
-        "cuda" if torch.cuda.is_available() else "cpu",
-    )
+    out = options.out or options.recipe.with_suffix("")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     if pretrained:
         graft(out, given.get("steps", 1200), given.get("seed", 0), device)
     else:
