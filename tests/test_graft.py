@@ -149,7 +149,8 @@ def test_the_graft_leaves_the_language_model_as_it_is(tmp_path):
     assert np.array_equal(again.tag(s).ids, ch.MLLM(model, processor).tag(s).ids)
 
 
-def test_eyes_learn_and_nothing_else_changes():
+@pytest.mark.slow("a vision tower is taught for 300 steps, until it reads")
+def test_the_tower_learns_and_nothing_else_changes():
     model, processor = build(*small_language())
     before = {k: v.clone() for k, v in model.state_dict().items()}
     goals = model.get_input_embeddings().weight[name_ids(processor.tokenizer)].detach()
