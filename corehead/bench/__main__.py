@@ -105,7 +105,7 @@ def testbed(options: argparse.Namespace) -> Tables:
     mllm, rows = load(LONG_TESTBED), []
     setting = Setting(window=64, sinks=4, repeats=options.repeats or 3, steps=0)
     for distractors in (164, 340):
-        [sample] = samples("document", "validation", 1, hay=distractors)
+        [sample] = samples("document", "validation", 1, distractors=distractors)
         rows += attention.attention_rows(mllm, len(mllm.tag(sample).ids), setting)[0]
     yield (
         "acceleration-testbed",
