@@ -50,7 +50,7 @@ class Reference:
         if not self.tagged:
             raise ValueError("an empty reference: give samples")
         self.names = ["" if t.sample is None else t.sample.id for t in self.tagged]
-        self._outputs: dict[int, list[torch.Tensor]] = {}
+        self._outputs: dict[int, list[torch.Tensor]] = {}  # by layer, computed when asked for
 
     def __getstate__(self) -> dict:
         """Without the model: whoever takes the reference elsewhere gives it the model that is there."""
@@ -64,6 +64,7 @@ class Reference:
     def _run(self, recorders: dict[int, _Recorder]) -> None:
         """Run every sample with recorders by layer."""
         by_layer = {layer: [recorder] for layer, recorder in recorders.items()}
+        # one by one: without padding, whose outputs mean nothing
         for t in self.tagged:
             with hooks(self.mllm, by_layer, TokenRoles.of([t])):
                 decode(self.mllm, embedded(self.mllm, to_model(t.inputs, self.mllm)))
@@ -71,9 +72,14 @@ class Reference:
     @cached_property
     def means(self) -> torch.Tensor:
         """(L, H, D) float32, mean output of every head over all tokens of all samples."""
-        recorders = {layer: _Recorder(keep=_sum_over_tokens) for layer in range(self.mllm.n_layers)}
+        # only sums are kept: outputs of all tokens in all layers might not fit
+        recorders = {
+            layer: _Recorder(keep=lambda out: out.float().sum(0).cpu())
+            for layer in range(self.mllm.n_layers)
+        }
         self._run(recorders)
         n_tokens = sum(len(t.ids) for t in self.tagged)
+        # a chunked sample leaves several sums, which add up
         return torch.stack([sum(recorder.kept) for recorder in recorders.values()]) / n_tokens
 
     def outputs(self, layers: Iterable[int]) -> dict[int, list[torch.Tensor]]:
@@ -90,15 +96,12 @@ class _Recorder(Hook):
     """Keeps something of the outputs of one layer, sample by sample."""
 
     def __init__(self, keep: Callable[[torch.Tensor], torch.Tensor]):
-        self.keep, self.kept = keep, []
+        self.keep = keep
+        self.kept: list[torch.Tensor] = []
 
     def output(self, call: Call, out: torch.Tensor) -> torch.Tensor:
-        self.kept.append(self.keep(out[0]))
+        self.kept.append(self.keep(out[0]))  # (N, H, D) of the one row
         return out
-
-
-def _sum_over_tokens(out: torch.Tensor) -> torch.Tensor:
-    return out.float().sum(0).cpu()
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,7 @@ class Ablation:
             raise ValueError(f"mode={self.mode!r}: take one of {', '.join(map(repr, MODES))}")
         if self.phase not in PHASES:
             raise ValueError(f"phase={self.phase!r}: take one of {', '.join(map(repr, PHASES))}")
+        # of two, one is another sample than the one that runs
         least = {"mean": 1, "resample": 2}.get(self.mode, 0)
         if least and not isinstance(self.reference, Reference):
             raise ValueError(
@@ -163,6 +167,7 @@ class Ablation:
     @property
     def leaves_context_intact(self) -> bool:
         """No token in front of the question is touched."""
+        # then its prefill is that of the intact model, computed once for all such conditions
         return self.mode == "knockout" or self.phase in ("decode", "question")
 
     @property
@@ -175,7 +180,9 @@ class Ablation:
     ) -> dict[int, list[Hook]]:
         """Hooks by layer for a batch in which each ablation of `beside` (this one alone by default) has `rows` rows."""
         ablations = list(beside) or [self]
-        masks = np.repeat(np.stack([a.heads.mask for a in ablations]), rows, 0)  # (B, L, H)
+        # (B, L, H): the batch stands there once for each ablation, so that rows of one ablation are neighbours
+        masks = np.repeat(np.stack([a.heads.mask for a in ablations]), rows, 0)
+        # layers without an edited head need no hook
         layers = np.flatnonzero(masks.any((0, 2))).tolist()
         if self.reference is not None and self.reference.mllm is None:
             self.reference.mllm = mllm  # on a worker, which got the reference without its model
@@ -192,7 +199,7 @@ class Ablation:
         if self.mode == "knockout":
             return Knockout(heads, self.phase)
         if self.mode == "mean":
-            mean = self.reference.means[layer].to(device)
+            mean = self.reference.means[layer].to(device)  # (H, D)
             return Replacement(heads, self.phase, lambda call: mean)
         if self.mode == "resample":
             donors = _Donors(self.reference.outputs([layer])[layer], self.reference)
@@ -204,7 +211,8 @@ class _HeadHook(Hook):
     """A hook on some heads (B or 1, H) of one layer, in the rows of a phase."""
 
     def __init__(self, heads: torch.Tensor, phase: str):
-        self.heads, self.phase = heads, phase
+        self.heads = heads
+        self.phase = phase
 
     def where(self, call: Call) -> torch.Tensor:
         """(B or 1, R or 1, H) bool: which rows of which heads."""
@@ -224,10 +232,11 @@ class Replacement(_HeadHook):
         needs_own_row: bool = False,
     ):
         super().__init__(heads, phase)
-        self.values, self.needs_own_row = values, needs_own_row
+        self.values = values
+        self.needs_own_row = needs_own_row
 
     def output(self, call: Call, out: torch.Tensor) -> torch.Tensor:
-        where = self.where(call)[..., None]
+        where = self.where(call)[..., None]  # (B or 1, R or 1, H, 1)
         if self.values is None:
             return out.masked_fill(where, 0)
         return torch.where(where, self.values(call).to(out.dtype), out)
@@ -237,11 +246,13 @@ class Knockout(_HeadHook):
     """Cuts the edges from query rows to the evidence that they look for; the rest of the row is renormalised."""
 
     def masked_rows(self, call: Call) -> np.ndarray:
+        # of any sequence of the batch; `mask` then cuts nothing in the others
         return np.flatnonzero((call.query_of(call.all_rows()) >= 0).any(0).numpy())
 
     def mask(self, call: Call, rows: torch.Tensor) -> torch.Tensor:
         where = self.where(call)
         where = where if where.shape[1] == 1 else where[:, rows]
+        # (B, 1, R, N) edges to V*, of (B or 1, H, R or 1, 1) heads and rows
         return call.evidence_of(rows)[:, None] & where.transpose(1, 2)[..., None]
 
 
@@ -249,16 +260,18 @@ class _Donors:
     """Outputs of another sample for every batch row, for resample ablation of one layer."""
 
     def __init__(self, outputs: list[torch.Tensor], reference: Reference):
-        self.outputs, self.reference = outputs, reference
+        self.outputs = outputs
+        self.reference = reference
         self.prompt_end = 0  # where no roles say it
 
     def __call__(self, call: Call) -> torch.Tensor:
         roles = call.roles
+        # a later chunk may be the prompt's or a long answer's: nothing would say where the prompt ends
         if roles is None and call.first and call.rows > 1:
             raise ValueError(
                 "resample needs the prompt in one piece: it cannot run with chunked prefill"
             )
-        if not call.first:
+        if not call.first:  # the call with the whole prompt; those behind it decode
             self.prompt_end = call.n - 1
         rows = []
         for b in range(call.batch):
@@ -266,16 +279,17 @@ class _Donors:
             donor = self._donor(name, b)
             end = self.prompt_end if roles is None else int(roles.last[b])
             output = self.outputs[donor]
+            # prompts differ in length, but all end with the question: positions are counted from there
             shift = self.reference.tagged[donor].last - end
-            positions = (torch.arange(call.first, call.n, device=output.device) + shift).clamp(
-                0, len(output) - 1
-            )
-            rows.append(output[positions])
+            positions = torch.arange(call.first, call.n, device=output.device) + shift
+            # beyond the donor's ends, its first and last outputs serve
+            rows.append(output[positions.clamp(0, len(output) - 1)])
         return torch.stack(rows).to(call.device)
 
     def _donor(self, name: str, row: int) -> int:
         """Another sample than `name`, the same in every layer and batch."""
         others = [i for i, other in enumerate(self.reference.names) if not name or other != name]
+        # from the name and not from a generator: a worker, a resumed run and every layer find the same one
         return others[int(digest(name or row), 16) % len(others)]
 
 
@@ -323,6 +337,7 @@ def ablate(
     ablation = Ablation(heads, mode, phase, reference)
     ablation.check(mllm)
     known = [tagged] if isinstance(tagged, TaggedSample) else tagged
+    # without tagged=, roles are those of an outer context or of `evaluate` and `score` inside
     with hooks(mllm, ablation.hooks(mllm), TokenRoles.of(list(known)) if known else None):
         yield
 
@@ -373,14 +388,19 @@ def curve(
     """
     if order not in ("top", "bottom", "random", "layer"):
         raise ValueError(f"order={order!r}: take 'top', 'bottom', 'random' or 'layer'")
-    out = {}
+    name = name or order
+    points = {}
     for share in shares:
-        if order in ("top", "bottom"):
-            heads = ranking.top(share) if order == "top" else ranking.bottom(share)
-            out[Point(name or order, share)] = Ablation(heads, mode, phase)
-            continue
-        for draw in draws:
+        top = ranking.top(share)
+        if order == "top":
+            points[Point(name, share)] = Ablation(top, mode, phase)
+        elif order == "bottom":
+            points[Point(name, share)] = Ablation(ranking.bottom(share), mode, phase)
+        else:
+            # disjoint from the top of this share, the set that they are the control of; a single draw may hit
+            # heads that matter for other reasons, hence several
             match = "layer" if order == "layer" else None
-            heads = random_heads(ranking, ranking.top(share), seed=draw, match=match)
-            out[Point(name or order, share, draw)] = Ablation(heads, mode, phase)
-    return out
+            for draw in draws:
+                heads = random_heads(ranking, top, seed=draw, match=match)
+                points[Point(name, share, draw)] = Ablation(heads, mode, phase)
+    return points

@@ -47,6 +47,7 @@ def text_entropy(scores: HeadScores, query: str = "last") -> xr.DataArray:
         raise ValueError(
             "text_entropy is about text-only input, but a sample has visual tokens: score others"
         )
+    # negative: the ranking puts high scores first, and a sharp head has little entropy
     return -scores.data.entropy.sel(query=query, drop=True)
 
 
@@ -65,10 +66,10 @@ def query_focused(scores: HeadScores) -> xr.DataArray:
 
 def layer_index(shape: tuple[int, int], first: int, seed: int = 0) -> xr.DataArray:
     """The layer alone, (layer, head): heads of layer `first`, then of its neighbours; at random within a layer."""
-    distance = abs(np.arange(shape[0]) - first)[:, None]
-    return xr.DataArray(
-        -distance - np.random.default_rng(seed).random(shape) / 2, dims=("layer", "head")
-    )
+    distance = abs(np.arange(shape[0]) - first)[:, None]  # (layers, 1)
+    # less than one layer of noise: it orders heads at one distance, and moves none to another
+    noise = np.random.default_rng(seed).random(shape) / 2
+    return xr.DataArray(-distance - noise, dims=("layer", "head"))
 
 
 def random_ranking(shape: tuple[int, int], seed: int = 0) -> HeadRanking:
@@ -93,12 +94,12 @@ def value_norm(mllm: MLLM, samples: Iterable[Sample], **options) -> xr.DataArray
     r"""Attention weighted with norms of values (arXiv 2004.10102): :math:`\sum_j A_{qj} \lVert v_j W_O^h \rVert_2`."""
 
     def measure(seen: _Seen) -> torch.Tensor:
-        gram = torch.einsum(
-            "ohd,ohe->hde", seen.o_proj, seen.o_proj
-        )  # |v W|^2 = v (W' W) v, without v W in full
+        # |v W|^2 = v (W' W) v: (H, D, D) numbers in place of v W, which has a hidden state for each key and head
+        gram = torch.einsum("ohd,ohe->hde", seen.o_proj, seen.o_proj)
         value = seen.call.value.float()
         value = value.repeat_interleave(len(gram) // value.shape[1], 1)  # (B, H, N, D)
-        norm = torch.einsum("bhnd,hde,bhne->bhn", value, gram, value).clamp(min=0).sqrt()
+        squares = torch.einsum("bhnd,hde,bhne->bhn", value, gram, value)
+        norm = squares.clamp(min=0).sqrt()  # rounding may leave a small one below zero
         return torch.einsum("bhrn,bhn->brh", seen.weights, norm)
 
     return _observe(mllm, samples, measure, **options)
@@ -128,11 +129,11 @@ def evidence_hits(mllm: MLLM, samples: Iterable[Sample], **options) -> xr.DataAr
 
     def measure(seen: _Seen) -> torch.Tensor:
         visual = seen.visual[:, None]  # (B, 1, N)
-        on_text = ~(seen.evidence & visual).any(-1, keepdim=True)
-        modality = torch.where(on_text, ~visual, visual)
-        top = (
-            seen.weights.masked_fill(~modality[:, None], -1).argmax(-1).transpose(1, 2)
-        )  # (B, r, H)
+        on_text = ~(seen.evidence & visual).any(-1, keepdim=True)  # (B, r, 1)
+        # or else the sink would have the maximum of many a head that does look at V*
+        modality = torch.where(on_text, ~visual, visual)  # (B, r, N)
+        weights = seen.weights.masked_fill(~modality[:, None], -1)
+        top = weights.argmax(-1).transpose(1, 2)  # (B, r, H)
         return seen.evidence.gather(2, top).float()
 
     return _observe(mllm, samples, measure, **options)
@@ -150,35 +151,28 @@ def attribution(
     found: dict[str, np.ndarray] = {}
     with tqdm(desc="attribution", unit="sample", disable=not progress) as bar:
         for batch in batches(mllm, samples, batch_size, need_answer=True):
+            # a sequence a row: a cached prefix would cut off the gradient
             packed = pack(mllm, batch, alone=True)
-            gates = torch.ones(
-                mllm.n_layers,
-                len(packed.slots),
-                mllm.n_heads,
-                device=mllm.device,
-                requires_grad=True,
-            )
+            placed = [(packed.slots[c, k].row, block) for c, k, block in packed.blocks()]
+            # a factor 1 on each head's output: its derivative is <z, d log p / d z>, summed over all rows
+            shape = mllm.n_layers, len(placed), mllm.n_heads
+            gates = torch.ones(shape, device=mllm.device, requires_grad=True)
             by_layer = {layer: [_Gate(gate)] for layer, gate in enumerate(gates)}
-            longest = max(len(block.answer) for *_, block in packed.blocks())
+            # padding is on the left, so that answers end together and logits of the last rows are enough
+            keep = 1 + max(len(block.answer) for _, block in placed)
             with torch.enable_grad(), hooks(mllm, by_layer, packed.roles):
-                logits = mllm.model(
-                    **packed.chunk, use_cache=False, logits_to_keep=longest + 1
-                ).logits.float()
+                logits = mllm.model(**packed.chunk, use_cache=False, logits_to_keep=keep).logits
             total = torch.zeros((), device=logits.device)
-            for c, k, block in packed.blocks():
-                predicted = logits[packed.slots[c, k].row, -len(block.answer) - 1 : -1].log_softmax(
-                    -1
-                )
-                total = (
-                    total
-                    + predicted[
-                        torch.arange(len(block.answer)), torch.from_numpy(block.answer)
-                    ].sum()
-                )
+            for row, block in placed:
+                answer = torch.from_numpy(block.answer)
+                # the row in front of a token predicts it
+                logprobs = logits[row, -len(answer) - 1 : -1].float().log_softmax(-1)
+                total = total + logprobs[torch.arange(len(answer)), answer].sum()
+            # one backward pass for all: a row's gates touch that row's answer alone
             [gradient] = torch.autograd.grad(total, gates)
-            for c, k, block in packed.blocks():
-                found[block.tagged.sample.id] = gradient[:, packed.slots[c, k].row].cpu().numpy()
-            bar.update(len(packed.slots))
+            for row, block in placed:
+                found[block.tagged.sample.id] = gradient[:, row].cpu().numpy()
+            bar.update(len(placed))
     return _table(found)
 
 
@@ -227,20 +221,25 @@ class _Probe(Hook):
     """Measures (B, r, H) in every layer of one batch, at the rows that predict answers."""
 
     def __init__(self, mllm: MLLM, packed: Packed, measure: Measure):
-        self.mllm, self.packed, self.measure = mllm, packed, measure
+        self.mllm = mllm
+        self.packed = packed
+        self.measure = measure
         shape = packed.roles.roles.shape
-        self.ids, self.next_ids = torch.full(shape, -1), torch.full(shape, -1)
+        self.ids = torch.full(shape, -1)
+        self.next_ids = torch.full(shape, -1)
         self.visual = torch.zeros(shape, dtype=torch.bool)
         self.answer_keys: dict[tuple[int, int], np.ndarray] = {}
         for c, k, block in packed.blocks():
-            row, tagged = packed.slots[c, k].row, block.tagged
-            self.ids[row, packed.keys(c, k, np.arange(len(tagged.ids)))] = torch.from_numpy(
-                tagged.ids
-            )
+            row = packed.slots[c, k].row
+            tagged = block.tagged
+            all_keys = packed.keys(c, k, np.arange(len(tagged.ids)))
+            self.ids[row, all_keys] = torch.from_numpy(tagged.ids)
             self.visual[row, packed.keys(c, k, tagged.visual)] = True
+            # from the prompt's last token, which predicts the answer's first, to the answer's last but one
             keys = packed.keys(c, k, tagged.last + np.arange(len(block.answer)))
             self.next_ids[row, keys] = torch.from_numpy(block.answer)
             self.answer_keys[c, k] = keys
+        # these rows are read in all sequences; `means` picks each one's own
         self.rows = np.unique(np.concatenate(list(self.answer_keys.values())))
         self.measured: dict[int, list[torch.Tensor]] = {}
 
@@ -260,9 +259,8 @@ class _Probe(Hook):
 
     def means(self) -> dict[str, np.ndarray]:
         """(L, H) of every sample, the mean over its rows."""
-        measured = torch.stack(
-            [torch.cat(self.measured[layer], 1) for layer in sorted(self.measured)]
-        ).numpy()
+        by_layer = [torch.cat(self.measured[layer], 1) for layer in sorted(self.measured)]
+        measured = torch.stack(by_layer).numpy()  # (L, B, rows, H)
         out = {}
         for c, k, block in self.packed.blocks():
             at = np.searchsorted(self.rows, self.answer_keys[c, k])

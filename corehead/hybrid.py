@@ -92,12 +92,8 @@ class HybridAttention:
         config = mllm.text_config
         sliding = any(getattr(module, "sliding_window", None) for module in mllm.attentions)
         others = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
-        if (
-            sliding
-            or others
-            or config.is_encoder_decoder
-            or getattr(config, "add_cross_attention", False)
-        ):
+        crosses = config.is_encoder_decoder or getattr(config, "add_cross_attention", False)
+        if sliding or others or crosses:
             raise ValueError(
                 "the model has sliding windows or cross attention: hybrid attention needs full attention"
             )
@@ -107,6 +103,7 @@ class HybridAttention:
 
     def hooks(self, mllm: MLLM, beside: Sequence[Any] = (), rows: int = 1) -> dict[int, list[Hook]]:
         """A hook for each layer with streaming heads."""
+        # a layer whose heads are all full runs as it always does
         layers = np.flatnonzero(~self.full.mask.all(1)).tolist()
         return {layer: [StreamingHeads(mllm, layer, self)] for layer in layers}
 
@@ -154,6 +151,7 @@ def hybrid_attention(
             yield condition
     finally:
         handle.remove()
+        # a cache that lives on lacks keys, and without the hooks nothing would say so
         caches.open = False
 
 
@@ -181,7 +179,8 @@ def from_duo_attention(path: str | Path, mllm: MLLM, threshold: float = 0.5) -> 
     ValueError
         The table is another model's.
     """
-    folder, shape = Path(path), (mllm.n_layers, mllm.n_kv_heads)
+    folder = Path(path)
+    shape = mllm.n_layers, mllm.n_kv_heads
     gates = np.loadtxt(folder / "full_attention_heads.tsv", delimiter="\t", ndmin=2)
     if gates.shape != shape:
         raise ValueError(
@@ -212,11 +211,15 @@ class StreamingHeads(Hook):
     """
 
     def __init__(self, mllm: MLLM, layer: int, condition: HybridAttention):
-        self.layer, self.module = layer, mllm.attentions[layer]
-        self.recent, self.sinks = condition.recent, condition.sinks
-        device, full = device_of(self.module), condition.full.mask[layer]
+        self.layer = layer
+        self.module = mllm.attentions[layer]
+        self.recent = condition.recent
+        self.sinks = condition.sinks
+        device = device_of(self.module)
+        full = condition.full.mask[layer]  # (H,)
         self.full = torch.tensor(full, device=device)
-        by_group = full.reshape(mllm.n_kv_heads, -1)
+        # keys of a group can be let go only if none of its query heads is full
+        by_group = full.reshape(mllm.n_kv_heads, -1)  # (Hkv, query heads of each)
         groups = by_group.any(1)
         self.mixed = not np.array_equal(groups, by_group.all(1))
         kinds = {"full": (full, groups), "streaming": (~full, ~groups)}
@@ -228,6 +231,7 @@ class StreamingHeads(Hook):
         self.pending: HybridLayer | None = None
 
     def hidden_keys(self) -> int:
+        # a split cache hands over the new keys alone, but rows count their positions from the sequence's start
         return 0 if self.pending is None else self.pending.get_seq_length()
 
     def _masks(self, call: Call) -> bool:
@@ -236,14 +240,16 @@ class StreamingHeads(Hook):
         return self.mixed or call.attention_mask is not None or decodes_over_all
 
     def masked_rows(self, call: Call) -> np.ndarray:
+        # all rows, which makes masked_attention the whole call's path
         return np.arange(call.rows) if self._masks(call) else super().masked_rows(call)
 
     def mask(self, call: Call, rows: torch.Tensor) -> torch.Tensor:
         positions = _positions(call)
         # a row of padding is at its own key's position, so that it keeps that key and has no NaN
-        row, key = positions[:, call.first + rows, None], positions[:, None]
+        row = positions[:, call.first + rows, None]
+        key = positions[:, None]
         hidden = (row - key >= self.recent) & (key >= self.sinks)  # (B or 1, R, N)
-        return hidden[:, None] & ~self.full[:, None, None]
+        return hidden[:, None] & ~self.full[:, None, None]  # (B or 1, H, R, N): full heads see all
 
     def attend(self, call: Call) -> torch.Tensor | None:
         if self._masks(call):  # never over a split cache: see _Caches.prepare
@@ -251,10 +257,12 @@ class StreamingHeads(Hook):
         cache, self.pending = self.pending, None
         out = call.query.new_empty(call.batch, call.rows, len(self.full), call.value.shape[-1])
         for kind, (heads, groups) in self.kinds.items():
-            key, value = call.key[:, groups], call.value[:, groups]
+            key = call.key[:, groups]
+            value = call.value[:, groups]
             if cache is not None:
                 key, value = cache.buffers[kind].append(key, value)
             part = replace(call, query=call.query[:, heads], key=key, value=value)
+            # a row that decodes sees just what the buffer holds
             if call.rows == 1:
                 out[:, :, heads] = _attend_to_all(part)
             elif kind == "full":
@@ -279,6 +287,7 @@ class StreamingHeads(Hook):
             parts.append(full_attention(start, self.module))
         if early < call.rows:
             later = replace(call, query=call.query[:, :, early:], first=call.first + early)
+            # the fused kernel must be compiled, which pays on a GPU
             stream = stream_flex if call.query.is_cuda else stream_chunked
             parts.append(stream(later, self.sinks, self.recent))
         return torch.cat(parts, 1)
@@ -318,7 +327,8 @@ class _Caches:
     """Gives the decoder a cache that hybrid attention can split, as long as its context is open."""
 
     def __init__(self, mllm: MLLM, by_layer: dict[int, list[Hook]]):
-        self.mllm, self.open = mllm, True
+        self.mllm = mllm
+        self.open = True
         self.hooks = {layer: hook for layer, [hook] in by_layer.items() if not hook.mixed}
 
     def prepare(
@@ -327,7 +337,8 @@ class _Caches:
         """The decoder's pre-hook."""
         for hook in self.hooks.values():
             hook.pending = None  # of a forward pass that was stopped
-        past, mask = kwargs.get(CACHE), kwargs.get("attention_mask")
+        past = kwargs.get(CACHE)
+        mask = kwargs.get("attention_mask")
         read = self._keys_are_read()
         # rows of a padded batch would write different slots of a ring: such a batch keeps all keys
         padded = mask is not None and (mask.dim() == 4 or not mask.all())
@@ -345,11 +356,13 @@ class _Caches:
 
     def _keys_are_read(self) -> bool:
         """Whether anything else must know all keys."""
+        # roles speak of positions among all keys
         if active(self.mllm.attentions[0]).roles is not None:
             return True
         others = [
             hook for hook in hooks_in_force(self.mllm) if not isinstance(hook, StreamingHeads)
         ]
+        # hooks that only change outputs do not care which keys there are
         return any(hook.rows is not None or type(hook).mask is not Hook.mask for hook in others)
 
     def _adopt(self, past: Cache, by_layer: dict[int, StreamingHeads]) -> None:
@@ -365,7 +378,7 @@ class _Caches:
         past.layers = [
             HybridLayer(self, by_layer.get(layer)) for layer in range(self.mllm.n_layers)
         ]
-        past.layer_class_to_replicate = None
+        past.layer_class_to_replicate = None  # or transformers may add layers of its own
 
 
 def _is_split(past: Cache | None) -> bool:
@@ -393,7 +406,8 @@ class HybridLayer(DynamicLayer):
 
     def __init__(self, owner: _Caches, hook: StreamingHeads | None):
         super().__init__()
-        self.owner, self.hook = owner, hook
+        self.owner = owner
+        self.hook = hook
         self.reset()
 
     def reset(self) -> None:
@@ -416,9 +430,8 @@ class HybridLayer(DynamicLayer):
         return key_states, value_states
 
     def get_seq_length(self) -> int:
-        return max(
-            buffer.length for buffer in self.buffers.values()
-        )  # a kind without groups counts nothing
+        # a kind without groups counts nothing
+        return max(buffer.length for buffer in self.buffers.values())
 
     @property
     def nbytes(self) -> int:
@@ -457,13 +470,19 @@ class Buffer:
     """
 
     def __init__(self, sinks: int, recent: int):
-        self.sinks, self.recent, self.slots = sinks, recent, sinks + recent
-        self.length, self.oldest = 0, sinks
+        # the sinks come first and stay there, out of the ring's way; a row that decodes does not mind the ring's
+        # order, as keys carry their positions (rotary embedding)
+        self.sinks = sinks
+        self.recent = recent
+        self.slots = sinks + recent
+        self.length = 0
+        self.oldest = sinks
         self.tensors: list[torch.Tensor] = []
 
     def append(self, key: torch.Tensor, value: torch.Tensor) -> Sequence[torch.Tensor]:
         """Take in new positions (B, G, R, D); all keys and values that they see, in order unless R is 1."""
-        new, begin = (key, value), self.length
+        new = key, value
+        begin = self.length
         self.length = end = begin + key.shape[2]
         if end <= self.slots:
             self._make_room(new, end)
@@ -471,6 +490,7 @@ class Buffer:
             return [x[:, :, :end] for x in self.tensors]
         if end == begin + 1:  # the new key takes the place of the one that falls out of sight
             self._write(new, self.oldest)
+            # behind the last slot comes the first one behind the sinks
             self.oldest = max((self.oldest + 1) % self.slots, self.sinks)
             return self.tensors
         # the first of the new rows still see what the last ones push out
@@ -480,7 +500,7 @@ class Buffer:
         self.tensors = [
             torch.cat([x[:, :, : self.sinks], x[:, :, -self.recent :]], 2) for x in seen
         ]
-        self.oldest = self.sinks
+        self.oldest = self.sinks  # the ring is in order again
         return seen
 
     def _make_room(self, new: Sequence[torch.Tensor], end: int) -> None:
@@ -525,7 +545,7 @@ def stream_chunked(call: Call, sinks: int, recent: int) -> torch.Tensor:
     block = min(call.rows, max(64, recent // 4))
     row = torch.arange(block, device=call.device)[:, None]
     column = torch.arange(block + recent - 1, device=call.device)
-    window = (column >= row) & (column < row + recent)
+    window = (column >= row) & (column < row + recent)  # the same for every block
     seen = torch.cat([window.new_ones(block, sinks), window], 1)
     before = call.key.shape[2] - call.rows - (recent - 1)  # keys in front of the first row's window
     parts = []
@@ -535,7 +555,7 @@ def stream_chunked(call: Call, sinks: int, recent: int) -> torch.Tensor:
         key, value = (
             torch.cat([x[:, :, :sinks], x[:, :, near]], 2) for x in (call.key, call.value)
         )
-        mask = seen[:rows, : key.shape[2]]
+        mask = seen[:rows, : key.shape[2]]  # the last block may be shorter
         parts.append(
             scaled_dot_product_attention(
                 query, key, value, attn_mask=mask, scale=call.scaling, enable_gqa=True
@@ -579,7 +599,8 @@ def blocks(rows: int, keys: int, sinks: int, recent: int, device: torch.device) 
     # first and last key of each block, first and last row of each (a row counts as its own key)
     low = torch.arange(0, keys, TILE, device=device)
     top = torch.arange(before, keys, TILE, device=device)[:, None]
-    high, bottom = low + TILE - 1, top + TILE - 1
+    high = low + TILE - 1
+    bottom = top + TILE - 1
     some = (low < sinks) | ((low <= bottom) & (top - high < recent))
     every = (high < sinks) | ((high <= top) & (bottom - low < recent))
     tables = []

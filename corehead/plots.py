@@ -48,6 +48,7 @@ LINES = {name: line for line, names in LINES.items() for name in names.split(", 
 LEVELS = {"intact": dict(color="black", ls="--"), "chance level": dict(color="gray", ls=":")}
 LABELS = {"correct": "accuracy", "logprob": "log-probability (nats)", "margin": "margin (logits)"}
 
+# at import, so that no notebook sets a style of its own
 sns.set_theme(
     context="notebook",
     style="ticks",
@@ -60,7 +61,7 @@ sns.set_theme(
         "legend.fontsize": "small",
         "legend.frameon": False,
         "lines.markersize": 5,
-        "pdf.fonttype": 42,
+        "pdf.fonttype": 42,  # TrueType: text stays text in the pdf
         "savefig.dpi": 150,
     },
 )
@@ -74,26 +75,30 @@ def save(figure: plt.Figure, name: str, profile: str = "testbed") -> None:
     """
     folder = output("figures", *([] if profile == "testbed" else [profile]))
     if os.environ.get("COREHEAD_FIGURES") == "pdf":
+        # a date would make every run another file
         figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
         return
     full = BytesIO()
     figure.savefig(full, format="png")
+    # dithering would make areas of one colour large files, and show as noise
     small = Image.open(full).convert("RGB").quantize(256, dither=Image.Dither.NONE)
     small.save(folder / f"{name}.png", optimize=True)
 
 
 def _styles(names: list) -> dict:
     """A style for each line: by its name or its first word, paler each time, or else by its place."""
+    # names without a style of their own get their places on one scale of colours
     places = sns.color_palette("viridis", len(names))
-    styles, known = {}, []
+    styles = {}
+    known = []
     for i, name in enumerate(names):
+        # names with one first word are kinds of one thing: one colour, paler each time
         look = LINES.get(name) or LINES.get(str(name).split(" ")[0])
-        alpha = 0.6 ** known.count(look)
+        alpha = 0.6 ** known.count(look) if look else 1
         known.append(look)
+        zorder = 3 if look else 2  # lines with a name of their own in front
         color, marker, line = look or (places[i], "osv^DPX*<>hdp8"[i % 14], "-")
-        styles[name] = dict(
-            color=color, marker=marker, ls=line, alpha=alpha if look else 1, zorder=3 if look else 2
-        )
+        styles[name] = dict(color=color, marker=marker, ls=line, alpha=alpha, zorder=zorder)
     return styles
 
 
@@ -101,10 +106,10 @@ def _panels(table: pd.DataFrame, by: str, columns: int, width: float, height: fl
     """A figure with a panel of this size in inches for each value of a column, and (panel, value, rows) of each."""
     groups = list(table.groupby(by, sort=False))
     columns = min(columns, len(groups))
-    rows = -(-len(groups) // columns)
+    rows = -(-len(groups) // columns)  # rounded up
     size = (width * columns + 0.8, height * rows + 0.6)
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, **shared)
-    for ax in axes.flat[len(groups) :]:
+    for ax in axes.flat[len(groups) :]:  # what is left empty in the last row
         ax.remove()
     for ax, (name, _) in zip(axes.flat, groups):
         ax.set_title(str(name).replace("_", " "))
@@ -115,11 +120,12 @@ def _finish(figure: plt.Figure, xlabel: str, ylabel: str = "") -> plt.Figure:
     """Names of the axes and one legend, for all panels together."""
     figure.supxlabel(xlabel, fontsize="medium")
     figure.supylabel(ylabel, fontsize="medium")
-    found = {}
+    found = {}  # by label: the panels draw the same lines
     for ax in figure.axes:
         handles, labels = ax.get_legend_handles_labels()
         found |= dict(zip(labels, handles))
     if len(found) > 1:
+        # as many in a row as fit: a mark and about 0.08 inches a letter
         fitting = int(figure.get_figwidth() / (0.6 + 0.08 * max(map(len, found))))
         figure.legend(
             found.values(), found, loc="outside upper center", ncols=min(fitting, len(found))
@@ -133,6 +139,7 @@ def _finish(figure: plt.Figure, xlabel: str, ylabel: str = "") -> plt.Figure:
 def _token_kinds(tagged: TaggedSample) -> np.ndarray:
     """(L,) index into TOKENS of every token."""
     kinds = np.zeros(len(tagged.ids), int)
+    # in the order of TOKENS; V* comes last, as it is also visual, or text
     for i, tokens in enumerate((tagged.question, tagged.answer, tagged.visual, tagged.evidence), 1):
         kinds[tokens] = i
     return kinds
@@ -162,21 +169,20 @@ def _draw_view(
     if medium.kind == "video":  # of a pair of frames the mean, which is about what its tokens see
         picture = np.asarray(picture)[first:end].mean(0).astype(np.uint8)
     _, height, width = medium.size
-    ax.imshow(
-        to_image(picture, tagged.sample.id, medium.kind), extent=(0, width, height, 0), alpha=0.55
-    )
+    shown = to_image(picture, tagged.sample.id, medium.kind)
+    # in the pixels that boxes are in, y downwards; pale, so that cells stand out
+    ax.imshow(shown, extent=(0, width, height, 0), alpha=0.55)
     tokens = medium.tokens[view]
     lit = np.isin(tokens, tagged.evidence)
     face = to_rgba_array(EVIDENCE, 0.45 * lit)
     if weight is not None:
         face = to_rgba_array(PALETTE[0], 0.8 * weight[tokens].clip(0, 1))
-    cells = np.array(
-        [Rectangle((x1, y1), x2 - x1, y2 - y1) for x1, y1, x2, y2 in medium.boxes[view]]
-    )
+    boxes = medium.boxes[view]
+    cells = np.array([Rectangle((x1, y1), x2 - x1, y2 - y1) for x1, y1, x2, y2 in boxes])
     ax.add_collection(PatchCollection(cells, facecolor=face, edgecolor="#777777", linewidth=0.35))
-    ax.add_collection(
-        PatchCollection(cells[lit], facecolor="none", edgecolor=EVIDENCE, linewidth=1.5)
-    )
+    # frames of V* come on top, or the next cell's edge would cover them
+    frames = PatchCollection(cells[lit], facecolor="none", edgecolor=EVIDENCE, linewidth=1.5)
+    ax.add_collection(frames)
     ax.set(xticks=[], yticks=[], xlim=(0, width), ylim=(height, 0))
     ax.spines[:].set_visible(False)
     name = f"frame {first}-{end - 1}" if medium.kind == "video" else f"image {medium.index}"
@@ -220,9 +226,8 @@ def text(tagged: TaggedSample, tokenizer, columns: int = 12) -> plt.Figure:
     figure, ax = plt.subplots(figsize=(9, 0.3 * len(tagged.ids) / columns + 0.4))
     for i, (token, kind) in enumerate(zip(tagged.ids, _token_kinds(tagged))):
         box = dict(facecolor=COLOURS[kind], linewidth=0, pad=2)
-        ax.text(
-            i % columns, i // columns, tokenizer.decode([token]).strip(), fontsize="small", bbox=box
-        )
+        word = tokenizer.decode([token]).strip()
+        ax.text(i % columns, i // columns, word, fontsize="small", bbox=box)
     ax.set(xlim=(0, columns), ylim=(len(tagged.ids) / columns, -1))
     ax.axis("off")
     return figure
@@ -245,7 +250,7 @@ def overlays(rows: Mapping) -> plt.Figure:
     size = (2.2 * len(sets), 2.4 * len(rows))
     figure, axes = plt.subplots(len(rows), len(sets), figsize=size, squeeze=False)
     for line, (title, (tagged, weights)) in zip(axes, rows.items()):
-        mass = np.zeros(len(tagged.ids))
+        mass = np.zeros(len(tagged.ids))  # on V* alone
         mass[tagged.evidence] = weights[sets[0]][tagged.evidence]
         view = max(_views(tagged), key=lambda view: mass[view[0].tokens[view[1]]].sum())
         for ax, name in zip(line, sets):
@@ -287,6 +292,7 @@ def maps(
     figure, axes = plt.subplots(
         1, len(tables), figsize=(width * len(tables) + 0.8, height), squeeze=False
     )
+    # one scale for all maps, from 0 (or below it): only then can colours be compared
     numbers = np.concatenate([table.to_numpy().ravel() for table in tables.values()])
     for ax, (title, table) in zip(axes[0], tables.items()):
         sns.heatmap(
@@ -299,6 +305,7 @@ def maps(
             annot_kws={"size": 8},
             cbar=False,
             square=written,
+            # about eight labels, however many heads there are
             xticklabels=max(1, columns // 8),
             yticklabels=max(1, rows // 8),
             ax=ax,
@@ -352,14 +359,16 @@ def curves(
     """
     figure, found = _panels(table, panels, 4, 2.7, 2.4, sharey=share_y)
     styles = _styles(table[lines].unique().tolist())
-    xlabel, ylabel = axes.pop("xlabel", x), axes.pop("ylabel", LABELS.get(y, y))
+    xlabel = axes.pop("xlabel", x)
+    ylabel = axes.pop("ylabel", LABELS.get(y, y))
     if y == "correct":
-        axes = {"ylim": (0, 1.03)} | axes
+        axes = {"ylim": (0, 1.03)} | axes  # all of it, and room for markers at 1
     for ax, panel, rows in found:
         for line, points in rows.groupby(lines, sort=False):
             _draw_line(ax, points, x, y, label=line, **styles[line])
         for label, level in (levels or {}).items():
             look = LEVELS.get(label, dict(color="black", ls="-."))
+            # NaN, which draws nothing, where a panel has no such level
             ax.axhline(level.get(panel, np.nan), label=label, lw=1, **look)
         if mark is not None:
             ax.axvline(mark, color="black", lw=0.8, alpha=0.5)
@@ -369,6 +378,7 @@ def curves(
             ax.xaxis.set_major_formatter("{x:.0%}")
         if ticks is not None:
             ax.set_xticks(list(ticks), ticks.values())
+            # a logarithmic axis would have its own among them
             ax.minorticks_off()
     return _finish(figure, xlabel, ylabel)
 
@@ -411,20 +421,23 @@ def dots(
     -------
     Figure
     """
-    xlabel, order = axes.pop("xlabel", LABELS.get(value, value)), table[rows].unique().tolist()
+    xlabel = axes.pop("xlabel", LABELS.get(value, value))
+    order = table[rows].unique().tolist()
     styles = _styles(table[lines].unique().tolist())
     height = max(0.3, 0.08 * len(styles)) * len(order) + 0.6
     figure, found = _panels(table, panels, 99, 2.2, height, sharex=True, sharey=True)
     for ax, _, part in found:
         for i, (line, style) in enumerate(styles.items()):
+            # all rows in every panel, with a gap where a task lacks one
             points = part[part[lines] == line].set_index(rows).reindex(order)
+            # marks of one row a little apart, around its middle
             y = np.arange(len(order)) + 0.11 * (i - (len(styles) - 1) / 2)
             look = dict(color=style["color"], alpha=style["alpha"], label=line)
             ax.hlines(y, points[f"{value}_low"], points[f"{value}_high"], **look)
             ax.plot(points[value], y, style["marker"], **look)
-        ax.axvline(0, color="gray", lw=0.8)
+        ax.axvline(0, color="gray", lw=0.8)  # no difference
         ax.set(yticks=range(len(order)), yticklabels=order, **axes)
-    ax.invert_yaxis()
+    ax.invert_yaxis()  # shared by all panels: the first row on top
     return _finish(figure, xlabel)
 
 
@@ -448,7 +461,7 @@ def bars(table: pd.DataFrame, parts: list[str], value: str) -> plt.Figure:
     figure, (left, right) = plt.subplots(1, 2, figsize=size, sharey=True, width_ratios=[2, 1])
     table[parts].plot.barh(stacked=True, color=TOKENS, ax=left, width=0.8, legend=False)
     left.set(xlabel="attention mass", ylabel="", xlim=(0, 1))
-    left.invert_yaxis()
+    left.invert_yaxis()  # shared with the other panel
     right.hlines(range(len(table)), table[f"{value}_low"], table[f"{value}_high"], color="black")
     right.plot(table[value], range(len(table)), "o", color="black")
     right.set(xlabel=value, xlim=(0, None))

@@ -79,6 +79,7 @@ class HeadSet:
         return cls(mask)
 
     def __contains__(self, head: tuple[int, int]) -> bool:
+        # among pairs: an index that is out of range is in no set, where the mask would raise or count from the end
         return tuple(head) in set(self)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
@@ -91,6 +92,7 @@ class HeadSet:
         return isinstance(other, HeadSet) and np.array_equal(self.mask, other.mask)
 
     def __hash__(self) -> int:
+        # masks of two shapes may have the same bytes
         return hash((self.shape, self.mask.tobytes()))
 
     def __repr__(self) -> str:
@@ -153,6 +155,7 @@ class HeadSet:
             raise ValueError(
                 f"kv_heads={kv_heads}: the {heads} query heads of a layer are not a multiple of that"
             )
+        # DuoAttention decides for KV heads: one full query head keeps the keys of its group
         groups = self.mask.reshape(layers, kv_heads, -1).any(2)
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
@@ -181,7 +184,7 @@ def _by_group(values: np.ndarray, group: int) -> np.ndarray:
         raise ValueError(
             f"group={group}: the {heads} query heads of a layer are not a multiple of that"
         )
-    return values.reshape(layers, -1, group)
+    return values.reshape(layers, -1, group)  # query heads of one KV head are neighbours
 
 
 class HeadRanking:
@@ -217,6 +220,7 @@ class HeadRanking:
         if self.values.ndim != 2 or not np.isfinite(self.values).all():
             raise ValueError("a ranking needs finite scores of shape (layers, heads)")
         self.shape = self.values.shape
+        # stable, so that ties have one order on every machine
         best_first = np.argsort(-self.values, axis=None, kind="stable")
         self.order = np.stack(np.unravel_index(best_first, self.shape), 1)
         self.name = name
@@ -244,6 +248,7 @@ class HeadRanking:
         """
         if group == 1:
             return HeadSet.of(self.order[: self.count(share)], self.shape)
+        # a mean would hide the one retrieval head of a group among its idle ones
         groups = HeadRanking(_by_group(self.values, group).max(2))
         return HeadSet(np.repeat(groups.top(share).mask, group, axis=1))
 
@@ -318,6 +323,7 @@ def _count(share: float, n: int) -> int:
     """How many of n heads a share is."""
     if not 0 < share <= 1:
         raise ValueError(f"share={share}: take a number in (0, 1], such as 0.05 for 5 %")
+    # halves go up: Python's round() would take them to the even number
     return max(1, math.floor(share * n + 0.5))
 
 
@@ -353,13 +359,13 @@ def random_heads(
     if match not in (None, "layer"):
         raise ValueError(f"match={match!r}: take None or 'layer'")
     like.check(ranking.shape)
-    inside = _by_group(like.mask, group).any(2)
-    wanted = inside.sum(1)
+    inside = _by_group(like.mask, group).any(2)  # (layers, KV heads)
+    wanted = inside.sum(1)  # (layers,)
     n = wanted.sum()
     rng = np.random.default_rng(seed)
-    free = rng.permutation(
-        np.argwhere(~inside)
-    )  # (others, 2), shuffled: the first that fits is a random one
+    # (others, 2): only heads outside `like`, for a draw with some of its heads would show some of its effect;
+    # shuffled, so that the first that fits is a random one
+    free = rng.permutation(np.argwhere(~inside))
     if len(free) < n:
         raise ValueError(
             f"{n} of {inside.size} heads leave {len(free)} to draw from: take at most half of all"
@@ -374,13 +380,14 @@ def random_heads(
 def _matched(layers: np.ndarray, wanted: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Which heads to take, (n,) bool, from shuffled ones of these layers, so that each layer gives what is wanted."""
     taken = np.zeros(len(layers), bool)
-    missing = []
+    missing = []  # a layer for each head that it could not give
     for layer, count in enumerate(wanted):
         here = np.flatnonzero(layers == layer)[:count]
         taken[here] = True
         missing += [layer] * (count - len(here))
     # layers run short in random order, so that none is always the first to borrow from its neighbours
     for layer in rng.permutation(missing):
+        # a taken head is infinitely far; of two layers at one distance, the shuffle says which gives
         distance = np.where(taken, np.inf, np.abs(layers - layer))
         taken[distance.argmin()] = True
     return taken
@@ -430,10 +437,9 @@ def agreement(a, b, share: float = 0.05) -> dict[str, np.ndarray]:
     a, b = (x.reshape(*x.shape[:-2], -1) for x in (a, b))  # (..., n)
     n = a.shape[-1]
     k = _count(share, n)
-    places = [
-        rankdata(-x, "ordinal", axis=-1) for x in (a, b)
-    ]  # from 1; ordinal ranks keep the order of ties
-    depth = np.maximum(*places)  # from which on a head is in both sets
+    # ranks from 1; ordinal ones keep the order of ties
+    places = [rankdata(-x, "ordinal", axis=-1) for x in (a, b)]
+    depth = np.maximum(*places)  # (..., n), from which on a head is in both sets
     overlap = (depth <= k).sum(-1) / k
     weights, rest = _rbo_weights(k, n)
     # a head counts from that depth on: the sum of the weights of all greater depths, each over its depth
@@ -445,6 +451,7 @@ def agreement(a, b, share: float = 0.05) -> dict[str, np.ndarray]:
             "spearman": (_standard_ranks(a) * _standard_ranks(b)).sum(-1),
             "kendall": kendall(a, b)[()],
             "overlap": overlap,
+            # |A | B| = 2 k - |A & B|, both over k
             "jaccard": overlap / (2 - overlap),
             "corrected": (overlap - k / n) / (1 - k / n),
             "rbo": gain[depth - 1].sum(-1) + rest,
@@ -459,6 +466,7 @@ def _standard_ranks(flat: np.ndarray) -> np.ndarray:
 
 
 def _kendall(a: np.ndarray, b: np.ndarray) -> float:
+    # the method is that of the p-value, which nobody reads: this one is cheap
     return kendalltau(a, b, method="asymptotic").statistic
 
 
@@ -495,6 +503,7 @@ def chance(n_heads: int, share: float) -> dict[str, float]:
         raise ValueError(f"n_heads={n_heads}: a ranking needs at least 2 heads")
     k = _count(share, n_heads)
     common = np.arange(k + 1)
+    # not linear in `common`, so that the expectation needs its whole distribution
     jaccard = common / (2 * k - common)
     depth = np.arange(1, n_heads + 1)
     weights, rest = _rbo_weights(k, n_heads)
@@ -504,6 +513,7 @@ def chance(n_heads: int, share: float) -> dict[str, float]:
         "overlap": k / n_heads,
         "jaccard": float(hypergeom.pmf(common, n_heads, k, k) @ jaccard),
         "corrected": 0.0 if k < n_heads else math.nan,
+        # two sets of d heads share d * d / n of them, the part d / n
         "rbo": float(weights @ depth / n_heads + rest),
     }
 
@@ -535,6 +545,7 @@ def universal(scores: Mapping[str, np.ndarray], share: float = 0.05) -> pd.DataF
     best = reduce(or_, tops.values())
     table = pd.DataFrame(list(best), columns=["layer", "head"])
     for domain, top in tops.items():
+        # a boolean index goes through heads in the order of the rows: layer, head
         table[domain] = top.mask[best.mask]
     table["domains"] = table[list(tops)].sum(axis=1)
     return table.sort_values(

@@ -45,6 +45,7 @@ def save(table: pd.DataFrame, name: str, profile: str = "testbed") -> pd.DataFra
     """
     table = table.reset_index(drop=table.index.names == [None])
     rounded = table.round(4)
+    # four decimals would make many a p-value zero
     for column in table.columns[table.columns.str.fullmatch(P_VALUE)]:
         rounded[column] = table[column].map("{:.3g}".format).astype(float)
     rounded.to_csv(results(profile) / f"{name}.csv", index=False)

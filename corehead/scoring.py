@@ -29,9 +29,9 @@ from .runs import digest, provenance, run
 from .samples import Sample, SampleError
 from .tagging import TaggedSample
 
-QUERIES = ("question", "last", "answer")
-SUMS = ("evidence", "visual", "text", "sink")
-ARRAYS = (*SUMS, "entropy", "null_evidence", "null_context")
+QUERIES = ("question", "last", "answer")  # the sets Q whose rows are read
+# the first four are mass on sets of keys: visual, text and sink make up a row, evidence is part of visual or text
+ARRAYS = ("evidence", "visual", "text", "sink", "entropy", "null_evidence", "null_context")
 VARIANTS = ("ram", "share", "lift", "calibrated")
 
 
@@ -90,11 +90,14 @@ class HeadScores:
         if query not in QUERIES:
             raise ValueError(f"query={query!r}: take one of {', '.join(map(repr, QUERIES))}")
         data = self.data.sel(query=query, drop=True)
+        # without V* there is nothing to retrieve: NaN, which means leave out, and not a 0 that would pull them down
         out = data.evidence.where(data.n_evidence > 0)
         if variant == "calibrated":
             out = out - data.null_evidence
+        # how much a head looks at the evidence's modality at all cancels out
         if variant in ("share", "lift"):
             out = out / xr.where(data.on_text, data.text, data.visual)
+        # about 1 for a head that spreads its mass evenly over the modality, however long the context is
         if variant == "lift":
             out = out / (data.n_evidence / data.n_context)
         return out.transpose("sample", "layer", "head").rename(variant)
@@ -114,6 +117,7 @@ class HeadScores:
         scores = self.per_sample(variant, query)
         if by is None:
             return scores.mean("sample")
+        # first inside each group: a domain with more samples would otherwise have more of a say
         return scores.groupby(by).mean("sample").mean(by)
 
     def by(self, coordinate: str) -> dict[str, HeadScores]:
@@ -135,6 +139,7 @@ class HeadScores:
             No sample has such a score.
         """
         scores = self.mean(variant, query, by)
+        # HeadRanking would refuse NaN as well, but could not say what is missing
         if not np.isfinite(scores).all():
             raise ValueError(
                 f"no sample has a {variant!r} score for query={query!r}: give evidence (and answers)"
@@ -237,11 +242,12 @@ def attention_map(mllm: MLLM, tagged: TaggedSample, query: str = "last") -> np.n
     (L, H, N) float32 array
         Attention weights over all tokens.
     """
+    # every key is a group of its own, so that the sums are the weights themselves
     reader = MassReader(query_rows(tagged)[query], groups=torch.eye(len(tagged.ids))[None])
     with hooks(mllm, reader.everywhere(mllm), TokenRoles.of([tagged])):
         decode(mllm, embedded(mllm, to_model(tagged.inputs, mllm)))
     sums, _ = reader.result()
-    return sums[:, 0].mean(1)
+    return sums[:, 0].mean(1)  # (L, R, H, N), the mean over the rows
 
 
 def query_rows(tagged: TaggedSample) -> dict[str, np.ndarray]:
@@ -261,7 +267,8 @@ class MassReader(Hook):
     """
 
     def __init__(self, rows: np.ndarray, groups: torch.Tensor):
-        self.rows, self.groups = np.asarray(rows), groups
+        self.rows = np.asarray(rows)
+        self.groups = groups
         self.sums: dict[int, list[torch.Tensor]] = {}
         self.entropy: dict[int, list[torch.Tensor]] = {}
 
@@ -273,6 +280,7 @@ class MassReader(Hook):
         groups = self.groups[:, : call.n].to(call.device)
         mass = (weights.flatten(1, 2) @ groups).unflatten(1, weights.shape[1:3])  # (B, H, r, G)
         entropy = torch.special.entr(weights).sum(-1)  # (B, H, r)
+        # rows come in ascending blocks, chunk after chunk; their weights (N numbers a row) are gone after this
         self.sums.setdefault(call.layer, []).append(mass.transpose(1, 2).cpu())
         self.entropy.setdefault(call.layer, []).append(entropy.transpose(1, 2).cpu())
 
@@ -300,11 +308,14 @@ def _work(
 @torch.inference_mode()
 def _scored(mllm: MLLM, batch: list[Context], fail: Callable[[SampleError], None]) -> list[dict]:
     """Run a batch of contexts: a table row a sample."""
+    # inside ablate(mode="resample"): a donor is drawn for the sample of each batch row
     alone = any(hook.needs_own_row for hook in hooks_in_force(mllm))
     packed = pack(mllm, batch, alone=alone)
-    found, rows = _read(mllm, packed), []
+    found = _read(mllm, packed)
+    rows = []
     for c, context in enumerate(packed.contexts):
         for owner, tagged in enumerate(context.members):
+            # samples with one answer share a null block: its sums are over all sets of evidence
             null_block = context.null_of(owner)
             null = None if null_block is None else found[c, null_block]
             try:
@@ -322,18 +333,21 @@ def _read(mllm: MLLM, packed: Packed) -> dict[tuple[int, int], Reading]:
 
     Groups of keys: visual, text, sink (the first token, which is neither), then the sets of evidence.
     """
-    evidence = packed.roles.evidence.transpose(1, 2).float()
-    kinds = torch.zeros(*evidence.shape[:2], 3)
+    evidence = packed.roles.evidence.transpose(1, 2).float()  # (B, N, sets)
+    kinds = torch.zeros(*evidence.shape[:2], 3)  # (B, N, visual / text / sink)
     wanted = {}
     for c, k, block in packed.blocks():
         row, padding, start = packed.slots[c, k]
+        # behind a prefix, the row's first token is the prefix's
         first = padding if packed.before else start
         kinds[row, packed.keys(c, k, block.tagged.visual), 0] = 1
+        # the row's other questions count as text, but have no weight: blocks do not see each other
         kinds[row, first:, 1] = 1 - kinds[row, first:, 0]
         kinds[row, first] = torch.tensor([0.0, 0.0, 1.0])
         wanted[c, k] = {
             query: packed.keys(c, k, tokens) for query, tokens in query_rows(block.tagged).items()
         }
+    # one union of rows for the whole batch, read in one pass; each set picks its own from it below
     rows = np.unique(np.concatenate([r for sets in wanted.values() for r in sets.values()]))
     reader = MassReader(rows, torch.cat([kinds, evidence], 2))
     with hooks(mllm, reader.everywhere(mllm)):
@@ -344,7 +358,7 @@ def _read(mllm: MLLM, packed: Packed) -> dict[tuple[int, int], Reading]:
         row = packed.slots[job].row
         out[job] = {}
         for query, keys in sets.items():
-            if len(keys):
+            if len(keys):  # a sample without an answer has no such rows
                 at = np.searchsorted(rows, keys)
                 out[job][query] = sums[:, row, at].mean(1), entropy[:, row, at].mean(1)
     return out
@@ -352,13 +366,15 @@ def _read(mllm: MLLM, packed: Packed) -> dict[tuple[int, int], Reading]:
 
 def _table_row(tagged: TaggedSample, evidence_set: int, own: Reading, null: Reading | None) -> dict:
     """One sample's row of the table: arrays (query, layer, head) by name."""
-    n_layers, n_heads = own["last"][1].shape
-    n_evidence, n_visual = len(tagged.evidence), len(tagged.visual)
+    n_layers, n_heads = own["last"][1].shape  # every prompt has a last token
+    n_evidence = len(tagged.evidence)
+    n_visual = len(tagged.visual)
     on_text = n_evidence > 0 and not np.isin(tagged.evidence, tagged.visual).any()
     out = {name: np.full((len(QUERIES), n_layers, n_heads), np.nan, np.float32) for name in ARRAYS}
     for q, query in enumerate(QUERIES):
         if query in own:
             sums, entropy = own[query]
+            # a weight that is NaN reaches its row's sums: the weights need no pass of their own
             finite = np.isfinite(sums).all((1, 2)) & np.isfinite(entropy).all(1)
             if not finite.all():
                 raise SampleError(
@@ -371,6 +387,7 @@ def _table_row(tagged: TaggedSample, evidence_set: int, own: Reading, null: Read
             out["evidence"][q], out["entropy"][q] = sums[..., 3 + evidence_set], entropy
         if null is not None and query in null:
             sums, _ = null[query]
+            # the rows of "N/A" on the V* of the sample's own question: what V* attracts whatever is asked
             out["null_evidence"][q] = sums[..., 3 + evidence_set]
             out["null_context"][q] = sums[..., 1 if on_text else 0]
     return {
@@ -391,9 +408,11 @@ def _dataset(rows: list[dict], attributes: dict) -> xr.Dataset:
         name: (("sample", "query", "layer", "head"), np.stack([row[name] for row in rows]))
         for name in ARRAYS
     }
+    # as coordinates, so that per_sample() and by() carry them along
     coords: dict = {"query": list(QUERIES), "sample": [row["sample"] for row in rows]}
     for name in ("n_evidence", "n_context", "on_text", "depth"):
         coords[name] = "sample", [row[name] for row in rows]
+    # samples of several tasks have different meta: all names, None where a sample lacks one
     for name in dict.fromkeys(name for row in rows for name in row["meta"]):
         coords[name] = "sample", [row["meta"].get(name) for row in rows]
     return xr.Dataset(data, coords, {"provenance": json.dumps(attributes)})

@@ -94,12 +94,15 @@ def resample_means(
     size = n if size is None else size
     if not 1 <= size <= n:
         raise ValueError(f"size={size}: draw 1 to {n} {'samples' if groups is None else 'groups'}")
+    # whole groups: samples on one context tend to be right or wrong together, and drawing them one by one, as if they
+    # were independent, would make the interval too narrow
     drawn = np.random.default_rng(seed).integers(0, n, (resamples, size))
     # by counting how often each group was drawn, all resamples of all heads are one matrix product
     drawn += n * np.arange(resamples)[:, None]
     counts = np.bincount(drawn.ravel(), minlength=resamples * n).reshape(resamples, n)
     sums = np.zeros((n, *values.shape[1:]))
     np.add.at(sums, codes, values)
+    # (resamples, n) @ (n, ...): groups differ in size, so that the number of samples depends on the draw too
     means = counts @ sums.reshape(n, -1) / (counts @ sizes)[:, None]
     return means.reshape(resamples, *values.shape[1:])
 
@@ -134,6 +137,7 @@ def split_halves(
         raise ValueError(
             f"size={size}: two disjoint subsets would take {2 * size} of {n} samples, take 1 to {n // 2}"
         )
+    # every row is a permutation; the first `size` places are one subset, the next `size` the other
     place = np.random.default_rng(seed).permuted(np.tile(np.arange(n), (splits, 1)), axis=1)
     first = place < size  # (splits, n)
     second = (place >= size) & (place < 2 * size)
@@ -147,6 +151,7 @@ def split_halves(
 
 def proportion_interval(hits: int, n: int) -> tuple[float, float]:
     """Wilson's interval of a proportion (doi:10.1080/01621459.1927.10502953), `hits` of `n`."""
+    # has a width even where all are right, or none, as testbeds often have it; mean +- 1.96 se has none there
     low, high = binomtest(hits, n).proportion_ci(method="wilson")
     return float(low), float(high)
 
@@ -208,6 +213,7 @@ def heads_for_share(values, share: float = 0.5) -> float | np.ndarray:
     total = mass[..., -1]
     # a hair less than the share, for sums that round
     too_few = (mass < (share - 1e-12) * total[..., None]).sum(-1)
+    # the head that reaches the share is one more
     return np.where(total > 0, (too_few + 1) / flat.shape[-1], np.nan)[()]
 
 
@@ -229,6 +235,7 @@ def rho_interval(
     -------
     low, high : float
     """
+    # rho is no mean over samples, so that it is computed anew for the mean scores of every resample
     rho = heads_for_share(resample_means(values, resamples, seed, groups=groups), share)
     low, high = np.quantile(rho, [0.025, 0.975])
     return float(low), float(high)
@@ -287,9 +294,9 @@ def paired(a, b, groups=None, resamples: int = 10_000, seed: int = 0) -> Paired:
     if a.dtype == b.dtype == bool:
         p, effect = _mcnemar(better=(a & ~b).sum(), worse=(b & ~a).sum())
     else:
-        extreme = np.abs(means - difference) >= np.abs(difference) * (
-            1 - 1e-12
-        )  # with ties, whatever the rounding
+        # centred, the resamples are what chance gives where there is no difference; ties count, whatever the rounding
+        extreme = np.abs(means - difference) >= np.abs(difference) * (1 - 1e-12)
+        # with the observed one among them, p is never 0
         p = (extreme.sum() + 1) / (resamples + 1)
         effect = difference / values.std(ddof=1) if np.ptp(values) else np.nan
     return Paired(*map(float, (difference, low, high, p, effect)))
@@ -328,7 +335,7 @@ def correct(p) -> tuple[np.ndarray, np.ndarray]:
     order = p.argsort(axis=None)
     stepped = p.ravel()[order] * np.arange(p.size, 0, -1)
     holm = np.empty(p.size)
-    holm[order] = np.maximum.accumulate(stepped)
+    holm[order] = np.maximum.accumulate(stepped)  # never below that of a smaller p
     return np.minimum(holm, 1).reshape(p.shape), np.minimum(p * p.size, 1)
 
 
@@ -372,6 +379,7 @@ def contrast(first, second, first_groups=None, second_groups=None) -> Contrast:
         if np.isclose(x[0], y[0], rtol=1e-12, atol=0):
             return Contrast(0.0, 0.0, 0.0, 1.0)
         return Contrast(float(difference), float(difference), float(difference), 0.0)
+    # Welch's: nothing says that two tasks vary alike
     test = ttest_ind(x, y, equal_var=False)
     low, high = test.confidence_interval()
     return Contrast(*map(float, (difference, low, high, test.pvalue)))
@@ -402,7 +410,8 @@ def design_effect(values, groups) -> float:
     values, sums, sizes = _group_sums(values, groups, "values")
     if (values == values[0]).all():
         return np.nan
-    n, n_groups = len(values), len(sizes)
+    n = len(values)
+    n_groups = len(sizes)
     between = n_groups / (n_groups - 1) * ((sums - sizes * values.mean()) ** 2).sum() / n**2
     return float(between / (values.var(ddof=1) / n))
 
@@ -531,6 +540,7 @@ def compare(
             row = dict(zip(by, group)) | {"control": control}
             rows.append(row | _compare_pair(part, label, condition, control))
     table = pd.DataFrame(rows).set_index([*by, "control"])
+    # both measures are one family: whoever reads the table looks for the smallest p in it
     holm, bonferroni = correct(table[["accuracy_p", "logprob_p"]])
     table[["accuracy_holm", "logprob_holm"]] = holm
     table[["accuracy_bonferroni", "logprob_bonferroni"]] = bonferroni
@@ -544,7 +554,9 @@ def _compare_pair(
     names = [condition, control]
     answers = answers[answers[label].isin(names)]
     _check_draws(answers, label)
+    # several draws are one control: averaged first, or they would count as samples of their own
     means = answers.groupby(["context", "sample", label])[["correct", "logprob"]].mean().unstack()
+    # a condition without a single row becomes a column of NaN, and is named below
     right = means["correct"].reindex(columns=names)
     logprob = means["logprob"].reindex(columns=names)
     for name in names:
@@ -555,9 +567,8 @@ def _compare_pair(
             )
     contexts = right.index.get_level_values("context")
     design = design_effect(right[condition] - right[control], contexts)
-    if (
-        len(answers) == right.size
-    ):  # one answer each: right or wrong, where a mean over draws is neither
+    # one answer each is right or wrong, for McNemar's test; a mean over draws is neither
+    if len(answers) == right.size:
         right = right.astype(bool)
     row = {"n": len(right)}
     for measure, sides in (("accuracy", right), ("logprob", logprob)):
@@ -571,7 +582,8 @@ def _check_draws(answers: pd.DataFrame, label: str) -> None:
     draw = ["draw"] if "draw" in answers else []
     again = answers[answers.duplicated([label, "sample", *draw])]
     if len(again):
-        name, sample = again[label].iloc[0], again["sample"].iloc[0]
+        name = again[label].iloc[0]
+        sample = again["sample"].iloc[0]
         raise ValueError(
             f"sample {sample!r} has several answers under {name!r}: keep one share, or tell them apart in by="
         )

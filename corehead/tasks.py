@@ -53,6 +53,7 @@ def samples(
     ValueError
         No such task or split; a benchmark has fewer samples than n * (seed + 1).
     """
+    # not at the top: the core imports neither testbed nor benchmarks
     from . import benchmarks
     from .testbed import graft, scenes
 
@@ -72,8 +73,11 @@ def _of_benchmark(
         raise ValueError(f"{task} has no split {split!r}: take one of {', '.join(known)}")
     if task in OFFICIAL:
         layout = layout | {"split": OFFICIAL[task][split]}
-    skipped, kept = 0, []
+    # samples are read one by one, never the whole benchmark: media are large
+    skipped = 0
+    kept = []
     for context in _contexts(benchmarks.load(task, errors="skip", **layout)):
+        # from its name alone, so that a context stays in its half whatever else is read
         half = blake2b(context[0].id.encode(), digest_size=1).digest()[0] % 2
         if task not in OFFICIAL and half != known.index(split):
             continue
@@ -83,12 +87,12 @@ def _of_benchmark(
         if len(kept) >= n:
             if skipped == seed:
                 return kept[:n]
-            skipped, kept = skipped + 1, []
-    found = (
-        f"{len(kept)} samples are left for seed={seed}"
-        if skipped == seed
-        else f"there are {skipped} times {n}"
-    )
+            # the next seed starts with a new context; what this one had beyond n is not used
+            skipped += 1
+            kept = []
+    found = f"there are {skipped} times {n}"
+    if skipped == seed:
+        found = f"{len(kept)} samples are left for seed={seed}"
     raise ValueError(
         f"{task}, split {split!r}: {found}, with {questions} a context: take a smaller n, or fewer seeds"
     )
@@ -98,13 +102,9 @@ def _contexts(found: Iterable[Sample]) -> Iterator[list[Sample]]:
     """Samples that follow each other with the same media objects."""
 
     def media(sample: Sample):
-        parts = [
-            part
-            for message in sample.messages
-            for part in message["content"]
-            if part["type"] != "text"
-        ]
-        return [id(part[part["type"]]) for part in parts] or sample.id
+        parts = [part for message in sample.messages for part in message["content"]]
+        # by identity, as comparing pixels is expensive; a sample without media stands alone
+        return [id(part[part["type"]]) for part in parts if part["type"] != "text"] or sample.id
 
     for _, context in groupby(found, media):
         yield list(context)
@@ -194,6 +194,7 @@ class TaskSet:
         found = []
         for task in tasks or self.retrieval:
             layout = tasks[task] if isinstance(tasks, Mapping) else self.layouts[task]
+            # no more than a context of this task has to offer
             together = min(questions, self.questions.get(task, 1))
             found += samples(task, split, n, seed, questions=together, **layout)
         return found
@@ -203,6 +204,7 @@ class TaskSet:
         layout = self.layouts[task]
         if task not in self.sizes:
             return {0: layout}
+        # one entry of the layout grows, the rest stays
         name, values = self.sizes[task]
         return {value: layout | {name: value} for value in values}
 
@@ -229,4 +231,5 @@ def task_set(name: str, **changes) -> TaskSet:
     sets = yaml.safe_load(Path(__file__).with_name("tasks.yaml").read_text())
     if name not in sets:
         raise ValueError(f"task set {name!r}: take one of {', '.join(map(repr, sets))}")
+    # a field is replaced as a whole: a profile's layouts are all there is
     return TaskSet(**sets[name] | changes)
