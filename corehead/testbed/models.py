@@ -51,6 +51,7 @@ PLAIN = (
     "{% for message in messages %}" + CONTENT + "{% if message.role == 'assistant' %}<|im_end|>"
     "{% else %}{{ '\n' }}{% endif %}{% endfor %}"
 )
+# pixels from -1 to 1, in every family
 LOOK = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 FAMILIES = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
 
@@ -63,9 +64,11 @@ def _qwen3_vl(tokenizer, template, text, vision, patch, most):
     processor = Qwen3VLProcessor(
         Qwen2VLImageProcessor(**look),
         tokenizer,
+        # all frames as they are given: the evidence names them by number
         Qwen3VLVideoProcessor(**look, do_sample_frames=False, cap_pixels_per_frame=False),
         chat_template=template,
     )
+    # M-RoPE: half of head_dim are rotary frequencies, shared among time (which gets the rest), height and width
     third = text["head_dim"] // 6
     sections = [text["head_dim"] // 2 - 2 * third, third, third]
     rope = {
@@ -91,7 +94,8 @@ def _qwen3_vl(tokenizer, template, text, vision, patch, most):
 
 def _internvl(tokenizer, template, text, vision, side, patch, most):
     """At most `most` tiles of a picture and a thumbnail; a token is a pixel shuffle of 2 x 2 patches."""
-    size, tokens = {"height": side, "width": side}, (side // patch // 2) ** 2
+    size = {"height": side, "width": side}
+    tokens = (side // patch // 2) ** 2  # processor and model must agree on it
     processor = InternVLProcessor(
         GotOcr2ImageProcessor(
             size=size, crop_to_patches=True, min_patches=1, max_patches=most, **LOOK
@@ -115,6 +119,7 @@ def _internvl(tokenizer, template, text, vision, side, patch, most):
 def _llava_onevision(tokenizer, template, text, vision, side, patch, most, aspect):
     """At most `most` x `most` crops of a picture, and all of it; their features are halved where `aspect` says so."""
     size = {"height": side, "width": side}
+    # every grid of crops: the processor takes the one that fits a picture best
     pinpoints = [
         [rows * side, columns * side]
         for rows in range(1, most + 1)
@@ -183,7 +188,7 @@ def build(
 def fan_in_init(parameters: Iterable[tuple[str, torch.Tensor]], known: dict[str, float]) -> None:
     """Normal weights of standard deviation 1 / sqrt(fan in), or what is `known` for a part of their name."""
     for name, weight in parameters:
-        if weight.dim() > 1:
+        if weight.dim() > 1:  # biases and norms stay as they are
             std = next((known[part] for part in known if part in name), weight[0].numel() ** -0.5)
             torch.nn.init.normal_(weight, std=std)
 
@@ -212,7 +217,7 @@ def _word_tokenizer(family: str) -> PreTrainedTokenizerFast:
     core.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.WhitespaceSplit(),
-            pre_tokenizers.Digits(True),
+            pre_tokenizers.Digits(True),  # each a token
             pre_tokenizers.Punctuation("isolated"),
         ]
     )
@@ -234,6 +239,7 @@ def name_tokens(tokenizer: PreTrainedTokenizerBase, family: str) -> None:
     """Give a tokenizer of another origin the special tokens that a family's processor asks for by name."""
     named = FAMILIES[family]["tokens"]
     tokenizer.add_special_tokens({"extra_special_tokens": list(named.values())})
+    # what extra_special_tokens= does when a tokenizer is made
     for name, token in named.items():
         setattr(tokenizer, name, token)
         setattr(tokenizer, f"{name}_id", tokenizer.convert_tokens_to_ids(token))
@@ -281,7 +287,7 @@ def untrained(
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
-        "max_position_embeddings": 2**15,
+        "max_position_embeddings": 2**15,  # long documents and videos
         "pad_token_id": tokenizer.pad_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "bos_token_id": None,
@@ -295,9 +301,10 @@ def untrained(
         "embed_tokens": 0.5,
         "pos_embed": 0.02,
         "position_embedding": 0.3,
-        "deepstack_merger_list.0.linear_fc2": 0,
+        "deepstack_merger_list.0.linear_fc2": 0,  # adds nothing until it has learnt
     }
     fan_in_init(model.named_parameters(), known)
+    # what generate() ends and pads with, in the checkpoint too
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return MLLM(model, processor)
@@ -351,6 +358,7 @@ def tiny(
         # the other stands for base models, which have no template
         processor.chat_template = CHATML if family == "llama" else None
     mllm = MLLM(model.eval(), processor, source=f"tiny-{family}")
+    # near-uniform attention would hide what is wrong with masks and positions
     for layer in mllm.attentions:
         for projection in (layer.q_proj, layer.k_proj):
             torch.nn.init.normal_(projection.weight, std=0.25)
@@ -376,11 +384,13 @@ def save(mllm: MLLM, root: str | Path, hub_id: str | None = None) -> Path:
     """
     folder = Path(root)
     if hub_id is not None:
+        # any 40 hexadecimal digits; by the id, so that it is the same again
         commit = hashlib.sha1(hub_id.encode()).hexdigest()
         repository = folder / f"models--{hub_id.replace('/', '--')}"
         (repository / "refs").mkdir(parents=True)
         (repository / "refs" / "main").write_text(commit)
         folder = repository / "snapshots" / commit
+    # small pieces, so that even a tiny model has several and an index
     mllm.model.save_pretrained(folder, max_shard_size="100KB")
     mllm.processor.save_pretrained(folder)
     return folder

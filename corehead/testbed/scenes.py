@@ -21,12 +21,9 @@ from ..samples import Pages, Region, Sample, Span, Tube
 
 ART = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
 STYLES, COLOURS, MARKS = list(ART["frames"]), ART["colours"], list(ART["marks"])
-VOCABULARY = {
-    w: i
-    for i, w in enumerate(
-        [*ART["special"], *"0123456789", *STYLES, *COLOURS, *MARKS, *ART["words"]]
-    )
-}
+# words of one kind have ids in a row: the token of a digit, style, colour or mark is the kind's first plus its number
+_WORDS = [*ART["special"], *"0123456789", *STYLES, *COLOURS, *MARKS, *ART["words"]]
+VOCABULARY = {word: i for i, word in enumerate(_WORDS)}
 FIRST_DIGIT, FIRST_STYLE, FIRST_COLOUR, FIRST_MARK = (
     VOCABULARY[w] for w in ("0", "solid", "red", "circle")
 )
@@ -37,6 +34,7 @@ FPS = 2.0
 RECORD = 4  # words of a needle in text: style, colour, digit, semicolon
 N_KEYS = len(STYLES) * len(COLOURS)
 MARK_GLYPH = N_DIGITS = SPLITS["test"][1]
+# What is blank comes behind the last key and glyph, so that it has its place in the tables of frames and ink.
 # A cell: key (style * 8 + colour), glyph (a digit's index, or 1797 + a mark's), its shift, the needle it belongs to.
 BLANK = np.array(
     (N_KEYS, MARK_GLYPH + len(MARKS), 0, -1),
@@ -54,7 +52,9 @@ def digits() -> tuple[np.ndarray, np.ndarray]:
         Ink (1797, 8, 8) uint8 from 0 to 255, and labels (1797,) int64.
     """
     data = load_digits()
+    # one order for ever: the split belongs to the data, not to a run
     order = np.random.default_rng(0).permutation(N_DIGITS)
+    # scikit-learn's ink goes from 0 to 16
     return np.minimum(data.images * 16, 255).astype(np.uint8)[order], data.target[order]
 
 
@@ -68,18 +68,16 @@ def data_hash() -> str:
 
 def _bitmaps(kind: str) -> np.ndarray:
     """(n, rows, columns) bool."""
-    return (
-        np.array([[list(row) for row in drawing.split()] for drawing in ART[kind].values()]) == "#"
-    )
+    drawings = [[list(row) for row in drawing.split()] for drawing in ART[kind].values()]
+    return np.array(drawings) == "#"
 
 
 @cache
 def _frames() -> np.ndarray:
     """Every key's frame and the blank, (48 + 1, 16, 16, 3) uint8."""
     styles, colours = _bitmaps("frames"), np.array(list(COLOURS.values()), np.uint8)
-    frames = np.where(
-        styles[:, None, :, :, None], colours[:, None, None], np.uint8(255)
-    )  # (6, 8, 16, 16, 3)
+    # (6, 8, 16, 16, 3)
+    frames = np.where(styles[:, None, :, :, None], colours[:, None, None], np.uint8(255))
     blank = np.full((1, CELL, CELL, 3), 255, np.uint8)
     return np.concatenate([frames.reshape(-1, CELL, CELL, 3), blank])
 
@@ -89,6 +87,7 @@ def _glyphs() -> np.ndarray:
     """Ink of every glyph at 3 x 3 positions around the middle of a cell, (1797 + 12 + 1, 9, 16, 16) uint8."""
     marks, blank = _bitmaps("marks") * np.uint8(255), np.zeros((1, 8, 8), np.uint8)
     ink = np.concatenate([digits()[0], marks, blank])
+    # in the middle or a pixel off it each way, so that a digit is no fixed pattern of pixels
     shifts = [
         np.pad(ink, ((0, 0), (top, 8 - top), (left, 8 - left)))
         for top in (3, 4, 5)
@@ -100,7 +99,8 @@ def _glyphs() -> np.ndarray:
 def render(cells: np.ndarray) -> np.ndarray:
     """Pictures (..., R * 16, C * 16, 3) uint8 of cells (..., R, C): black ink on white, in its frame."""
     ink = _glyphs()[cells["glyph"], cells["shift"]]
-    pixels = np.minimum(_frames()[cells["key"]], 255 - ink[..., None])  # (..., R, C, y, x, 3)
+    # the darker of frame and ink, (..., R, C, y, x, 3)
+    pixels = np.minimum(_frames()[cells["key"]], 255 - ink[..., None])
     *before, rows, columns = cells.shape
     return pixels.swapaxes(-4, -3).reshape(*before, rows * CELL, columns * CELL, 3)
 
@@ -151,7 +151,7 @@ class Sampler:
 
     def permutations(self, items: int) -> np.ndarray:
         """(B, items)."""
-        return self.rng.random((self.n, items)).argsort(1)
+        return self.rng.random((self.n, items)).argsort(1)  # all scenes' in one call
 
     def digits(self, *shape: int) -> np.ndarray:
         """Glyphs of handwritten digits."""
@@ -169,6 +169,7 @@ class Sampler:
             )
         if not distinct_colours:
             return self.permutations(N_KEYS)[:, :count]
+        # then the colour alone finds the needle: an easier task to begin with
         colour = self.permutations(len(COLOURS))[:, :count]
         return self.rng.integers(len(STYLES), size=colour.shape) * len(COLOURS) + colour
 
@@ -182,9 +183,8 @@ class Sampler:
     def asked(self, needles: int) -> np.ndarray:
         """(B, Q) which needle each question is about: different ones while they last."""
         rounds = -(-self.questions // needles)
-        return np.concatenate([self.permutations(needles) for _ in range(rounds)], 1)[
-            :, : self.questions
-        ]
+        order = np.concatenate([self.permutations(needles) for _ in range(rounds)], 1)
+        return order[:, : self.questions]
 
     def shifts(self, *shape: int) -> np.ndarray:
         return self.rng.integers(9, size=shape)
@@ -205,22 +205,17 @@ def _ask(what: str, *words: np.ndarray) -> np.ndarray:
 
 def _about(needle: np.ndarray, *heading: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Question and answer about needles (B, Q): which digit stands in the frame of that style and colour?"""
-    return _ask("digit", *heading, *_key_words(needle["key"])), FIRST_DIGIT + digits()[1][
-        needle["glyph"]
-    ]
+    question = _ask("digit", *heading, *_key_words(needle["key"]))
+    return question, FIRST_DIGIT + digits()[1][needle["glyph"]]
 
 
 def _text_only(sampler: Sampler) -> Scenes:
     """Sums without a context."""
     a, b = sampler.rng.integers(10, size=(2, sampler.n, sampler.questions))
     question = _ask("sum", FIRST_DIGIT + a, FIRST_DIGIT + b)
-    return Scenes(
-        "text_only",
-        question,
-        FIRST_DIGIT + (a + b) % 10,
-        a,
-        words=np.zeros((sampler.n, 0), np.int64),
-    )
+    answer = FIRST_DIGIT + (a + b) % 10  # one token, like every answer
+    no_words = np.zeros((sampler.n, 0), np.int64)
+    return Scenes("text_only", question, answer, a, words=no_words)
 
 
 def _text(sampler: Sampler, cells: int = 16) -> Scenes:
@@ -229,12 +224,10 @@ def _text(sampler: Sampler, cells: int = 16) -> Scenes:
     value = FIRST_DIGIT + sampler.rng.integers(10, size=key.shape)
     asked = sampler.asked(cells)
     question = _ask("digit", *_key_words(_pick(key, asked)))
-    records = np.stack(
-        np.broadcast_arrays(*_key_words(key), value, VOCABULARY[";"]), -1
-    )  # (B, cells, RECORD)
-    return Scenes(
-        "text", question, _pick(value, asked), asked, words=records.reshape(sampler.n, -1)
-    )
+    # (B, cells, RECORD)
+    records = np.stack(np.broadcast_arrays(*_key_words(key), value, VOCABULARY[";"]), -1)
+    words = records.reshape(sampler.n, -1)
+    return Scenes("text", question, _pick(value, asked), asked, words=words)
 
 
 def _picture(sampler: Sampler, cells: np.ndarray, side: int | None) -> np.ndarray:
@@ -267,15 +260,12 @@ def _coloured(sampler: Sampler, cells: int) -> tuple[np.ndarray, np.ndarray]:
     """One needle of many cells (B, cells), whose keys may repeat, and how often each colour is there (B, 8)."""
     # each scene has weights of its own, so that one colour stands out
     weight = sampler.rng.dirichlet(np.full(len(COLOURS), 0.7), size=sampler.n).cumsum(1)
-    colour = (
-        (sampler.rng.random((sampler.n, cells, 1)) > weight[:, None])
-        .sum(-1)
-        .clip(max=len(COLOURS) - 1)
-    )
-    needles = sampler.needles(
-        sampler.rng.integers(len(STYLES), size=colour.shape) * len(COLOURS) + colour
-    )
-    needles["needle"] = 0
+    # drawn by the cumulated weights, the last of which may round to less than 1
+    number = sampler.rng.random((sampler.n, cells, 1))
+    colour = (number > weight[:, None]).sum(-1).clip(max=len(COLOURS) - 1)
+    style = sampler.rng.integers(len(STYLES), size=colour.shape)
+    needles = sampler.needles(style * len(COLOURS) + colour)
+    needles["needle"] = 0  # all cells count, so that all are evidence
     return needles, (colour[..., None] == np.arange(len(COLOURS))).sum(1)
 
 
@@ -299,6 +289,7 @@ def _count(sampler: Sampler, cells: int = 16, side: int | None = None) -> Scenes
     """How often is a colour there? Those that are there come first, those with more than nine cells last."""
     needles, tally = _coloured(sampler, cells)
     order = (sampler.rng.random(tally.shape) + 2 * (tally > 9) + 0.8 * (tally == 0)).argsort(1)
+    # more questions than colours begin again
     colour = np.tile(order, -(-sampler.questions // len(COLOURS)))[:, : sampler.questions]
     answer = FIRST_DIGIT + _pick(tally, colour).clip(max=9)
     question = _ask("count", FIRST_COLOUR + colour)
@@ -322,6 +313,7 @@ def _document(
             f"cells={cells}, side={side}: a page of {side} x {side} cells has one row for its heading"
         )
     mark = sampler.permutations(len(MARKS))[:, :pages]
+    # one pool for all pages: a key alone does not tell which page is meant, the heading must be read too
     pool = sampler.keys(cells)
     order = sampler.rng.random((sampler.n, pages, cells)).argsort(2)
     needles = sampler.needles(np.take_along_axis(pool[:, None], order, 2).reshape(sampler.n, -1))
@@ -340,6 +332,7 @@ def _document(
 def _among_distractors(sampler: Sampler, sheets: np.ndarray, distractors: int) -> np.ndarray:
     """Pages (B, P, cells) in their order among others without heading and keys."""
     n, pages, cells = sheets.shape
+    # sorted: the pages with keys keep their order
     kept = np.sort(sampler.permutations(pages + distractors)[:, :pages])
     among = np.full((n, pages + distractors, cells), BLANK)
     among["glyph"] = sampler.clutter(*among.shape)
@@ -361,14 +354,14 @@ def _video(sampler: Sampler, cells: int = 6, frames: int = 8, distractors: int =
     time = np.arange(total)[:, None]
     visible = (time >= begin[:, None]) & (time < (begin + length)[:, None])  # (B, T, cells)
     # the camera rests for a pair of frames, which a token sees at once: it must not see two digits
-    pan = (
-        sampler.rng.integers(-1, 2, size=(sampler.n, total // 2, 2)).cumsum(1).repeat(2, 1)
-    )  # (B, T, 2)
+    steps = sampler.rng.integers(-1, 2, size=(sampler.n, total // 2, 2))
+    pan = steps.cumsum(1).repeat(2, 1)  # (B, T, 2)
     row, column = np.divmod(sampler.permutations(side**2)[:, None, :cells], side)
     position = (row + pan[..., :1]) % side * side + (column + pan[..., 1:]) % side  # (B, T, cells)
 
     film = np.full((sampler.n, total, side**2), BLANK)
     if distractors:
+        # digits without a frame, where none with a key is seen in the pair of frames
         empty = ~visible.reshape(sampler.n, total // 2, -1).any(2).repeat(2, 1)
         film["glyph"][empty] = sampler.clutter(sampler.n, total // 2, side**2).repeat(2, 1)[empty]
     asked = sampler.asked(cells)
@@ -461,6 +454,7 @@ def _evidence(domain: str, where: np.ndarray, words: np.ndarray | None, kind: st
         return [Pages([at[0, 0]])]
     if domain == "video":
         return [Tube(0, {int(frame): cell_box(row, column) for frame, row, column in at})]
+    # a picture that is evidence as a whole is one region
     if where.all():
         return [Region(0, (0, 0, where.shape[2] * CELL, where.shape[1] * CELL))]
     return [Region(int(page), cell_box(row, column)) for page, row, column in at]
@@ -482,6 +476,7 @@ def to_samples(scenes: Scenes, prefix: str, evidence: str = "page") -> list[Samp
     """Scenes to samples with PIL images or video arrays, B * Q of them, ids ``prefix-scene-question``."""
     samples = []
     for scene, masks in enumerate(scenes.evidence):
+        # rendered once: its questions share the objects
         context = _context(scenes, scene)
         words = None if scenes.words is None else scenes.words[scene]
         for i, where in enumerate(masks):
@@ -540,6 +535,7 @@ def samples(
     if n % questions:
         raise ValueError(f"n={n} is no multiple of questions={questions}")
     name = "-".join([domain, split, str(seed), *(f"{k}{v}" for k, v in sorted(layout.items()))])
+    # the name is part of the seed: another split or layout has other scenes
     rng = np.random.default_rng([seed, *name.encode()])
     scenes = draw(domain, rng, n // questions, split=split, questions=questions, **layout)
     return to_samples(scenes, name, evidence)

@@ -57,6 +57,7 @@ def survey(mllm: MLLM, layouts: dict[str, dict[str, int]], n: int = 192) -> dict
             s for d in RETRIEVAL for s in samples(d, split, n, questions=QUESTIONS, **layouts[d])
         ]
 
+    # heads are chosen on digits that no answer below is about
     scores = score(mllm, ask("validation"), progress=False)
     heads = []
     for domain, part in scores.by("domain").items():
@@ -67,6 +68,7 @@ def survey(mllm: MLLM, layouts: dict[str, dict[str, int]], n: int = 192) -> dict
         }
         heads.append(xr.Dataset(columns).to_dataframe().reset_index().assign(domain=domain))
     ranking = scores.rank("ram", by="domain")
+    # for entropy alone, which needs no evidence and no null question
     plain = score(mllm, samples("text_only", "validation", n), null=False, progress=False)
     sharp = HeadRanking(text_entropy(plain).mean("sample"))
     conditions = (
@@ -77,6 +79,7 @@ def survey(mllm: MLLM, layouts: dict[str, dict[str, int]], n: int = 192) -> dict
         | curve(ranking, SHARES[:1], "bottom")
         | curve(sharp, SHARES[:1], name="text entropy")
     )
+    # in one call: media are read once for all conditions
     table = evaluate(mllm, ask("test"), conditions, progress=False)
     size = {"family": mllm.family.name, "parameters": mllm.model.num_parameters()}
     return {
@@ -94,7 +97,7 @@ def runs(root: Path) -> Iterator[tuple[str, int, Path, dict]]:
         card, folder = json.loads(path.read_text()), path.parent
         if "layouts" not in card:  # the grafted model knows other tasks
             continue
-        if list(folder.glob("*.safetensors")):
+        if list(folder.glob("*.safetensors")):  # recipe and results ship without weights too
             yield folder.name, 0, folder, card
         for snapshot in sorted(folder.glob("snapshots/*")):
             yield folder.name, int(snapshot.name), snapshot, card
@@ -107,6 +110,7 @@ def update(path: Path, table: pd.DataFrame, model: str, step: int) -> None:
     read, write = pd.read_csv, pd.DataFrame.to_csv
     if path.suffix == ".parquet":
         read, write = pd.read_parquet, pd.DataFrame.to_parquet
+    # rows of other models, and of steps whose weights are gone, are the only record of them
     if path.exists():
         old = read(path)
         table = pd.concat([old[(old.model != model) | (old.step != step)], table])

@@ -47,7 +47,7 @@ from .scenes import (
 )
 
 CURRICULA = yaml.safe_load(Path(__file__).with_name("curricula.yaml").read_text())
-TOKENS = 5000  # of a batch
+TOKENS = 5000  # of a batch's contexts
 CHECKPOINT = 100  # steps
 PROBES = {
     "glyph": 10 + len(MARKS),
@@ -120,6 +120,7 @@ class Recipe:
 @cache
 def geometry(family: str) -> MLLM:
     """A family's processor, and a model for its geometry."""
+    # only its processor and its position ids are asked for: the decoder never runs
     return untrained(family, layers=1, heads=1, kv_heads=1)
 
 
@@ -138,6 +139,7 @@ def context_of(
     cells : np.ndarray
         (V,) which cell, counted over all pictures, each visual token sees; -1 for several, or none.
     """
+    # any scene will do: what cells show changes pixels, not token ids and positions
     scenes = draw(domain, np.random.default_rng(0), 1, **layout)
     mllm = geometry(family)
     tagged = mllm.tag(to_samples(scenes, "layout")[0])
@@ -199,7 +201,9 @@ def batch_of(
     length, turn = len(ids), words + 1  # with the answer
     context = scenes.words if scenes.cells is None else ids[None].repeat(b, 0)
     turns = np.concatenate([scenes.question, scenes.answer[..., None]], -1).reshape(b, -1)
+    # where a question alone would go on: with M-RoPE that is less than the number of tokens
     start = int(positions.max()) + 1 if length else 0
+    # the same positions for each question, as if it were the only one
     after = (start + torch.arange(turn)).repeat(q).expand(len(positions), -1)
     # which question each token belongs to; -1 is the context, which all may see
     block = np.maximum(np.arange(-length, q * turn) // turn, -1)
@@ -218,6 +222,7 @@ def answer_logits(
 ) -> torch.Tensor:
     """Logits (B, Q, 2, V): after each question, and after each answer (where the turn ends)."""
     hidden = model.model(**inputs, use_cache=False).last_hidden_state
+    # logits of these rows alone: no loss is on the context
     return model.lm_head(torch.stack([hidden[:, ask], hidden[:, ask + 1]], 2))
 
 
@@ -240,15 +245,18 @@ class Domain:
 
     @property
     def done(self) -> bool:
+        # a few good batches are no proof
         return self.at_last_level and self.accuracy >= self.goal and self.seen >= 20
 
     def note(self, layout: dict[str, int], accuracy: float) -> None:
         """Update the accuracy, and move on when it is good enough."""
+        # an easier layout, which comes back now and then, says nothing of the present level
         if layout != self.levels[self.level]:
             return
         self.seen += 1
         # a plain mean at first, then one that forgets: what counts is how good it is now
         self.accuracy += max(0.08, 1 / self.seen) * (accuracy - self.accuracy)
+        # easier levels keep coming back, so that none must be perfect before the next
         if self.seen >= 12 and self.accuracy > min(0.85, self.goal) and not self.at_last_level:
             self.level, self.accuracy, self.seen = self.level + 1, 0.0, 0
 
@@ -270,6 +278,7 @@ class Run:
         curriculum = CURRICULA[self.recipe.curriculum]
         self.stages = list(curriculum["stages"].items())
         self.domains = {name: Domain(**entry) for name, entry in curriculum["domains"].items()}
+        # apart from the tower's randomness: scenes do not depend on how long it was taught
         self.rng = np.random.default_rng([self.recipe.seed, 2])
 
     @property
@@ -284,6 +293,7 @@ class Run:
     def rate(self) -> float:
         """The learning rate of this step."""
         rate = self.recipe.lr * min(1.0, (self.step + 1) / self.recipe.warmup)
+        # a stage ends when its goals are reached, nobody knows when: only the final steps can follow a schedule
         if not self.final:
             return rate
         spent = (self.step - self.stage_start) / self.recipe.final_steps
@@ -296,18 +306,19 @@ class Run:
             weights = np.array([self.domains[name].weight for name in older])
             name = str(self.rng.choice(older, p=weights / weights.sum()))
         else:
+            # what has reached its goal waits for the others of its stage
             new = self.stages[self.stage][1]
             pending = [name for name in new if not self.domains[name].done] or new
             name = str(self.rng.choice(pending if not older or self.rng.random() < 0.67 else older))
         domain = self.domains[name]
-        easier = self.rng.random() < 0.3  # now and then
+        easier = self.rng.random() < 0.3  # now and then, against forgetting
         return name, domain.levels[self.rng.integers(domain.level + 1) if easier else domain.level]
 
     def note(self, name: str, layout: dict[str, int], loss: float, accuracy: float) -> None:
         """What a step came to; it may end the stage."""
         if not math.isfinite(loss):
             raise FloatingPointError(f"loss is {loss} at step {self.step}: lower the rate")
-        rate = self.rate()
+        rate = self.rate()  # that this step had: taken before the step counts
         self.domains[name].note(layout, accuracy)
         self.window.append((loss, accuracy))
         self.step += 1
@@ -334,6 +345,7 @@ class Run:
 
 def _tower(model: PreTrainedModel) -> list[nn.Parameter]:
     """What is taught to see and then frozen: the vision tower and the projector, without deepstack's branch."""
+    # deepstack's branch feeds layers of the decoder, and learns with them
     parts = "visual.", "vision_tower.", "multi_modal_projector."
     named = model.model.named_parameters()
     return [p for name, p in named if name.startswith(parts) and "deepstack" not in name]
@@ -342,7 +354,7 @@ def _tower(model: PreTrainedModel) -> list[nn.Parameter]:
 def _labels(scenes: Scenes, cells: np.ndarray) -> list[torch.Tensor]:
     """What the probes should say of the tokens that see `cells`, (B * tokens,) each; no heading for pictures."""
     glyph_class = np.concatenate([digits()[1], 10 + np.arange(len(MARKS)), [IGNORED]])
-    framed = scenes.cells["key"] != BLANK["key"]
+    framed = scenes.cells["key"] != BLANK["key"]  # without a frame there is no colour to tell
     labels = [
         glyph_class[scenes.cells["glyph"]],
         np.where(framed, scenes.cells["key"] % len(COLOURS), IGNORED),
@@ -361,11 +373,13 @@ def _teach_tower(model: PreTrainedModel, run: Run) -> None:
     the heading becomes one more property of a cell, and a document does not need a hop that a picture does not.
     """
     recipe, device = run.recipe, model.device
+    # they exist for this lesson alone, and are dropped
     probes = nn.Linear(recipe.hidden, sum(PROBES.values())).to(device)
     taught = [*_tower(model), *probes.parameters()]
     optimiser = torch.optim.AdamW(taught, lr=2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, recipe.probe_steps)
     rng = np.random.default_rng([recipe.seed, 1])
+    # pictures teach what a cell shows, documents also the heading
     pages = [level for level in run.domains["document"].levels if level["pages"] == 4]
     layouts = [("image", run.domains["image"].levels[1:4]), ("document", pages[:3])]
     for step in range(1, recipe.probe_steps + 1):
@@ -378,6 +392,7 @@ def _teach_tower(model: PreTrainedModel, run: Run) -> None:
         seen = tokens.view(len(scenes.cells), len(cells), -1)[:, cells >= 0].flatten(0, 1)
         logits = probes(seen).split(list(PROBES.values()), -1)
         labels = [label.to(device) for label in _labels(scenes, cells[cells >= 0])]
+        # a picture has three labels for four probes: that of the heading rests
         loss = sum(F.cross_entropy(logit, label) for logit, label in zip(logits, labels))
         optimiser.zero_grad()
         loss.backward()
@@ -403,6 +418,7 @@ def _start(
     optimiser = torch.optim.AdamW(decoder, betas=(0.9, 0.98), weight_decay=0.01)
     run = Run(recipe)
     if checkpoint.exists():
+        # not weights alone: the run with its random state, as this program wrote it
         state = torch.load(checkpoint, map_location=device, weights_only=False)
         run = state["run"]
         if run.recipe != recipe:
@@ -413,7 +429,7 @@ def _start(
         optimiser.load_state_dict(state["optimiser"])
     elif recipe.base:
         model.load_state_dict(load(recipe.base, dtype="float32", device=device).model.state_dict())
-        run.stage = len(run.stages) - 1
+        run.stage = len(run.stages) - 1  # what comes before is what the base has learnt
     else:
         _teach_tower(model, run)
     for parameter in tower:  # pictures alone would make it forget the headings
@@ -426,7 +442,9 @@ def train_step(run: Run, model: PreTrainedModel, optimiser: torch.optim.Optimize
     family, group = run.recipe.family, optimiser.param_groups[0]
     group["lr"] = run.rate()
     name, layout = run.choose()
-    length, domain = len(context_of(family, name, **layout)[0]), run.domains[name]
+    length = len(context_of(family, name, **layout)[0])
+    domain = run.domains[name]
+    # memory goes with the tokens of a batch: fewer scenes where they are long
     n = min(domain.scenes, 1 + TOKENS // max(length, 1))
     scenes = draw(name, run.rng, n, questions=domain.questions, **layout)
     inputs, ask = batch_of(family, scenes, layout)
@@ -437,6 +455,7 @@ def train_step(run: Run, model: PreTrainedModel, optimiser: torch.optim.Optimize
     loss = F.cross_entropy(logits[:, :, 0].flatten(0, 1), answer.flatten())
     end_loss = F.cross_entropy(logits[:, :, 1].flatten(0, 1), end.flatten())
     optimiser.zero_grad()
+    # every turn ends with the same token: soon learnt, and of little weight beside the answers
     (loss + 0.1 * end_loss).backward()
     nn.utils.clip_grad_norm_(group["params"], 1.0)
     optimiser.step()
