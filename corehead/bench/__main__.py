@@ -33,7 +33,7 @@ goals on a GPU, 10 % of KV groups full, window 2048, 16 sinks:
 TESTBED, LONG_TESTBED = "data/testbed/qwen3vl-s", "data/testbed/qwen3vl-s-long"
 RANDOM = {"weights": "random: they serve speed alone"}
 WINDOW = {"cpu": 256, "cuda": 2048}
-LONG = [2**i for i in range(13, 18)]
+LONG = [2**i for i in range(13, 18)]  # 8k to 128k tokens
 Tables = Iterator[tuple[str, list[dict], dict]]  # name, rows, what they were measured on
 
 
@@ -43,6 +43,7 @@ def grid(
     """Models and numbers of tokens: those asked for, or these on a CPU and the released ones on a GPU."""
     cpu = options.device == "cpu"
     for name in options.geometry or ([geometry] if cpu else RELEASED):
+        # the dtypes in which models run on the two; many CPUs are slow in bfloat16
         mllm = build(name, options.device, torch.float32 if cpu else torch.bfloat16)
         for tokens in options.lengths or (lengths if cpu else LONG):
             yield name, mllm, tokens
@@ -53,26 +54,24 @@ def scoring(options: argparse.Namespace) -> Tables:
     for geometry, mllm, tokens in grid(options, "small", [2**i for i in range(9, 14)]):
         repeats = options.repeats or max(3, min(15, 2**15 // tokens))  # short runs are noisy
         rows += [{"geometry": geometry} | row for row in engine.scoring_rows(mllm, tokens, repeats)]
+        # the table so far, after each length
         yield "scoring" if cpu else "scoring-cuda", rows, RANDOM
 
 
 def sharing(options: argparse.Namespace) -> Tables:
-    yield (
-        "sharing",
-        engine.sharing_rows(build("small"), 2048, (1, 2, 5, 10), options.repeats or 3),
-        RANDOM,
-    )
+    rows = engine.sharing_rows(build("small"), 2048, (1, 2, 5, 10), options.repeats or 3)
+    yield "sharing", rows, RANDOM
 
 
 def ablation(options: argparse.Namespace) -> Tables:
-    documents, mllm = samples("document", "validation", 128, questions=8), build("small")
-    rows = engine.ablation_rows(
-        "testbed, documents of 8 pages", load(TESTBED), documents, 8, options.repeats or 3
-    )
-    pages = questions(mllm, 512, 8)
-    rows += engine.ablation_rows(
-        "random weights, 512 visual tokens", mllm, pages, 8, options.repeats or 3
-    )
+    repeats = options.repeats or 3
+    # many questions on small contexts, as in the notebooks, and few on a larger one
+    documents = samples("document", "validation", 128, questions=8)
+    name = "testbed, documents of 8 pages"
+    rows = engine.ablation_rows(name, load(TESTBED), documents, 8, repeats)
+    mllm = build("small")
+    name = "random weights, 512 visual tokens"
+    rows += engine.ablation_rows(name, mllm, questions(mllm, 512, 8), 8, repeats)
     yield "ablation", rows, {}
 
 
@@ -83,11 +82,8 @@ def store(options: argparse.Namespace) -> Tables:
 def counted(options: argparse.Namespace) -> Tables:
     setting = Setting(WINDOW["cuda"], sinks=16)
     rows = [row for geometry in RELEASED for row in attention.counted_rows(geometry, LONG, setting)]
-    yield (
-        "acceleration-counted",
-        rows,
-        dict(machine="none: counted", window=setting.window, sinks=setting.sinks),
-    )
+    card = dict(machine="none: counted", window=setting.window, sinks=setting.sinks)
+    yield "acceleration-counted", rows, card
 
 
 def hybrid(options: argparse.Namespace) -> Tables:
@@ -102,16 +98,15 @@ def hybrid(options: argparse.Namespace) -> Tables:
 
 
 def testbed(options: argparse.Namespace) -> Tables:
-    mllm, rows = load(LONG_TESTBED), []
+    mllm = load(LONG_TESTBED)
+    rows = []
+    # without decoding: its answers are one token
     setting = Setting(window=64, sinks=4, repeats=options.repeats or 3, steps=0)
     for distractors in (164, 340):
         [sample] = samples("document", "validation", 1, distractors=distractors)
         rows += attention.attention_rows(mllm, len(mllm.tag(sample).ids), setting)[0]
-    yield (
-        "acceleration-testbed",
-        rows,
-        dict(weights="trained", window=setting.window, sinks=setting.sinks),
-    )
+    card = dict(weights="trained", window=setting.window, sinks=setting.sinks)
+    yield "acceleration-testbed", rows, card
 
 
 def computed(options: argparse.Namespace) -> Tables:
@@ -174,12 +169,11 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     cpu = options.device == "cpu"
-    card = {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, CPU"
-        if cpu
-        else torch.cuda.get_device_name()
-    }
-    card["torch"] = torch.__version__
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, CPU"
+    if not cpu:
+        machine = torch.cuda.get_device_name()
+    # a time means nothing without what it was measured on: every table has a card beside it
+    card = {"machine": machine, "torch": torch.__version__}
     gc.freeze()  # modules need not be looked through for garbage between the runs
     try:
         for part in options.only or (PARTS if cpu else ("scoring", "attention")):

@@ -55,8 +55,9 @@ class Setting:
 def full_heads(mllm: MLLM, way: str) -> HeadSet:
     """The heads of a way that see all keys: whole KV groups at random."""
     shape, share = (mllm.n_layers, mllm.n_heads), WAYS[way]
-    if share == 0:
+    if share == 0:  # a ranking's top is never empty
         return HeadSet.of([], shape)
+    # which groups they are makes no difference to the work; dense attention is counted as all full
     ranking = HeadRanking(np.random.default_rng(0).random(shape))
     return ranking.top(share or 1.0, group=mllm.n_heads // mllm.n_kv_heads)
 
@@ -88,7 +89,8 @@ def prefill(mllm: MLLM, prompt: torch.Tensor) -> Cache:
 @torch.inference_mode()
 def decode(mllm: MLLM, cache: Cache, steps: int) -> list[float]:
     """Seconds of each of `steps` new tokens behind a cache, after one that warms up."""
-    token, times = hidden_states(mllm, 1), []
+    token = hidden_states(mllm, 1)  # the same each time: what it is does not matter
+    times = []
     for _ in range(steps + 1):
         begin = timer()
         mllm.model(inputs_embeds=token, use_cache=True, **{CACHE: cache})
@@ -118,7 +120,7 @@ def attention_clock() -> Iterator[list[float]]:
             inside = True
             begin = timer()
             result = function(*args, **kwargs)
-            spent.append(timer() - begin)
+            spent.append(timer() - begin)  # torch's timer waits until a GPU is done
             inside = False
             return result
 
@@ -143,15 +145,18 @@ def rates(mllm: MLLM) -> tuple[float, float]:
         FLOP/s of a large matrix product; bytes/s read by a product of one row with a matrix larger than any cache.
     """
     options = dict(device=mllm.device, dtype=mllm.model.dtype)
+    # large enough for the device to be busy, and `long` for no cache to hold it
     rows, width, tall = (2048, 2048, 2**15) if mllm.device.type == "cpu" else (16384, 8192, 2**16)
     x, square, long = (torch.randn(n, width, **options) for n in (rows, width, tall))
 
     def best(a: torch.Tensor, b: torch.Tensor) -> float:
-        clock = Timer(
-            "f(a, b)", globals=dict(f=linear, a=a, b=b), num_threads=torch.get_num_threads()
-        )
+        # one thread is the timer's default, the model has all
+        threads = torch.get_num_threads()
+        clock = Timer("f(a, b)", globals=dict(f=linear, a=a, b=b), num_threads=threads)
+        # the best, as these are bounds: nothing may be faster
         return min(clock.blocked_autorange(min_run_time=1).times)
 
+    # a product of one row reads each weight for one multiplication, as decoding does
     return 2 * rows * width * width / best(x, square), long.nbytes / best(x[:1], long)
 
 
@@ -169,6 +174,7 @@ def measured(mllm: MLLM, prompt: torch.Tensor, way: str, setting: Setting) -> di
             taken = timer() - begin
         numbers = {"seconds": taken, "attention": sum(spent), "cache": cache_bytes(cache) / MIB}
         if setting.steps:
+            # the median: single steps are late for many reasons
             numbers["step"] = float(np.median(decode(mllm, cache, setting.steps)))
     return numbers
 
@@ -182,12 +188,12 @@ def attention_rows(mllm: MLLM, tokens: int, setting: Setting) -> tuple[list[dict
     """The rows of all ways, dense first, in the tables of prefill and of decoding."""
     flop_rate, byte_rate = rates(mllm)
     prompt = hidden_states(mllm, tokens)
-    results = in_turn(
-        {way: partial(measured, mllm, prompt, way, setting) for way in WAYS}, setting.repeats
-    )
+    runs = {way: partial(measured, mllm, prompt, way, setting) for way in WAYS}
+    results = in_turn(runs, setting.repeats)
     prefills, decodes = [], []
     for way, result in results.items():
-        taken, gain = result.median(), (results["dense"] / result).median()
+        taken = result.median()
+        gain = (results["dense"] / result).median()  # of the ratios in each round
         counted = work(mllm, way, setting)
         head = {"tokens": tokens, "way": way, "share": counted.full.mean()}
         bound = counted.prefill_flops(tokens) / flop_rate
@@ -205,6 +211,7 @@ def attention_rows(mllm: MLLM, tokens: int, setting: Setting) -> tuple[list[dict
         }
         prefills.append(head | row)
         if setting.steps:
+            # a step computes little, and reads all weights and the cache
             bound = counted.step_bytes(tokens) / byte_rate
             row = {
                 "milliseconds": 1000 * taken.step,
@@ -219,7 +226,8 @@ def attention_rows(mllm: MLLM, tokens: int, setting: Setting) -> tuple[list[dict
 
 def counted_rows(geometry: str, lengths: list[int], setting: Setting) -> list[dict]:
     """What counting alone predicts: ratios of FLOPs (prefill) and bytes (decode, cache) to dense attention's."""
-    mllm, rows = build(geometry, "meta", torch.bfloat16), []
+    mllm = build(geometry, "meta", torch.bfloat16)  # shapes alone: nothing runs, nothing is held
+    rows = []
     dense = work(mllm, "dense", setting)
     for n in lengths:
         for way in list(WAYS)[1:]:

@@ -67,13 +67,14 @@ def scoring_costs(
     """
     text = GEOMETRIES[model]["text"]
     context = counts.views * counts.tokens
-    prefill, chunk = counts.contexts * context, 2 * counts.questions * question
+    prefill = counts.contexts * context
+    chunk = 2 * counts.questions * question  # the question itself and "N/A"
     linear = 2 * decoder_parameters(model) * (prefill + chunk)
     # pairs of query and key: half of N x N in the prefill; a chunk sees the context, and its rows are read once more
     pairs = counts.contexts * context**2 / 2 + 1.5 * chunk * context
-    attention = (
-        4 * text["num_hidden_layers"] * text["num_attention_heads"] * text["head_dim"] * pairs
-    )
+    channels = text["num_hidden_layers"] * text["num_attention_heads"] * text["head_dim"]
+    attention = 4 * channels * pairs
+    # every view once, whatever the number of questions on it
     vision = counts.contexts * counts.views * vision_flops(model, counts.tokens * PATCHES)
     flops = linear + attention + vision
     columns = dict(context_tokens=context, prefill_tokens=prefill, chunk_tokens=chunk, flops=flops)

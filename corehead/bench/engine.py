@@ -39,7 +39,9 @@ Samples = Sequence[Sample]
 
 @torch.inference_mode()
 def _forward(mllm: MLLM, sample: Sample, attention: str = "sdpa") -> None:
-    inputs, eager = to_model(mllm.tag(sample).inputs, mllm), attention == "eager"
+    inputs = to_model(mllm.tag(sample).inputs, mllm)
+    eager = attention == "eager"
+    # the decoder's alone: the vision tower is the same in all ways
     mllm.model.set_attn_implementation({"text_config": attention})
     mllm.model(**inputs, use_cache=not eager, logits_to_keep=1, output_attentions=eager)
     mllm.model.set_attn_implementation({"text_config": "sdpa"})
@@ -59,11 +61,13 @@ def scoring_rows(mllm: MLLM, tokens: int, repeats: int) -> list[dict]:
         "score 8": partial(_score, mllm, asked),
         "eager": partial(_forward, mllm, asked[0], "eager"),
     }
-    rows, tagged = compare(ways, repeats), mllm.tag(asked[0])
+    rows = compare(ways, repeats)
+    tagged = mllm.tag(asked[0])
     need = memory(mllm.model.config, mllm.model.dtype, tokens=len(tagged.ids))
     for row in rows:
         row["peak MiB"] = peak_memory(ways[row["way"]], mllm.device.type)
         row["memory / plain"] = row["peak MiB"] / rows[0]["peak MiB"]
+        # the weights are there before the call and are no part of its peak
         row["counted MiB"] = (need.total - need.weights) / MIB
     return [{"visual tokens": len(tagged.visual)} | row | {"repeats": repeats} for row in rows]
 
@@ -95,6 +99,7 @@ def _one_by_one(mllm: MLLM, asked: Samples, ablations: Sequence[Ablation]) -> No
 def _nothing_shared(mllm: MLLM, asked: Samples, ablations: Sequence[Ablation]) -> None:
     for ablation in ablations:
         for i in range(0, len(asked), 32):
+            # processor and vision tower run again for each condition, as in a plain loop
             tagged = [mllm.tag(sample) for sample in asked[i : i + 32]]
             inputs = to_model(collate(tagged, pad_id(mllm)), mllm)
             with ablate(mllm, ablation.heads, ablation.mode, tagged=tagged):
@@ -110,17 +115,18 @@ def ablation_rows(
     """Conditions per second of every way to ablate."""
     scores = np.random.default_rng(0).random((conditions, mllm.n_layers, mllm.n_heads))
     rows = []
+    # "zero" changes outputs and needs the context anew, "knockout" masks edges and leaves it as it is
     for mode in ("zero", "knockout"):
         ablations = [Ablation(HeadRanking(values).top(0.1), mode) for values in scores]
         head = {"model": name, "questions": len(asked), "mode": mode, "conditions": conditions}
-        for row in compare(
-            {way: partial(run, mllm, asked, ablations) for way, run in ABLATING.items()}, repeats
-        ):
+        ways = {way: partial(run, mllm, asked, ablations) for way, run in ABLATING.items()}
+        for row in compare(ways, repeats):
             row["conditions / s"] = conditions / row.pop("seconds")
             rows.append(head | row)
     return rows
 
 
+# rows as they are stored: numbers and texts, or arrays
 RNG = np.random.default_rng(0)
 TABLES = {
     "answers": dict(
@@ -138,6 +144,7 @@ def _append(folder: Path, row: dict, size: int) -> None:
 
 
 def _read(folder: Path, size: int) -> None:
+    # opening it reads all rows
     with Store(folder, {}, resume=True) as store:
         assert len(store.rows) == size
 
@@ -147,6 +154,7 @@ def store_row(row: dict, size: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run"
         appending = seconds(lambda: _append(path, row, size))
+        # with all files beside it, such as a journal
         files = [file.stat().st_size for file in Path(folder).rglob("*") if file.is_file()]
         reading = seconds(lambda: _read(path, size))
     speed = {"appended / s": round(size / appending), "read / s": round(size / reading)}

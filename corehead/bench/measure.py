@@ -45,20 +45,20 @@ def in_turn(
             try:
                 rounds[name].append(run())
             except torch.OutOfMemoryError:
-                rounds[name].append({})
-            gc.collect()
+                rounds[name].append({})  # NaN in the table, and the other ways go on
+            gc.collect()  # now, and not in the time of the way that comes next
     columns = list(dict.fromkeys(key for rows in rounds.values() for row in rows for key in row))
     return {name: pd.DataFrame(rows[1:], columns=columns) for name, rows in rounds.items()}
 
 
 def compare(ways: Mapping[str, Callable[[], object]], repeats: int) -> list[dict]:
     """A row a way: its time, and that as a ratio to the first way's."""
-    results = in_turn(
-        {way: lambda run=run: {"seconds": seconds(run)} for way, run in ways.items()}, repeats
-    )
+    timed = {way: lambda run=run: {"seconds": seconds(run)} for way, run in ways.items()}
+    results = in_turn(timed, repeats)
     first = next(iter(ways))
     rows = []
     for way, result in results.items():
+        # round by round, so that a machine that slows down does so for both
         ratio = (result / results[first]).median()
         rows.append(
             {"way": way, "seconds": result.seconds.median(), f"time / {first}": ratio.seconds}

@@ -23,6 +23,7 @@ TOKENS = {"qwen3_vl": 256, "internvl": 256, "llava_onevision": 730}  # that such
 
 def build(geometry: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> MLLM:
     """Random weights of a geometry; on the device "meta", shapes alone."""
+    # made on the device and in the dtype at once: 8 billion weights in float32 on the CPU first might not fit
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -37,9 +38,9 @@ def build(geometry: str, device: str = "cpu", dtype: torch.dtype = torch.float32
 def questions(mllm: MLLM, tokens: int, n: int = 1) -> list[Sample]:
     """`n` questions on the same pages, as many as `tokens` visual tokens are enough for, but at least two."""
     family = mllm.family.name
-    noise = np.random.default_rng(0).integers(
-        0, 256, (SIDE[family], SIDE[family], 3), dtype=np.uint8
-    )
+    shape = SIDE[family], SIDE[family], 3
+    noise = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    # two at least: a single picture LLaVA-OneVision would also cut into crops
     pages = [{"type": "image", "image": Image.fromarray(noise)}] * max(2, tokens // TOKENS[family])
     samples = []
     for i in range(n):

@@ -38,7 +38,8 @@ class Work:
     @property
     def weights(self) -> int:
         """Parameters of the decoder's layers that every token passes."""
-        m, config = self.mllm, self.mllm.text_config
+        m = self.mllm
+        config = m.text_config
         sizes = config.hidden_size, config.intermediate_size, m.n_heads, m.n_kv_heads, m.head_dim
         return m.n_layers * layer_parameters(*sizes)
 
@@ -51,6 +52,7 @@ class Work:
     def attention_flops(self, n: int) -> float:
         """FLOPs of Q K^T and A V over a causal prompt of n tokens."""
         full = n * (n + 1) / 2  # keys that a full head sees in all rows together
+        # at most window and sinks a row; early rows have fewer keys in front of them
         streaming = float(np.minimum(np.arange(1, n + 1), self.window + self.sinks).sum())
         return 4 * self.mllm.head_dim * (self.full.sum() * full + (~self.full).sum() * streaming)
 
@@ -62,10 +64,10 @@ class Work:
         """Bytes of the keys and values that are kept of n tokens: all where a KV group has a full head."""
         groups = self.full.reshape(len(self.full), self.mllm.n_kv_heads, -1).any(2)
         tokens = groups.sum() * n + (~groups).sum() * min(n, self.window + self.sinks)
+        # keys and values
         return float(2 * tokens * self.mllm.head_dim * self.mllm.model.dtype.itemsize)
 
     def step_bytes(self, n: int) -> float:
         """Bytes that are read to decode one token behind n."""
-        return (
-            self.weights + self.output_weights
-        ) * self.mllm.model.dtype.itemsize + self.cache_bytes(n)
+        weights = self.weights + self.output_weights  # all of them, for a single token
+        return weights * self.mllm.model.dtype.itemsize + self.cache_bytes(n)
