@@ -75,22 +75,24 @@ def load(
     for option in options:
         if option not in known:
             raise ValueError(f"{name} has no option {option}=: take {', '.join(known)}")
+    # checked by now, though no row is read before the first sample is asked for
     return islice(_good(BENCHMARKS[name](source=source, **options), errors), n)
 
 
 def _good(found: Iterable[Sample | SampleError], errors) -> Iterator[Sample]:
     names: set[str] = set()
     for sample in found:
+        # results go by id, so that `score` and `evaluate` refuse two samples with one
         if isinstance(sample, Sample) and sample.id in names:
-            sample = SampleError(
-                sample.id, "id", "stands twice in the files", "Leave one of the two rows out"
-            )
+            problem = "stands twice in the files"
+            sample = SampleError(sample.id, "id", problem, "Leave one of the two rows out")
         if isinstance(sample, Sample):
             names.add(sample.id)
             yield sample
         elif errors == "raise":
             raise sample
         elif errors == "skip":
+            # one broken file among thousands must not cost the rest of the benchmark
             warnings.warn(f"skipped: {sample}", stacklevel=3)
         else:
             errors(sample)

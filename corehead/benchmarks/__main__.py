@@ -20,9 +20,9 @@ def describe(sample: Sample) -> dict[str, float]:
     parts = [part for message in sample.messages for part in message["content"]]
     images = [part["image"] for part in parts if part["type"] == "image"]
     videos = [part["video"] for part in parts if part["type"] == "video"]
-    numbers = dict.fromkeys(
-        ("evidence: spans", "evidence: pages", "evidence: frames", "evidence: boxes"), 0
-    )
+    # all kinds for each sample: 0 where it has none, or the means would be over some samples only
+    kinds = "evidence: spans", "evidence: pages", "evidence: frames", "evidence: boxes"
+    numbers = dict.fromkeys(kinds, 0)
     shares = []  # of the picture's area
     for piece in sample.evidence:
         boxes = []
@@ -33,9 +33,11 @@ def describe(sample: Sample) -> dict[str, float]:
         elif isinstance(piece, Frames):
             numbers["evidence: frames"] += len(piece.frames)
         elif isinstance(piece, Region):
-            boxes, (width, height) = [piece.box], images[piece.image].size
+            boxes = [piece.box]
+            width, height = images[piece.image].size
         elif isinstance(piece, Tube):
-            boxes, (height, width) = list(piece.boxes.values()), videos[piece.video].shape[1:3]
+            boxes = list(piece.boxes.values())
+            height, width = videos[piece.video].shape[1:3]
             numbers["evidence: frames"] += len(boxes)
         shares += [(x2 - x1) * (y2 - y1) / (width * height) for x1, y1, x2, y2 in boxes]
     context = {
@@ -44,17 +46,16 @@ def describe(sample: Sample) -> dict[str, float]:
         "evidence: none": int(not sample.evidence),
     }
     numbers["evidence: boxes"] = len(shares)
-    area = (
-        {"evidence: share of the picture's area in a box": float(np.mean(shares))} if shares else {}
-    )
-    return context | numbers | area
+    if shares:  # a sample without boxes has no such share, rather than one of 0
+        numbers["evidence: share of the picture's area in a box"] = float(np.mean(shares))
+    return context | numbers
 
 
 def report(rows: list[dict[str, float]], bad: list[SampleError]) -> str:
     """Counts, statistics (mean, least, most over samples) and the first bad rows."""
     lines = [f"{len(rows)} samples, {len(bad)} bad rows"]
     for name, values in pd.DataFrame(rows).items():
-        if values.any():
+        if values.any():  # kinds that this benchmark does not have are left out
             lines.append(
                 f"  {name}: {values.mean():.3g} ({values.min():.3g} to {values.max():.3g})"
             )
@@ -76,10 +77,9 @@ def main(arguments: list[str] | None = None) -> int:
     bad: list[SampleError] = []
     options = {} if given.split is None else {"split": given.split}
     try:
-        rows = [
-            describe(sample)
-            for sample in load(given.name, given.check, errors=bad.append, **options)
-        ]
+        # the whole download is looked through: bad rows are collected on the way
+        samples = load(given.name, given.check, errors=bad.append, **options)
+        rows = [describe(sample) for sample in samples]
     except (FileNotFoundError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1

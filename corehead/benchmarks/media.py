@@ -34,6 +34,7 @@ def image(data: bytes | os.PathLike) -> Image.Image:
 
 def pdf_pages(path: Path, most: int) -> list[Image.Image]:
     """At most so many first pages of a PDF, rendered at 144 dpi; ImportError where pypdfium2 is not installed."""
+    # here, as one benchmark alone needs it
     try:
         from pypdfium2 import PdfDocument
     except ImportError as error:
@@ -43,11 +44,12 @@ def pdf_pages(path: Path, most: int) -> list[Image.Image]:
     pages = []
     with PdfDocument(path) as document:
         for i in range(min(most, len(document))):
-            page, scale = document[i], DPI / 72
+            page = document[i]
+            scale = DPI / 72  # a PDF's unit is 1/72 inch
             if page.get_width() * page.get_height() * scale**2 > MAX_PIXELS:
                 raise ValueError(f"page {i + 1} is larger than {MAX_PIXELS} pixels")
             pages.append(page.render(scale=scale).to_pil().convert("RGB"))
-            page.close()
+            page.close()  # or memory grows with the document
     if not pages:
         raise ValueError("it has no pages")
     return pages
@@ -96,7 +98,7 @@ class Video:
 
 def sampled(begin: int, end: int, source_fps: float, fps: float, most: int) -> list[int]:
     """Source frames in [begin, end) at `fps`, or evenly spread over it where those are more than `most`."""
-    step = max(source_fps / fps, 1.0)
+    step = max(source_fps / fps, 1.0)  # no frame is taken twice
     count = math.ceil((end - begin) / step)
     if count > most:
         return np.linspace(begin, end - 1, most).round().astype(int).tolist()
@@ -122,6 +124,7 @@ def video(path: Path, *, fps: float, most: int, segment: tuple[int, int] | None 
     ValueError
         The file is broken or too short; PyAV's errors besides.
     """
+    # packets first: they are counted without decoding a frame
     with av.open(str(path)) as container:
         packets = [
             p for p in container.demux(container.streams.video[0]) if p.size and not p.is_discard
@@ -131,15 +134,14 @@ def video(path: Path, *, fps: float, most: int, segment: tuple[int, int] | None 
     end = min(end, total)  # annotations count a frame or two more than there are
     if not 0 <= begin < end:
         raise ValueError(f"frames {begin} to {end - 1} are asked for, but it has {total}")
+    # in the order in which frames are shown; of no use where stamps are missing or repeat
     stamps = {p.pts for p in packets}
     due = sorted(stamps) if len(stamps) == total and None not in stamps else None
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
-        rate, size = (
-            float(stream.average_rate or stream.guessed_rate),
-            (stream.width, stream.height),
-        )
+        rate = float(stream.average_rate or stream.guessed_rate)
+        size = stream.width, stream.height
         wanted = sampled(begin, end, rate, fps, most)
         frames = _decoded(container.decode(stream), due, wanted)
     return Video(np.stack(frames), tuple(wanted), rate, size, total)
@@ -150,12 +152,14 @@ def _decoded(
 ) -> list[np.ndarray]:
     """The wanted frames of a stream; `due` are the times of its packets, where they tell frames apart."""
     frames: list[np.ndarray] = []
+    # from the first frame on, for a seek lands on some key frame and the count would be lost
     for i, frame in enumerate(stream):
         if frame.is_corrupt or (due and frame.pts != due[i]):
             raise ValueError(f"frame {i} is corrupt, or one before it is missing")
         if i == wanted[len(frames)]:
             shrink = min(1.0, LONGEST / max(frame.width, frame.height))
             width, height = (max(1, round(side * shrink)) for side in (frame.width, frame.height))
+            # shrunk at once: no two frames are ever held in full size
             frames.append(frame.reformat(width, height, "rgb24").to_ndarray())
         if len(frames) == len(wanted):
             return frames
@@ -176,6 +180,7 @@ def unpack(archive: Path) -> Path:
     folder = archive.with_name(ENDINGS.sub("", archive.name))
     if folder.is_dir():
         return folder
+    # under another name until it is whole: a run that was killed leaves no half of a benchmark behind
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     room = min(GROWTH * archive.stat().st_size + 2**20, shutil.disk_usage(archive.parent).free)
@@ -189,7 +194,7 @@ def unpack(archive: Path) -> Path:
             )
 
     def kept(member: tarfile.TarInfo, path: str) -> tarfile.TarInfo | None:
-        fits(member.size)
+        fits(member.size)  # tar tells sizes one by one, zip all at once
         return tarfile.data_filter(member, path)
 
     try:

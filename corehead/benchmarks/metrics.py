@@ -37,6 +37,7 @@ def _bracketed(text: str, count: int) -> list[tuple[float, ...]]:
 def iou(a: Box, b: Box) -> float:
     """Intersection over union of two boxes (x1, y1, x2, y2); 0 where one is empty."""
     boxes = torch.tensor([a, b], dtype=torch.float64)
+    # 0 / 0 where both are empty
     return float(box_iou(boxes[:1], boxes[1:]).nan_to_num())
 
 
@@ -50,7 +51,7 @@ def box_metric(text: str, box: Box) -> dict[str, float]:
     box : (x1, y1, x2, y2)
         The true box, 0..1.
     """
-    found = _bracketed(text, 4)
+    found = _bracketed(text, 4)  # the first counts: listing many boxes must not help
     value = iou(found[0], box) if found else 0.0
     return {"parsed": float(bool(found)), "iou": value, "acc@0.5": float(value >= 0.5)}
 
@@ -81,10 +82,12 @@ def tube_metric(text: str, seconds: Sequence[float], boxes: Mapping[int, Box]) -
     boxes : mapping of int to (x1, y1, x2, y2)
         The true tube over those frames, 0..1.
     """
+    # one box for each time that is named; of several the last
     rows = sorted({row[0]: row for row in _bracketed(text, 5)}.values())
     found: dict[int, Box] = {}
     if rows:
         times, *sides = np.array(rows).T
+        # seconds are written rounded: a frame belongs to the tube up to half a step outside
         half = (seconds[1] - seconds[0]) / 2 if len(seconds) > 1 else math.inf
         for i, second in enumerate(seconds):
             if times[0] - half < second < times[-1] + half:
@@ -112,7 +115,8 @@ def recall_at(ranked: Sequence[int], true: Collection[int], k: int) -> float:
 def _area(boxes: Sequence[Box]) -> float:
     """Area that boxes cover together: what two of them cover counts once."""
     corners = np.array(boxes).reshape(-1, 4)
-    xs, ys = np.unique(corners[:, ::2]), np.unique(corners[:, 1::2])
+    xs = np.unique(corners[:, ::2])
+    ys = np.unique(corners[:, 1::2])
     covered = np.zeros((len(ys), len(xs)), bool)  # cells between all edges
     for left, top, right, bottom in corners:
         rows = slice(*np.searchsorted(ys, (top, bottom)))
@@ -140,6 +144,7 @@ def layout_recall_at(
         raise ValueError("recall without true layouts: leave the question out")
     covered = area = 0.0
     for page, (x1, y1, x2, y2) in true:
+        # a box that lies outside is clipped to one without area
         inside = [
             np.clip(box, [x1, y1, x1, y1], [x2, y2, x2, y2]) for p, box in ranked[:k] if p == page
         ]
@@ -158,6 +163,7 @@ def page_metric(text: str, pages: Collection[int]) -> dict[str, float]:
     pages : collection of int
         The true page numbers, as the question counts them (from 1).
     """
+    # whole numbers, no parts of "3.5"; a page that is named again keeps its first rank
     ranked = list(dict.fromkeys(int(n) for n in re.findall(r"(?<![\d.])\d{1,6}(?![\d.]*\d)", text)))
     return {
         "parsed": float(bool(ranked)),
@@ -181,6 +187,7 @@ def said(text: str) -> str:
 
 def distance(a: str, b: str) -> int:
     """Levenshtein distance."""
+    # the table of all prefixes, of which one row is held
     row = list(range(len(b) + 1))
     for i, c in enumerate(a, 1):
         above, row = row, [i]
@@ -204,10 +211,11 @@ def f1(text: str, gold: str) -> float:
     return 2 * (a & b).total() / max(1, a.total() + b.total())
 
 
+# addresses, files, dates, numbers: nearly right is wrong
 _EXACT = re.compile(
     r"https?://|\.(py|ipynb)$|^page|^\d+([-\s]\d+)?$|[ap]\.m\.|^\d{4}[-/\s]\d{1,2}([-/\s]\d{1,2})?$"
     r"|^\d{1,2}[-/\s]\d{1,2}[-/\s]\d{2,4}$|^[\w.%+-]+@[\w.-]+\.[a-z]{2,}$"
-)  # addresses, files, dates, numbers: nearly right is wrong
+)
 _UNITS = re.compile(
     r"(?<=[\d\s])(miles?|million|billion|thousand|kg|meters|acres|minutes|feet|mm|m)$"
 )
@@ -223,6 +231,7 @@ def _bare(value: object) -> str:
 def _number(value: object) -> float | None:
     """The number that a text is, a comma between thousands allowed; None where it is none."""
     text = _bare(value)
+    # "1,234" is a number, "1,2" is none
     text = text.replace(",", "") if re.fullmatch(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?", text) else text
     return float(text) if re.fullmatch(NUMBER + r"(?:e[-+]?\d{1,2})?", text) else None
 
@@ -238,6 +247,7 @@ def _close(gold: float, found: float) -> bool:
 def _entries(value: object) -> list:
     """A list, or the text of one; any other text is its only entry."""
     if isinstance(value, str) and value.strip().startswith("["):
+        # as Python writes it in the benchmark's files, or as JSON; neither runs code
         for read in (ast.literal_eval, json.loads):
             try:
                 value = read(value.strip())
@@ -263,6 +273,7 @@ def _by_text(answer: str, gold: str) -> dict[str, float]:
 
 def _by_entries(answer: str, gold: str) -> dict[str, float]:
     true, found = (sorted(map(_bare, _entries(value))) for value in (gold, answer))
+    # both are sorted: the order of entries does not count, their number does
     if not any(found) or len(true) != len(found):
         return _score(any(found), 0)
     if any(_number(entry) is not None or _EXACT.search(entry) for entry in true):
@@ -318,7 +329,8 @@ def doc_qa(text: str, gold: str, kind: str) -> dict[str, float]:
     """
     answer = said(text)
     if kind in ("Integer", "Float"):
-        true, same = _number(gold), _close if kind == "Float" else float.__eq__
+        true = _number(gold)
+        same = _close if kind == "Float" else float.__eq__
         found = [float(n) for n in re.findall(NUMBER, answer.replace(",", ""))]
         return _score(bool(found), true is not None and any(same(true, n) for n in found))
     if kind in ("String", "None"):
@@ -347,7 +359,8 @@ def _kind(entry: str) -> str:
 
 def sub_em(text: str, golds: str | Sequence[str]) -> dict[str, float]:
     """A true answer stands in the text, both in lower case and without articles and punctuation."""
-    answer, every = plain(said(text)), [golds] if isinstance(golds, str) else golds
+    answer = plain(said(text))
+    every = [golds] if isinstance(golds, str) else golds
     known = [gold for gold in map(plain, every) if gold]  # an empty text stands in any
     return {"parsed": float(bool(answer)), "sub_em": float(any(gold in answer for gold in known))}
 
@@ -371,10 +384,13 @@ def yes_no(text: str, right: str) -> dict[str, float]:
 
 def letter(text: str, options: Sequence[str]) -> int | None:
     """Which option a text takes: by its letter or, word for word, by its text; None where that is not to be told."""
-    last, text = chr(ord("A") + len(options) - 1), text.strip()
+    last = chr(ord("A") + len(options) - 1)
+    text = text.strip()
     bracketed = set(re.findall(rf"\(([A-{last}])\)", text))
+    # who names several takes none
     if len(bracketed) > 1:
         return None
+    # a letter in front, or one behind "answer" or "option"
     for pattern in (
         rf"^\W*([A-{last}])(?![A-Za-z'])",
         rf"(?i:answer|option)(?: is)?:?\s*\(?([A-{last}])(?![A-Za-z'])",
@@ -388,6 +404,7 @@ def letter(text: str, options: Sequence[str]) -> int | None:
             and not (found[1] == "A" and re.match(r"\s+[a-z]", behind))
         ):
             return ord(found[1]) - ord("A")
+    # no letter: the option's own words, if they are one option's alone
     answer = plain(said(text))
     same = [i for i, option in enumerate(options) if plain(option) and plain(option) == answer]
     if len(same) == 1:
@@ -429,6 +446,7 @@ def table(results: pd.DataFrame, by: str | list[str] | None = None) -> pd.DataFr
     DataFrame
         n, unparsed (how many answers could not be read; they count as wrong), and the mean of each metric.
     """
+    # `evaluate` puts a metric's values last, and "parsed" is the first of them
     names = list(results.columns[results.columns.get_loc("parsed") + 1 :])
     groups = results.groupby((lambda row: "all") if by is None else by, sort=False)
     counts = groups["parsed"].agg(n="size", unparsed=lambda parsed: int((parsed != 1).sum()))

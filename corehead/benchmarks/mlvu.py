@@ -45,6 +45,7 @@ class MLVU(Loader):
     max_frames: int = 64
 
     def rows(self) -> Iterator[tuple[str, Any]]:
+        # asked for before anything large is unpacked
         paths = files(self.folder, "*.json")
         unpack_all(self.folder)
         for path in paths:
@@ -59,18 +60,17 @@ class MLVU(Loader):
         row = Question.of(id, values)
         options = [str(option).strip() for option in row.candidates]
         times = options.count(row.answer)
+        # the right letter would be unknown, or there would be two
         if times != 1:
-            row.fail(
-                "answer",
-                f"{row.answer!r} stands {times} times among the candidates",
-                "Leave the row out",
-            )
+            problem = f"{row.answer!r} stands {times} times among the candidates"
+            row.fail("answer", problem, "Leave the row out")
         path = self._find(row)
         with row.reading("video", f"the video {path.name}"):
             clip = self.kept(path, partial(video, path, fps=self.fps, most=self.max_frames))
         right = options.index(row.answer)
         letters = [chr(ord("A") + i) for i in range(len(options))]
         choices = "\n".join(f"({letter}) {option}" for letter, option in zip(letters, options))
+        # ends with the bracket, so that the model goes on with a letter
         text = f"{ASK}Question: {row.question}\nOptions:\n{choices}\nBest option: ("
         metric = partial(choice_metric, options=options, right=right)
         yield self.sample(

@@ -49,18 +49,18 @@ class Document(Row):
 
     def pages(self, cells: dict[int, Any], most: int) -> list[bytes]:
         """The picture files of at most so many of its pages."""
-        (first, last), name = self.page_indices, self.doc_name.removesuffix(".pdf")
+        first, last = self.page_indices
+        name = self.doc_name.removesuffix(".pdf")
         pages = []
         for at in range(first, min(last + 1, first + most)):
             cell = cells.get(at)
             if not isinstance(cell, dict):
                 why = f" ({cell.problem})" if cell else ""
                 self.fail("page_indices", f"row {at} of the pages is missing{why}")
+            # the annotations go by row number: of another version of the file it would be another page
             if str(cell.get("doc_name")).removesuffix(".pdf") != name:
-                self.fail(
-                    "page_indices",
-                    f"row {at} of the pages is of {cell.get('doc_name')!r}, not of {name!r}",
-                )
+                problem = f"row {at} of the pages is of {cell.get('doc_name')!r}, not of {name!r}"
+                self.fail("page_indices", problem)
             pages.append(cell.get("image_binary"))
         return pages
 
@@ -68,10 +68,9 @@ class Document(Row):
         """Fail where a page is not among those that are shown."""
         count = self.page_indices[1] - self.page_indices[0] + 1
         if not 0 <= page < count:
-            row.fail(
-                field,
-                f"page {page} is not in the document, which has {count} pages, counted from 0",
-            )
+            problem = f"page {page} is not in the document, which has {count} pages, counted from 0"
+            row.fail(field, problem)
+        # what is not shown cannot be looked at: such evidence would count as attention that is missing
         if page >= shown:
             fix = f"Take max_pages={page + 1} or more"
             row.fail(field, f"page {page} is behind the {shown} pages that are shown", fix)
@@ -115,7 +114,7 @@ class MMDocIR(Loader):
     def __iter__(self) -> Found:
         [path, *_] = files(self.folder, "*annotations.jsonl")
         rows = parquet_rows(files(self.folder, "*pages*.parquet"), {"doc_name", "image_binary"})
-        documents = []
+        documents = []  # texts alone, so that all fit in memory
         for name, values in json_lines(path):
             try:
                 documents.append(Document.of(f"mmdocir-{name}", values))
@@ -123,6 +122,7 @@ class MMDocIR(Loader):
                 yield error
         cells: dict[int, Any] = {}  # rows of pages that documents still to come may need
         at = -1
+        # in the order of their pages, so that the large file is read once, from front to back
         for document in sorted(documents, key=lambda document: document.page_indices[0]):
             first, last = document.page_indices
             cells = {row: cell for row, cell in cells.items() if row >= first}
@@ -131,12 +131,13 @@ class MMDocIR(Loader):
                 if isinstance(cell, SampleError) and cell.where == "file":
                     rows = iter(())  # which rows follow is not known
                     yield cell
-                elif at >= first:
+                elif at >= first:  # no document to come has those before
                     cells[at] = cell
             yield from guarded(document._id, self._document, document, cells)
 
     def _document(self, id: str, document: Document, cells: dict[int, Any]) -> Found:
-        pages, shown = document.pages(cells, self.max_pages), []
+        pages = document.pages(cells, self.max_pages)
+        shown: list[Image.Image] = []  # the questions share these objects, and so one prefill
         for k, values in enumerate(document.questions):
             id = f"mmdocir-{document.doc_name.removesuffix('.pdf')}-q{k}"
             yield from guarded(id, self._question, values, document, pages, shown)
@@ -155,10 +156,11 @@ class MMDocIR(Loader):
         elif not evidence:
             row.fail("layout_mapping", "names no layout", "Take evidence='pages'")
         numbers = [page + 1 for page in row.page_id]
-        meta = dict(
-            task=", ".join(map(str, row.type)), domain=str(document.domain), reply=str(row.A)
-        )
-        answer, metric = ", ".join(map(str, numbers)), partial(page_metric, pages=numbers)
+        task = ", ".join(map(str, row.type))
+        meta = dict(task=task, domain=str(document.domain), reply=str(row.A))
+        # retrieval is what it asks for: the answer is the pages; the words of the reply are kept beside it
+        answer = ", ".join(map(str, numbers))
+        metric = partial(page_metric, pages=numbers)
         yield self.sample(id, images(shown), ASK + row.Q, row.Q, evidence, answer, metric, **meta)
 
 
@@ -174,10 +176,10 @@ def _region(row: Question, layout: Layout, document: Document, shown: list) -> R
     if page not in row.page_id:
         row.fail("layout_mapping.page", f"page {page} is not among page_id {row.page_id}")
     picture = shown[page]
+    # boxes are scaled, which is right only if the picture shows the same page in the same shape
     if abs(width / height * picture.height / picture.width - 1) > ASPECT:
         problem = f"{width} x {height} is not of the shape of page {page}'s {picture.width} x {picture.height} px"
         row.fail("layout_mapping.page_size", problem)
     x, y = picture.width / width, picture.height / height
-    return Region(
-        page, row.inside("layout_mapping.bbox", (x1 * x, y1 * y, x2 * x, y2 * y), picture.size)
-    )
+    box = x1 * x, y1 * y, x2 * x, y2 * y
+    return Region(page, row.inside("layout_mapping.bbox", box, picture.size))

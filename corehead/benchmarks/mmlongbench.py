@@ -25,11 +25,9 @@ ASK = "Answer as concisely as you can, with a single phrase where that is possib
 
 def _spelled(value: Any) -> Any:
     """Numbers and lists as text."""
-    return (
-        str(value)
-        if isinstance(value, (int, float, list)) and not isinstance(value, bool)
-        else value
-    )
+    # a bool is an int to Python, but no answer of these tasks: the schema refuses it
+    spelled = isinstance(value, (int, float, list)) and not isinstance(value, bool)
+    return str(value) if spelled else value
 
 
 Spelled = Annotated[Text, BeforeValidator(_spelled)]
@@ -102,9 +100,8 @@ class MMLongBench(Loader):
     def __iter__(self) -> Found:
         on_documents = []
         for id, values in self.rows():
-            if (
-                isinstance(values, dict) and "page_list" in values
-            ):  # paths alone, so that all fit in memory
+            # paths alone, so that all fit in memory and those on the same pages can be put together
+            if isinstance(values, dict) and "page_list" in values:
                 on_documents.append((id, values))
             else:
                 yield from guarded(id, self._haystack, values)
@@ -120,12 +117,9 @@ class MMLongBench(Loader):
         self, row: Row, field: str, name: Any, decoded: dict[str, Image.Image]
     ) -> Image.Image:
         """A picture by its path in the download, decoded once."""
-        if (
-            not isinstance(name, str)
-            or not name
-            or PurePosixPath(name).is_absolute()
-            or ".." in Path(name).parts
-        ):
+        # a file of the download must not make us open what lies outside it
+        inside = isinstance(name, str) and name and not PurePosixPath(name).is_absolute()
+        if not inside or ".." in Path(name).parts:
             row.fail(field, f"{str(name)[:60]!r} is no path inside the download")
         if name not in decoded:
             path = next((root / name for root in self.roots if (root / name).is_file()), None)
@@ -157,7 +151,9 @@ class MMLongBench(Loader):
                 row.fail("ans_page_list", problem, "Take a longer K, or leave it out")
             positions += found
         text = f"\n{ASK_DOC}Based on Document {document}, answer the following question. {row.question}"
-        evidence, kind = [Pages(positions)] if positions else [], row.answer_format
+        # questions that the document does not answer have no pages: they serve evaluation alone
+        evidence = [Pages(positions)] if positions else []
+        kind = row.answer_format
         metric = partial(doc_qa, gold=row.answer, kind=kind)
         meta = dict(task=self.split, format=kind)
         yield self.sample(id, content, text, row.question, evidence, row.answer, metric, **meta)
@@ -165,9 +161,9 @@ class MMLongBench(Loader):
     def _haystack(self, id: str, values: Any) -> Found:
         row = Haystack.of(id, values)
         if "image" in values:
-            row.fail(
-                "image", "belongs to another task", "Take files on documents, needles or haystacks"
-            )
+            fix = "Take files on documents, needles or haystacks"
+            row.fail("image", "belongs to another task", fix)
+        # Visual Haystack: the contexts are names of pictures
         if all(isinstance(context, str) for context in row.ctxs):
             texts, names = [SLOT] * len(row.ctxs), row.ctxs + row.image_list
         else:
@@ -175,14 +171,15 @@ class MMLongBench(Loader):
         choices = [f"\n{chr(ord('A') + i)}. {SLOT}" for i in range(len(row.choices_image))]
         question = row.question + "".join(choices)
         slots = sum(text.count(SLOT) for text in texts)
-        shown = self._shown(
-            row, names + (row.choices_image or row.needle_image_list), slots + question.count(SLOT)
-        )
+        # the question's pictures come behind those of the context
+        pictures = names + (row.choices_image or row.needle_image_list)
+        shown = self._shown(row, pictures, slots + question.count(SLOT))
         content = []
         for text in texts:
             content += [*_interleaved(text, shown), {"type": "text", "text": "\n\n"}]
         asked = _interleaved(question, shown)
         content += [{"type": "text", "text": ASK}, *asked]
+        # a question with pictures in it has several texts: the longest is what tagging looks for in the prompt
         quoted = max((text.strip() for text in _texts(asked)), key=len, default="")
         evidence = self._needles(row, names[:slots], "".join(_texts(content)))
         answer, metric = self._answer(row, values)
@@ -193,6 +190,7 @@ class MMLongBench(Loader):
 
     def _shown(self, row: Haystack, names: list, slots: int) -> Iterator[Image.Image]:
         """The pictures in the order of the slots that they fill."""
+        # one too few or too many would shift all that follow, and with them the evidence
         if slots != len(names):
             row.fail("image_list", f"{len(names)} pictures for {slots} times {SLOT}")
         decoded: dict[str, Image.Image] = {}
@@ -202,30 +200,23 @@ class MMLongBench(Loader):
         """Where the positive contexts stand: their pictures, among those of `names`, or their pieces of the text."""
         pages: set[int] = set()
         spans: list[Evidence] = []
-        in_pictures = (
-            "-image" in self.split or "_image" in self.split or self.split.startswith("vh")
-        )
+        named = "-image" in self.split or "_image" in self.split
+        in_pictures = named or self.split.startswith("vh")
         for needle in row.positive_ctxs:
-            if (
-                in_pictures
-            ):  # all pictures have the same text, so only the file's name tells them apart
+            # all pictures have the same text, so only the file's name tells them apart
+            if in_pictures:
                 name = needle if isinstance(needle, str) else Picture.of(row._id, needle).image
-                found = {
-                    i
-                    for i, other in enumerate(names)
-                    if other == name or other.endswith("/" + name)
-                }
+                # by whole parts at the end of its path
+                found = {i for i, other in enumerate(names) if f"/{other}".endswith(f"/{name}")}
                 if not found:
-                    row.fail(
-                        "positive_ctxs",
-                        f"the picture {name} is not among those shown",
-                        "Leave the row out",
-                    )
+                    problem = f"the picture {name} is not among those shown"
+                    row.fail("positive_ctxs", problem, "Leave the row out")
                 pages |= found
                 continue
             for piece in Paragraph.of(row._id, needle).text.split(SLOT):
                 piece = piece.strip()
                 if re.search(r"\w", piece):
+                    # a text that stands there twice does not say where the needle is
                     if text.count(piece) != 1:
                         times = f"{piece[:60]!r} stands {text.count(piece)} times"
                         row.fail("positive_ctxs", times, "Leave the row out")
@@ -236,12 +227,10 @@ class MMLongBench(Loader):
         if row.choices_image:
             options = [""] * len(row.choices_image)
             if type(row.answer) is not int or not 0 <= row.answer < len(options):
-                row.fail(
-                    "answer", f"{row.answer!r} is not among {len(options)} choices, counted from 0"
-                )
-            return chr(ord("A") + row.answer), partial(
-                choice_metric, options=options, right=row.answer
-            )
+                problem = f"{row.answer!r} is not among {len(options)} choices, counted from 0"
+                row.fail("answer", problem)
+            metric = partial(choice_metric, options=options, right=row.answer)
+            return chr(ord("A") + row.answer), metric
         if "counting" in self.split:
             counts = Counts.of(row._id, values).answer
             return str(counts), partial(soft_acc, counts=counts)
@@ -250,6 +239,7 @@ class MMLongBench(Loader):
             if right not in ("yes", "no"):
                 row.fail("answer", f"{right!r} is neither yes nor no")
             return right.capitalize(), partial(yes_no, right=right)
+        # any of them counts when the model writes; the first is the one that is scored as a continuation
         golds = Answers.of(row._id, values).answer
         return golds[0], partial(sub_em, golds=golds)
 

@@ -57,33 +57,29 @@ class MMLongBenchDoc(Loader):
 
     def samples(self, id: str, values: Any) -> Found:
         row = Question.of(id, values)
-        kind, wanted = row.answer_format, row.evidence_pages
+        kind = row.answer_format
+        wanted = row.evidence_pages
+        # a page 0 says that the row counts in another way, and then no page of it is to be trusted
         if min(wanted, default=1) < 1:
-            row.fail(
-                "evidence_pages",
-                f"{wanted} names a page below 1, but pages count from 1",
-                "Leave the row out",
-            )
+            problem = f"{wanted} names a page below 1, but pages count from 1"
+            row.fail("evidence_pages", problem, "Leave the row out")
         if row.doc_id not in self.documents:
             self.fetch(row, "doc_id", row.doc_id)
-        path, last = self.documents[row.doc_id], max(wanted, default=0)
+        path = self.documents[row.doc_id]
+        last = max(wanted, default=0)
         with row.reading("doc_id", path.name):
             pages = self.kept(path, partial(pdf_pages, path, self.max_pages))
+        # an error, and no sample with half of its evidence
         if last > len(pages):
             fix = f"Take max_pages={last} or more" if len(pages) == self.max_pages else AGAIN
-            row.fail(
-                "evidence_pages",
-                f"page {last} is behind the {len(pages)} pages that are shown",
-                fix,
-            )
+            problem = f"page {last} is behind the {len(pages)} pages that are shown"
+            row.fail("evidence_pages", problem, fix)
+        # the model's pages count from 0; what the document does not say has none
         evidence = [Pages([page - 1 for page in wanted])] if wanted else []
         answer = UNANSWERABLE.capitalize() if kind == "None" else row.answer
         metric = partial(doc_rule, gold=row.answer, kind=kind)
-        meta = dict(
-            task=str(row.doc_type or ""),
-            format=kind,
-            sources=", ".join(map(str, row.evidence_sources)),
-        )
+        sources = ", ".join(map(str, row.evidence_sources))
+        meta = dict(task=str(row.doc_type or ""), format=kind, sources=sources)
         yield self.sample(
             id, images(pages), ASK + row.question, row.question, evidence, answer, metric, **meta
         )

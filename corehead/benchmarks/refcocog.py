@@ -34,6 +34,7 @@ class Pixels(Row):
     def corners(self) -> Box:
         x, y, width, height = self.bbox
         box = x, y, x + width, y + height
+        # two forms of this data set write boxes in two ways: the outline tells when it is the other one
         if self.segmentation and not self.iscrowd:
             xs, ys = self.segmentation[::2], self.segmentation[1::2]
             outside = max(box[0] - min(xs), box[1] - min(ys), max(xs) - box[2], max(ys) - box[3])
@@ -61,6 +62,7 @@ class Bare(Row):
     def corners(self) -> Box:
         x1, y1, x2, y2 = self.bbox
         again = self.raw_anns.bbox
+        # the same box in both notations, or one of them is not what we take it for
         if max(abs(p - q) for p, q in zip((x1, y1, x2 - x1, y2 - y1), again)) > SLACK:
             self.fail("bbox", f"{self.bbox} as corners is not raw_anns' {again} as corner and size")
         return self.bbox
@@ -80,7 +82,8 @@ class RefCOCOg(Loader):
     """
 
     name, hub = "refcocog", "lmms-lab/RefCOCOg"
-    context, at_once = ("image", "image_path"), 128
+    context = ("image", "image_path")
+    at_once = 128  # rows hold pixels: not all of them at a time
     split: str = "val"
 
     @property
@@ -91,39 +94,38 @@ class RefCOCOg(Loader):
         paths = files(self.folder, f"{self.split}*.parquet", "its splits are val, test")
         columns = {"question_id", "ref_id", *Pixels.model_fields, *Bare.model_fields}
         for at, values in parquet_rows(paths, columns):
-            name = (
-                values.get("question_id", values.get("ref_id"))
-                if isinstance(values, dict)
-                else None
-            )
+            known = values if isinstance(values, dict) else {}
+            name = known.get("question_id", known.get("ref_id"))
             yield f"refcocog-{self.split}-{name}-{at}", values
 
     def samples(self, id: str, values: Any) -> Found:
         if isinstance(values, dict) and "raw_anns" in values:
             row = Bare.of(id, values)
-            field, file, sentences = (
-                "image_path",
-                self.folder / row.image_path,
-                [s.raw for s in row.sentences],
-            )
+            field = "image_path"
+            file = self.folder / row.image_path
+            sentences = [sentence.raw for sentence in row.sentences]
         else:
             row = Pixels.of(id, values)
-            field, file, sentences = "image", row.image, row.answer
+            field = "image"
+            file = row.image
+            sentences = row.answer
         corners = row.corners()
         with row.reading(field, "the picture"):
             picture = self.kept(file, partial(image, file))
         box = row.inside("bbox", corners, picture.size)
+        # in parts of the picture, as ASK wants it: processors change its size in pixels
         relative = tuple(side / length for side, length in zip(box, picture.size * 2))
         answer = "[" + ", ".join(f"{side:.2f}" for side in relative) + "]"
         if not sentences:
             row.fail("answer", "holds no sentence")
         for k, sentence in enumerate(sentences):
+            # an error of its own: the other sentences on the picture are good
             if not isinstance(sentence, str) or not sentence.strip():
-                yield SampleError(
-                    f"{id}-{k}", "answer", f"sentence {k} is no text", "Leave the sentence out"
-                )
+                problem = f"sentence {k} is no text"
+                yield SampleError(f"{id}-{k}", "answer", problem, "Leave the sentence out")
                 continue
-            text, metric = sentence.strip(), partial(box_metric, box=relative)
+            text = sentence.strip()
+            metric = partial(box_metric, box=relative)
             yield self.sample(
                 f"{id}-{k}", images([picture]), ASK + text, text, [Region(0, box)], answer, metric
             )

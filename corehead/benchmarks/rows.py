@@ -57,17 +57,16 @@ def locate(source: str | Path | None, hub: str, revision: str | None, patterns: 
     name = str(source or hub)
     fetch = "hf download --repo-type dataset {} " + (f"--revision {revision} " if revision else "")
     fetch += " ".join(f"--include '{pattern}'" for pattern in patterns) + " --local-dir {}"
+    # what looks like a path is one that is not there, and no hub id
     if isinstance(source, Path) or name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise FileNotFoundError(
             f"there is no folder {name}: fetch it with `{fetch.format(hub, name)}`"
         )
+    options = dict(repo_type="dataset", revision=revision, allow_patterns=patterns)
     try:
-        return Path(
-            snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=patterns)
-        )
-    except (
-        Exception
-    ) as error:  # no network, no such revision, terms not accepted: the fix is the same
+        return Path(snapshot_download(name, **options))
+    except Exception as error:
+        # no network, no such revision, terms not accepted: the fix is the same
         folder = "data/cache/" + name.split("/")[1]
         raise FileNotFoundError(
             f"{name} is not here and cannot be downloaded ({type(error).__name__}): where there is a network, run "
@@ -103,11 +102,12 @@ def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
 def json_list(path: Path) -> list:
     """The list of rows that a JSON file holds; a SampleError as its only row where it does not."""
     value = _json(path.read_bytes(), path.name, "file")
-    if isinstance(value, (list, SampleError)):
-        return value if isinstance(value, list) else [value]
-    return [
-        SampleError(path.name, "file", f"holds {type(value).__name__}, not a list of rows", AGAIN)
-    ]
+    if isinstance(value, list):
+        return value
+    if not isinstance(value, SampleError):
+        problem = f"holds {type(value).__name__}, not a list of rows"
+        value = SampleError(path.name, "file", problem, AGAIN)
+    return [value]
 
 
 def parquet_rows(paths: list[Path], columns: set[str]) -> Iterator[tuple[int, dict | SampleError]]:
@@ -121,31 +121,25 @@ def parquet_rows(paths: list[Path], columns: set[str]) -> Iterator[tuple[int, di
         try:
             file = pq.ParquetFile(path)
         except Exception as error:  # arrow raises several kinds
-            yield (
-                at,
-                SampleError(
-                    path.name, "file", f"is no parquet file ({error})", "Download it again"
-                ),
-            )
+            problem = f"is no parquet file ({error})"
+            yield at, SampleError(path.name, "file", problem, "Download it again")
             continue
         with file:
             names = [name for name in file.schema_arrow.names if name in columns]
             for group in range(file.num_row_groups):
-                row, end = at, at + file.metadata.row_group(group).num_rows
+                row = at
+                end = at + file.metadata.row_group(group).num_rows
                 try:
+                    # a few rows at a time: they may hold pictures
                     for batch in file.iter_batches(8, row_groups=[group], columns=names):
                         for values in batch.to_pylist():
                             yield row, values
                             row += 1
                 except Exception as error:
                     problem = f"rows {row} to {end - 1} cannot be read ({error})"
-                    yield (
-                        row,
-                        SampleError(
-                            path.name, f"row group {group}", problem, "Download the file again"
-                        ),
-                    )
-                at = end
+                    where = f"row group {group}"
+                    yield row, SampleError(path.name, where, problem, "Download the file again")
+                at = end  # also behind a broken group: ids of later rows stay what they are
 
 
 # Fields
@@ -184,13 +178,11 @@ class Row(BaseModel):
         if isinstance(values, SampleError):  # what the reader of the file found instead
             raise values
         try:
-            row = (
-                cls.model_validate_json(values)
-                if isinstance(values, bytes)
-                else cls.model_validate(values)
-            )
+            # large files are checked while they are read, without a copy in Python's objects
+            validate = cls.model_validate_json if isinstance(values, bytes) else cls.model_validate
+            row = validate(values)
         except ValidationError as error:
-            first = error.errors()[0]
+            first = error.errors()[0]  # one fix at a time
             where = ".".join(part for part in first["loc"] if isinstance(part, str)) or "row"
             found = "" if first["type"] == "missing" else f", not {str(first['input'])[:60]!r}"
             raise SampleError(id, where, first["msg"] + found, AGAIN) from error
@@ -213,9 +205,9 @@ class Row(BaseModel):
         """A box (x1, y1, x2, y2), checked against a picture of `size` (width, height) and cut to it."""
         (x1, y1, x2, y2), (width, height) = box, size
         if not (x1 < x2 and y1 < y2):
-            self.fail(
-                where, f"the box {(x1, y1, x2, y2)} is empty", "Correct it: x1 < x2 and y1 < y2"
-            )
+            problem = f"the box {(x1, y1, x2, y2)} is empty"
+            self.fail(where, problem, "Correct it: x1 < x2 and y1 < y2")
+        # annotators' boxes end a pixel or two outside; more than that, and the picture is not the one they saw
         cut = max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height))
         off = max(abs(a - b) for a, b in zip((x1, y1, x2, y2), cut))
         if off > SLACK or cut[0] >= cut[2] or cut[1] >= cut[3]:
@@ -253,9 +245,8 @@ class Loader:
     name: ClassVar[str]
     hub: ClassVar[str]
     context: ClassVar[tuple[str, ...]]  # fields that rows on one context have in common
-    at_once: ClassVar[int | None] = (
-        None  # rows in memory, among which those on one context come together; None: all
-    )
+    # rows in memory, among which those on one context come together; None: all
+    at_once: ClassVar[int | None] = None
     also: ClassVar[str] = ""  # how to get what is not on the hub
     source: str | Path | None = None
     revision: str | None = None
@@ -284,11 +275,8 @@ class Loader:
 
     def fetch(self, row: Row, field: str, name: str) -> NoReturn:
         """Fail for want of a file."""
-        row.fail(
-            field,
-            f"there is no {name}",
-            f"Fetch it with `hf download --repo-type dataset {self.hub}`",
-        )
+        fix = f"Fetch it with `hf download --repo-type dataset {self.hub}`"
+        row.fail(field, f"there is no {name}", fix)
 
     def kept(self, key: Any, make: Callable[[], Any]) -> Any:
         """What was made last, if it is asked for again: media of the context."""
@@ -305,11 +293,9 @@ class Loader:
         """Samples of rows, those on one context after each other."""
         groups: dict[str, list[tuple[str, Any]]] = {}
         for id, values in rows:
-            key = (
-                repr([values.get(field) for field in self.context])
-                if isinstance(values, dict)
-                else id
-            )
+            key = id  # a row that is no object is its own context, and fails later
+            if isinstance(values, dict):
+                key = repr([values.get(field) for field in self.context])
             groups.setdefault(key, []).append((id, values))
         for group in groups.values():
             for id, values in group:
@@ -328,9 +314,8 @@ class Loader:
     ) -> Sample:
         """A sample whose context stands in front of a text that holds its question."""
         messages = [{"role": "user", "content": [*context, {"type": "text", "text": text}]}]
-        return Sample(
-            id, messages, evidence, answer, question, {"benchmark": self.name} | meta, metric
-        )
+        meta = {"benchmark": self.name} | meta
+        return Sample(id, messages, evidence, answer, question, meta, metric)
 
 
 def guarded(id: str, make: Callable[..., Iterable[Sample | SampleError]], *args) -> Found:

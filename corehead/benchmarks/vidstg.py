@@ -113,30 +113,32 @@ class VidSTG(Loader):
 
     def samples(self, id: str, values: Any) -> Found:
         row = Annotation.of(id, values)
-        used, true = row.used_segment, row.temporal_gt
-        begin, end = max(used.begin_fid, true.begin_fid), min(used.end_fid, true.end_fid)
-        if begin >= end:
-            row.fail(
-                "temporal_gt", f"{true!r} lies outside used_segment's {used!r}", "Leave the row out"
-            )
+        used = row.used_segment
+        true = row.temporal_gt
+        begin = max(used.begin_fid, true.begin_fid)
+        end = min(used.end_fid, true.end_fid)
+        if begin >= end:  # then nothing that is shown is evidence
+            problem = f"{true!r} lies outside used_segment's {used!r}"
+            row.fail("temporal_gt", problem, "Leave the row out")
         for name in (f"{row.vid}.mp4", f"{row.vid}.json"):
             if name not in self.media:
                 self.fetch(row, "vid", name)
         tracks = Tracks.of(id, self.media[f"{row.vid}.json"].read_bytes()).trajectories
+        # boxes go by frame number: a file that is too short is another video's, or broken
         if len(tracks) < end:
             row.fail("vid", f"{row.vid}.json has boxes for {len(tracks)} frames, fewer than {end}")
-        path, segment = self.media[f"{row.vid}.mp4"], (used.begin_fid, used.end_fid)
+        path = self.media[f"{row.vid}.mp4"]
+        segment = used.begin_fid, used.end_fid
         with row.reading("vid", f"the video {path.name}"):
             decode = partial(video, path, fps=self.fps, most=self.max_frames, segment=segment)
             clip = self.kept((path, segment), decode)
+        # a copy in another size or at another rate would put boxes beside the object, or on other frames
         size = row.width, row.height
         if clip.size != size or abs(clip.total - row.frame_count) > MISCOUNT:
             found = f"{row.vid}.mp4 has {clip.total} frames of {clip.size} px"
-            row.fail(
-                "vid",
-                f"{found}, but {row.frame_count} of {size} px were annotated",
-                "Take VidOR's own file",
-            )
+            problem = f"{found}, but {row.frame_count} of {size} px were annotated"
+            row.fail("vid", problem, "Take VidOR's own file")
+        # by the number that a frame has among those shown
         boxes = {i: tracks[frame] for i, frame in enumerate(clip.indices) if begin <= frame < end}
         for k, sentence in enumerate([*row.captions, *(row.questions or [])]):
             yield from guarded(f"{id}-{k}", self._sentence, sentence, clip, boxes)
@@ -148,9 +150,9 @@ class VidSTG(Loader):
             for entry in entries:
                 if entry.tid == row.target_id:
                     box = entry.bbox.xmin, entry.bbox.ymin, entry.bbox.xmax, entry.bbox.ymax
-                    tube[i] = clip.scaled(
-                        row.inside(f"trajectories[{clip.indices[i]}]", box, clip.size)
-                    )
+                    where = f"trajectories[{clip.indices[i]}]"
+                    tube[i] = clip.scaled(row.inside(where, box, clip.size))
+        # a short moment may fall between the frames that are sampled
         if not tube:
             problem = f"none of the {len(clip.indices)} sampled frames shows object {row.target_id}"
             row.fail("temporal_gt", problem, "Sample more frames: raise fps= or max_frames=")
@@ -163,8 +165,9 @@ class VidSTG(Loader):
         for i, box in relative.items():
             numbers = [f"{clip.seconds[i]:.1f}", *(f"{side:.2f}" for side in box)]
             spoken.append("[" + ", ".join(numbers) + "]")
-        text, metric = row.description, partial(tube_metric, seconds=clip.seconds, boxes=relative)
-        answer, task = " ".join(spoken), str(row.type)
-        yield self.sample(
-            id, [clip.part], ASK + text, text, [Tube(0, tube)], answer, metric, task=task
-        )
+        text = row.description
+        answer = " ".join(spoken)
+        evidence = [Tube(0, tube)]
+        metric = partial(tube_metric, seconds=clip.seconds, boxes=relative)
+        meta = dict(task=str(row.type))
+        yield self.sample(id, [clip.part], ASK + text, text, evidence, answer, metric, **meta)
