@@ -30,9 +30,11 @@ NAME = "corehead"
 CACHE = "cache" if "cache" in signature(LlamaModel.forward).parameters else "past_key_values"
 # attention weights (float32) held at once while rows are read: what stays in a CPU's cache, what keeps a GPU busy
 WEIGHTS_BLOCK = {"cpu": 2**18, "cuda": 2**26}
-MASK_BLOCK = 2**24  # elements of a mask that is held at once
+# elements of a KV head's mask that are held at once; SDPA makes floats of them, 64 MiB in float32
+MASK_BLOCK = 2**24
 
 PADDING, CONTEXT, QUESTION, ANSWER = range(4)
+# "prefill" and "decode" split a sequence where the model begins to write, "context" and "question" where it is asked
 PHASES = {
     "both": (CONTEXT, QUESTION, ANSWER),
     "prefill": (CONTEXT, QUESTION),
@@ -40,7 +42,6 @@ PHASES = {
     "context": (CONTEXT,),
     "question": (QUESTION, ANSWER),
 }
-_UNKNOWN = "pass tagged=, or run corehead's evaluate or score inside"
 
 
 @dataclass
@@ -117,6 +118,7 @@ class TokenRoles:
         query = tagged.query_tokens()
         query = keys[torch.from_numpy(query[query >= shared])]
         answer = keys[torch.from_numpy(tagged.answer)]
+        # in this order, since each set is part of the one before: the answer's tokens are query tokens as well
         self.roles[row, keys] = CONTEXT
         self.roles[row, query] = QUESTION
         self.roles[row, answer] = ANSWER
@@ -153,10 +155,12 @@ class TokenRoles:
             )
         fitted = self
         if batch > rows:
+            # generate() puts the beams of a sample next to each other: s0 s0 s1 s1, not s0 s1 s0 s1
             fitted = self.select(torch.arange(rows).repeat_interleave(batch // rows))
         more = length - known
         if more <= 0:
             return fitted
+        # padding is on the left, so that the last column holds a real token in every row
         written = fitted.positions[:, -1:] + torch.arange(1, more + 1)
         return TokenRoles(
             roles=pad(fitted.roles, (0, more), value=ANSWER),
@@ -224,17 +228,17 @@ class Call:
     def known_roles(self, purpose: str) -> TokenRoles:
         """The roles of the tokens, or a ValueError that says what must know them."""
         if self.roles is None:
-            raise ValueError(f"{purpose}: {_UNKNOWN}")
+            raise ValueError(f"{purpose}: pass tagged=, or run corehead's evaluate or score inside")
         return self.roles
 
     def in_phase(self, phase: str) -> torch.Tensor:
         """(B or 1, R) bool. Without roles, a single row behind a cache is decoding and all else is prefill."""
         if self.roles is None and phase in ("prefill", "decode"):
+            # good enough for generate(), which feeds the prompt and then one token at a time
             decoding = self.rows == 1 and self.n > 1
             return torch.full((1, self.rows), decoding == (phase == "decode"), device=self.device)
-        roles = self.known_roles(f"phase={phase!r} must know the question").roles[
-            :, self.first : self.n
-        ]
+        known = self.known_roles(f"phase={phase!r} must know the question")
+        roles = known.roles[:, self.first : self.n]  # (B, R)
         return torch.isin(roles, torch.tensor(PHASES[phase], dtype=roles.dtype)).to(self.device)
 
     def query_of(self, rows: torch.Tensor) -> torch.Tensor:
@@ -243,9 +247,10 @@ class Call:
 
     def evidence_of(self, rows: torch.Tensor) -> torch.Tensor:
         """(B, R, N) bool, the evidence that each of some rows looks for; nothing for rows that look for none."""
-        query_of = self.query_of(rows)[..., None]
-        evidence = self.roles.evidence[..., : self.n]
-        looked_for = evidence.gather(1, query_of.clamp(min=0).expand(-1, -1, self.n))
+        query_of = self.query_of(rows)[..., None]  # (B, R, 1)
+        evidence = self.roles.evidence[..., : self.n]  # (B, G, N)
+        # gather takes no -1: rows that look for nothing get set 0, and lose it again
+        looked_for = evidence.gather(1, query_of.clamp(min=0).expand(-1, -1, self.n))  # (B, R, N)
         return (looked_for & (query_of >= 0)).to(self.device)
 
     def allowed(self, rows: torch.Tensor) -> torch.Tensor:
@@ -253,13 +258,15 @@ class Call:
         mask = self.attention_mask
         if mask is not None and mask.dim() == 4:
             mask = mask[:, :1, rows, : self.n]
+            # a float mask is added to the logits: 0 where a row may attend, the type's minimum where not
             return mask if mask.dtype == torch.bool else mask == 0
         keys = torch.arange(self.n, device=self.device)
         positions = (self.first + rows)[:, None]
-        causal = (keys <= positions)[None, None]
+        causal = (keys <= positions)[None, None]  # (1, 1, R, N)
         if mask is None:
             return causal
-        # a row of padding sees itself, so that it is no NaN
+        # A row of padding may have nothing but padding in front of it. It sees itself, because a softmax over no key at
+        # all is NaN, and in the next layer that NaN would reach the rows of real tokens: a weight of 0 times NaN.
         return causal & (mask.bool()[:, None, None, : self.n] | (keys == positions))
 
 
@@ -348,7 +355,7 @@ def hooks(
         for module, outer in zip(modules, before):
             if implementation == NAME:
                 module.corehead = outer
-            else:
+            else:  # the outermost context leaves no trace
                 del module.corehead
 
 
@@ -382,12 +389,15 @@ def row_weights(
     """
     batch, heads, _, dim = call.query.shape
     kv_heads = call.key.shape[1]
+    # float32 whatever the model runs in: bfloat16 has 8 significant bits, and a mass that is summed over thousands of
+    # small weights would drown in rounding errors
     keys = call.key.float().transpose(-1, -2)  # (B, Hkv, D, N)
     block = max(1, WEIGHTS_BLOCK.get(call.device.type, 2**24) // (batch * heads * call.n))
     for part in rows.split(block):
         # the query heads of a KV head become rows, so that its keys are not repeated
         query = (call.query[:, :, part].float() * call.scaling).reshape(batch, kv_heads, -1, dim)
         logits = (query @ keys).view(batch, heads, len(part), call.n)
+        # the least float, not -inf: a row that sees no key at all must not become NaN
         logits.masked_fill_(~visible(call, part, hooks), torch.finfo(torch.float32).min)
         yield part, logits.softmax(-1)
 
@@ -407,35 +417,32 @@ def full_attention(
 ) -> torch.Tensor:
     """Attention of all heads to all keys that the mask allows, (B, R, H, D), by the fastest way there is."""
     mask, whole = call.attention_mask, call.first == 0
-    if (mask is None and (whole or call.rows == 1)) or (
-        mask is not None and mask.dim() == 4 and whole
-    ):
-        found = sdpa_attention_forward(
-            module,
-            call.query,
-            call.key,
-            call.value,
-            mask,
-            dropout=dropout,
-            scaling=call.scaling,
-            **options,
-        )
-        return found[0]
-    if (
-        mask is None and call.query.is_cuda and call.query.element_size() == 2
-    ):  # flash attention behind a cache
+    states = call.query, call.key, call.value
+    if mask is None:
+        native = whole or call.rows == 1
+    else:
+        native = whole and mask.dim() == 4
+    # nothing cached, or one row that sees every key: what transformers does is right and fast
+    if native:
+        options |= {"dropout": dropout, "scaling": call.scaling}
+        return sdpa_attention_forward(module, *states, mask, **options)[0]
+    # Flash attention of a chunk behind a cache, which exists for 16-bit types on GPUs alone. The causal triangle stands
+    # at the lower right of the R x N rectangle, since row 0 sees all `first` cached keys; SDPA's own is_causal puts it
+    # at the upper left, where row 0 sees key 0 alone.
+    if mask is None and call.query.is_cuda and call.query.element_size() == 2:
         bias = causal_lower_right(call.rows, call.n)
         grouped = call.query.shape[1] > call.key.shape[1]
         out = scaled_dot_product_attention(
-            call.query, call.key, call.value, attn_mask=bias, scale=call.scaling, enable_gqa=grouped
+            *states, attn_mask=bias, scale=call.scaling, enable_gqa=grouped
         )
         return out.transpose(1, 2).contiguous()
     return masked_attention(call, call.all_rows())
 
 
 def masked_attention(call: Call, rows: torch.Tensor, hooks: Sequence[Hook] = ()) -> torch.Tensor:
-    """Exact attention of some rows under explicit masks, (B, R, H, D), with no mask of more than MASK_BLOCK elements.
+    """Exact attention of some rows under explicit masks, (B, R, H, D).
 
+    No more than MASK_BLOCK elements of a KV head's mask are held at once.
     This is the one path for chunks behind a cache, padding, cut edges and whatever hybrid attention has no kernel for.
     """
     batch, heads = call.query.shape[:2]
@@ -444,18 +451,16 @@ def masked_attention(call: Call, rows: torch.Tensor, hooks: Sequence[Hook] = ())
     out = call.query.new_empty(batch, len(rows), heads, call.value.shape[-1])
     block = max(1, MASK_BLOCK // (batch * group * call.n))
     for i, part in enumerate(rows.split(block)):
-        seen = visible(call, part, hooks)
-        # the query heads of a KV head become rows, so that the cache is not repeated
-        seen = (
-            seen.expand(-1, heads, -1, -1) if seen.shape[1] > 1 else seen.expand(-1, group, -1, -1)
-        )
-        seen = seen.unflatten(1, (-1, group)).flatten(2, 3)  # (B or 1, Hkv or 1, g R, N)
+        # the g query heads of a KV head become rows, so that the cache is not repeated g times
+        seen = visible(call, part, hooks)  # (B or 1, H or 1, r, N)
+        seen = seen.expand(-1, heads if seen.shape[1] > 1 else group, -1, -1)
+        seen = seen.unflatten(1, (-1, group)).flatten(2, 3)  # (B or 1, Hkv or 1, g r, N)
         query = call.query[:, :, part].unflatten(1, (kv_heads, group)).flatten(2, 3)
-        found = scaled_dot_product_attention(
+        attended = scaled_dot_product_attention(
             query, call.key, call.value, attn_mask=seen, scale=call.scaling
         )
-        found = found.unflatten(2, (group, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3)
-        out[:, i * block : i * block + len(part)] = found
+        attended = attended.unflatten(2, (group, -1)).permute(0, 3, 1, 2, 4)  # (B, r, Hkv, g, D)
+        out[:, i * block : i * block + len(part)] = attended.flatten(2, 3)  # (B, r, H, D)
     return out
 
 
@@ -472,8 +477,10 @@ def attention_forward(
     call.out = _attend(call, now.hooks, module, dropout, options)
     for hook in now.hooks:
         call.out = hook.output(call, call.out)
+    # only now, so that readers find the output as all hooks left it
     for hook in now.hooks:
         if hook.rows is not None:
+            # a hook's rows count from the start of the sequence; of a chunk it sees those that fall into it
             rows = hook.rows - call.first
             rows = torch.from_numpy(rows[(rows >= 0) & (rows < call.rows)]).to(call.device)
             for part, weights in row_weights(call, rows, now.hooks):
@@ -487,8 +494,9 @@ def _attend(
     """The output under all masks, in front of what `Hook.output` changes."""
     out = None
     for hook in hooks:
-        found = hook.attend(call)
-        out = out if found is None else found
+        attended = hook.attend(call)
+        if attended is not None:
+            out = attended
     masked = [hook.masked_rows(call) for hook in hooks]
     rows = np.unique(np.concatenate([*masked, np.empty(0, np.int64)]))
     if len(rows) == call.rows:
@@ -496,6 +504,8 @@ def _attend(
     if out is None:
         out = full_attention(call, module, dropout, **options)
     if len(rows):
+        # Few rows have cut edges (a question's, in a long context). The fast path computes all, and these are done
+        # again under the mask, which costs less than a mask for all.
         rows = torch.from_numpy(rows).to(call.device)
         out[:, rows] = masked_attention(call, rows, hooks)
     return out
@@ -506,6 +516,7 @@ def _mask(*args, mask_function=causal_mask_function, **options):
 
     Sliding windows and blocks that attend both ways come as a `mask_function` of their own.
     """
+    # the builder of flash attention hands the (B, N) mask on, or None where there is no padding
     build = flash_attention_mask if mask_function is causal_mask_function else sdpa_mask
     return build(*args, mask_function=mask_function, **options)
 
