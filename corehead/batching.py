@@ -25,10 +25,10 @@ from .samples import Sample, SampleError
 from .tagging import PER_TOKEN, Prompt, TaggedSample, same_content
 
 NULL = "N/A"
-MAX_QUESTIONS = 32  # behind one context in one chunk
-MAX_TOKENS = (
-    2**17
-)  # of the contexts of a batch, padding included: what their keys and values may take
+# questions behind one context in one chunk, whose mask is quadratic in their tokens
+MAX_QUESTIONS = 32
+# tokens of the contexts of a batch, padding included: a bound on the memory for their keys and values
+MAX_TOKENS = 2**17
 
 
 # --- what samples share
@@ -36,23 +36,22 @@ MAX_TOKENS = (
 
 def context_of(sample: Sample) -> list[tuple[str, Any]]:
     """(role, text or medium) of all that stands in front of the question."""
-    parts = []
+    question, parts, asked = sample.question or "", [], None
     for message in sample.messages:
-        content = message.get("content")
-        for part in [{"text": content}] if isinstance(content, str) else content or ():
-            parts.append(
-                (message.get("role"), part.get("text", part.get("image", part.get("video"))))
-            )
-    texts = [
-        i
-        for i, (_, value) in enumerate(parts)
-        if isinstance(value, str) and (sample.question or "") in value
-    ]
-    if not texts:
+        role, content = message.get("role"), message.get("content")
+        if isinstance(content, str):
+            content = [{"text": content}]
+        for part in content or ():
+            value = part.get("text", part.get("image", part.get("video")))
+            # the last text that quotes the question, or the last of all where none is given, asks it
+            if isinstance(value, str) and question in value:
+                asked = len(parts)
+            parts.append((role, value))
+    if asked is None:
         return parts
-    role, text = parts[texts[-1]]
-    in_front = text.rpartition(sample.question)[0] if sample.question else ""
-    return [*parts[: texts[-1]], (role, in_front)]
+    role, text = parts[asked]
+    in_front = text.rpartition(question)[0] if question else ""
+    return [*parts[:asked], (role, in_front)]
 
 
 def same_context(a: Sample | TaggedSample | None, b: Sample | TaggedSample | None) -> bool:
@@ -73,6 +72,7 @@ def has_context(sample: Sample) -> bool:
 def null_sample(sample: Sample, question: str) -> Sample:
     """The same sample with its question replaced by "N/A"."""
     messages = list(sample.messages)
+    # from the end, since the question may be quoted earlier, too
     for m in reversed(range(len(messages))):
         content = messages[m]["content"]
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
@@ -82,9 +82,8 @@ def null_sample(sample: Sample, question: str) -> Sample:
                 parts[p] = {**parts[p], "text": in_front + NULL + behind}
                 messages[m] = {**messages[m], "content": parts}
                 return replace(sample, messages=messages, question=NULL)
-    raise SampleError(
-        sample.id, "question", f"{question!r} is in no message", "Quote it as it stands there"
-    )
+    problem = f"{question!r} is in no message"
+    raise SampleError(sample.id, "question", problem, "Quote it as it stands there")
 
 
 @dataclass
@@ -171,12 +170,13 @@ def batches(
     waiting: dict[tuple[bool, int], list[Context]] = {}
     for group in _groups(mllm, samples, null, need_answer, fail):
         for context in _contexts(group):
-            # lengths within a factor of 1.4, so that little is padding
+            # half octaves: lengths within a factor of 1.4, so that little is padding
             length = context.shared or len(context.members[0].ids)
             kind = context.prefix is not None, int(2 * math.log2(length))
             queue = waiting.setdefault(kind, [])
             queue.append(context)
             longest = max(len(c.members[0].ids) for c in queue)
+            # the batch is full, or one more context, padded to its longest, would be too much
             if len(queue) == batch_size or (len(queue) + 1) * longest > MAX_TOKENS:
                 yield waiting.pop(kind)
     yield from waiting.values()
@@ -206,12 +206,8 @@ def _groups(mllm, samples, null, need_answer, fail) -> Iterator[list[_Pair]]:
             # the last prompt's media are not read again where they are the same
             pair, prompt = _tagged(mllm, sample, null, like=prompt if joins else None)
             if need_answer and not len(pair.tagged.answer):
-                raise SampleError(
-                    pair.tagged.sample.id,
-                    "answer",
-                    "is missing",
-                    "Give the text that the model should say",
-                )
+                fix = "Give the text that the model should say"
+                raise SampleError(pair.tagged.sample.id, "answer", "is missing", fix)
         except SampleError as error:
             if fail is None:
                 raise
@@ -229,6 +225,7 @@ def _tagged(mllm, sample, null: bool, like: Prompt | None) -> tuple[_Pair, Promp
     prompt = Prompt(mllm, sample, like=like)
     if not null:
         return _Pair(prompt.tag(), None), prompt
+    # where no question is given, the prompt knows which text is taken for it
     begin, end = prompt.find_question()
     blank = null_sample(sample, prompt.text[begin:end])
     return _Pair(prompt.tag(), Prompt(mllm, blank, like=prompt).tag()), prompt
@@ -246,22 +243,24 @@ def _contexts(group: list[_Pair]) -> list[Context]:
             ids = pair.null.ids[shared:]
             # null questions that are equal token for token run once
             blocks["null", ids.tobytes()] = Block(ids, owner, True, pair.null)
-    first = group[0].tagged
-    inputs = {
-        k: v[:, :shared] if k in PER_TOKEN else v
-        for k, v in first.inputs.items()
-        if torch.is_tensor(v)
-    }
-    nothing = np.empty(0, np.int64)
+    first, nothing = group[0].tagged, np.empty(0, np.int64)
+    # all media stand in the prefix, so that one sample's pixels serve the whole group
+    inputs = _first_tokens(first.inputs, shared)
     prefix = TaggedSample(inputs, first.visual, nothing, nothing, nothing, shared - 1)
-    return [
-        Context(prefix, list(blocks.values()), [pair.tagged for pair in group], first.sample.id)
-    ]
+    members = [pair.tagged for pair in group]
+    return [Context(prefix, list(blocks.values()), members, first.sample.id)]
+
+
+def _first_tokens(inputs: dict[str, Any], n: int) -> dict[str, torch.Tensor]:
+    """The inputs (1, L) cut to their first `n` tokens, with all their media."""
+    tensors = {name: value for name, value in inputs.items() if torch.is_tensor(value)}
+    return {name: x[:, :n] if name in PER_TOKEN else x for name, x in tensors.items()}
 
 
 def _shared_tokens(sequences: list[TaggedSample]) -> int:
     """How many tokens stand in front of every question, the same in all sequences; 0 if a picture stands behind."""
     first = sequences[0]
+    # never a token of a question, even if all begin alike: those are the query rows, which a block must hold
     shared = min(int(t.question[0]) if len(t.question) else t.last for t in sequences)
     for t in sequences[1:]:
         n = min(shared, len(t.ids))
@@ -324,16 +323,15 @@ class Packed:
         for (c, k), slot in self.slots.items():
             block, shared = self.contexts[c].blocks[k], self.contexts[c].shared
             keys = torch.from_numpy(self.keys(c, k, np.arange(len(block.tagged.ids))))
-            # behind a prefix, the samples' own blocks mark what is looked for
-            self.roles.mark(
-                slot.row, block.tagged, keys, None if block.null else block.owner, shared
-            )
+            evidence_set = None if block.null else block.owner
+            self.roles.mark(slot.row, block.tagged, keys, evidence_set, shared)
+            # A null question looks for nothing, but the mass that it gives to V* is wanted. In a row of its own nobody
+            # else has marked V*; behind a prefix the samples' own blocks have.
             if block.null and not shares:
-                self.roles.evidence[slot.row, 0, keys[torch.from_numpy(block.tagged.evidence)]] = (
-                    True
-                )
+                evidence = keys[torch.from_numpy(block.tagged.evidence)]
+                self.roles.evidence[slot.row, 0, evidence] = True
             self.roles.last[slot.row] = keys[block.tagged.last]
-        if shares:
+        if shares:  # a row has many questions, each with a last token of its own
             self.roles.last = None
 
     def keys(self, c: int, k: int, tokens: np.ndarray) -> np.ndarray:
@@ -376,8 +374,8 @@ def _prompts(context: Context) -> Context:
     blocks = []
     for block in context.blocks:
         if not block.null:
-            tagged, end = block.tagged, block.tagged.last + 1
-            inputs = {k: v[:, :end] if k in PER_TOKEN else v for k, v in tagged.inputs.items()}
+            tagged = block.tagged
+            inputs = _first_tokens(tagged.inputs, tagged.last + 1)
             prompt = replace(tagged, inputs=inputs, answer=tagged.answer[:0])
             blocks.append(Block(prompt.ids[context.shared :], block.owner, False, prompt))
     return replace(context, blocks=blocks)
@@ -387,6 +385,7 @@ def _pack_behind(mllm: MLLM, batch: list[Context], apart: bool) -> Packed:
     """Prefixes, and a chunk with all blocks of a context in one row, or with a row for each."""
     prefixes = collate([c.prefix for c in batch], pad_id(mllm))
     real, width = prefixes["attention_mask"].bool(), prefixes["input_ids"].shape[1]
+    # one block's whole sequence tells the positions of the prefix and where those behind it go on
     sequences = [_positions(mllm, c.blocks[0].tagged) for c in batch]
     before = [p[..., : c.shared] for c, p in zip(batch, sequences)]
     prefix = to_model(prefixes, mllm) | dict(position_ids=_pad_left(before, width).to(mllm.device))
@@ -395,23 +394,28 @@ def _pack_behind(mllm: MLLM, batch: list[Context], apart: bool) -> Packed:
     if apart:
         in_rows = [(c, [k]) for c, blocks in in_rows for k in blocks]
     slots, size = _slots(batch, in_rows, width)
-    ids = torch.full((len(in_rows), size), pad_id(mllm))
+    ids = torch.full((len(in_rows), size), pad_id(mllm))  # (B, S)
+    # (B, S) or (3, B, S): Qwen's multimodal RoPE has a position in time, height and width
     positions = torch.zeros(*sequences[0].shape[:-1], len(in_rows), size, dtype=torch.long)
     block_of = torch.full((len(in_rows), size), -1)
     for (c, k), slot in slots.items():
         block = batch[c].blocks[k]
         here = slice(slot.start - width, slot.start - width + len(block.ids))
         ids[slot.row, here] = torch.from_numpy(block.ids)
-        # behind the prefix there is text alone, so that positions go on one by one
+        # Behind the prefix there is text alone, so that positions go on one by one. Each block goes on from the prefix
+        # and not from the block before it, as if it stood there alone.
         first = sequences[c][..., batch[c].shared, None]
         positions[..., slot.row, here] = first + torch.arange(len(block.ids))
         block_of[slot.row, here] = k
     prefix_row = torch.tensor([c for c, _ in in_rows])
     if apart:
-        mask = torch.cat([real[prefix_row], block_of >= 0], 1).long()
+        mask = torch.cat([real[prefix_row], block_of >= 0], 1).long()  # (B, W + S)
     else:
-        inside = (block_of[:, :, None] == block_of[:, None, :]).tril()
-        mask = torch.cat([real[:, None].expand(-1, size, -1), inside], 2)[:, None]
+        # every block sees the prefix and, causally, itself; padding (-1) counts as one more block
+        inside = (block_of[:, :, None] == block_of[:, None, :]).tril()  # (B, S, S)
+        mask = torch.cat([real[:, None].expand(-1, size, -1), inside], 2)[
+            :, None
+        ]  # (B, 1, S, W + S)
     chunk = dict(input_ids=ids, position_ids=positions, attention_mask=mask)
     chunk = {name: value.to(mllm.device) for name, value in chunk.items()}
     return Packed(batch, prefix, chunk, prefix_row, slots, width)
@@ -425,7 +429,8 @@ def _slots(
     size = max(lengths)
     slots = {}
     for row, (c, blocks) in enumerate(in_rows):
-        start = width + size - lengths[row]  # at the right end, where a model goes on writing
+        # at the right end: the last column then holds the last token of every row, behind which a model goes on writing
+        start = width + size - lengths[row]
         for k in blocks:
             slots[c, k] = Slot(row, width - batch[c].shared, start)
             start += len(batch[c].blocks[k].ids)
@@ -438,6 +443,7 @@ def _pack_alone(mllm: MLLM, batch: list[Context]) -> Packed:
         replace(c, prefix=None, blocks=[replace(b, ids=b.tagged.ids, owner=0) for b in c.blocks])
         for c in batch
     ]
+    # a batch row for each (context, block)
     jobs = [(c, k) for c, context in enumerate(alone) for k in range(len(context.blocks))]
     tagged = [alone[c].blocks[k].tagged for c, k in jobs]
     inputs = collate(tagged, pad_id(mllm))
@@ -454,20 +460,19 @@ def collate(tagged: Sequence[TaggedSample], pad_token: int) -> dict[str, torch.T
     """Pad sequences on the left to one batch, input_ids and attention_mask (B, L)."""
     length = max(len(t.ids) for t in tagged)
     out: dict[str, torch.Tensor] = {}
+    # samples may hold different media
     for name in dict.fromkeys(name for t in tagged for name in t.inputs):
         given = [t for t in tagged if name in t.inputs]
         rows = [t.inputs[name] for t in given]
         if name in PER_TOKEN:
             fill = pad_token if name == "input_ids" else 0
             rows = [pad(row, (length - len(t.ids), 0), value=fill) for row, t in zip(rows, given)]
-        elif (
-            name == "pixel_values" and rows[0].dim() == 5
-        ):  # anyres: (1, crops, 3, S, S), crops padded
+        # anyres: (1, crops, 3, S, S), and pictures have different numbers of crops
+        elif name == "pixel_values" and rows[0].dim() == 5:
             crops = max(row.shape[1] for row in rows)
             rows = [pad(row, (0, 0) * 3 + (0, crops - row.shape[1])) for row in rows]
-        out[name] = (
-            rows[0] if len(rows) == 1 else torch.cat(rows)
-        )  # pictures are large: no needless copy
+        # pictures are large: no needless copy
+        out[name] = rows[0] if len(rows) == 1 else torch.cat(rows)
     return out
 
 
@@ -530,6 +535,9 @@ def _end_tokens(mllm: MLLM) -> torch.Tensor:
     return torch.tensor(ends, dtype=torch.long, device=mllm.device).flatten()
 
 
+# --- what the decoder is fed, and its cache
+
+
 class _Stop(Exception):
     """Raised where the decoder would begin."""
 
@@ -538,6 +546,8 @@ def embedded(mllm: MLLM, inputs: dict[str, Any]) -> dict[str, Any]:
     """What the decoder gets for the model's inputs: embeddings with the visual features in, masks, positions."""
     caught = {}
 
+    # How features get into the embeddings differs from model to model. The model's own code does it, in one pass over
+    # whole sequences; it is cut off in front of the decoder, which is then fed in chunks and under many conditions.
     def stop(module, args, kwargs):
         caught.update({k: v for k, v in kwargs.items() if v is not None})
         raise _Stop
@@ -555,7 +565,10 @@ def embedded(mllm: MLLM, inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Room(DynamicLayer):
-    """A layer of a cache with memory for `room` tokens from the start: chunks are written, nothing is copied."""
+    """A layer of a cache with memory for `room` tokens from the start: chunks are written, nothing is copied.
+
+    The layer that it replaces concatenates, which copies all tokens for each chunk and holds them twice meanwhile.
+    """
 
     def __init__(self, room: int):
         super().__init__()
@@ -566,6 +579,7 @@ class _Room(DynamicLayer):
         end = n + key_states.shape[2]
         if not n:
             self.lazy_initialization(key_states, value_states)
+            # (B, Hkv, room, D) each; values may have another D than keys
             self.buffers = [x.new_empty(*x.shape[:2], self.room, x.shape[3]) for x in new]
         for buffer, x in zip(self.buffers, new):
             buffer[:, :, n:end] = x
@@ -580,7 +594,7 @@ class _Room(DynamicLayer):
 def room_for(mllm: MLLM, tokens: int) -> DynamicCache:
     """An empty cache with memory for `tokens` tokens."""
     cache = DynamicCache(config=mllm.text_config)
-    cache.layers, cache.layer_class_to_replicate = [_Room(tokens) for _ in cache.layers], None
+    cache.layers = [_Room(tokens) for _ in cache.layers]
     return cache
 
 
@@ -612,13 +626,12 @@ class Feed:
             self.chunk = embedded(mllm, packed.chunk)
         else:
             self.prefix = embedded(mllm, packed.prefix)
-            self.chunk = {
-                name: value for name, value in packed.chunk.items() if name != "input_ids"
-            }
-            self.chunk["inputs_embeds"] = mllm.model.get_input_embeddings()(
-                packed.chunk["input_ids"]
-            )
-        self._intact: DynamicCache | None = None  # of the prefixes, untouched by any condition
+            # questions are text alone, whose embeddings need no vision tower
+            self.chunk = dict(packed.chunk)
+            ids = self.chunk.pop("input_ids")
+            self.chunk["inputs_embeds"] = mllm.model.get_input_embeddings()(ids)
+        # of the prefixes, which no condition has touched
+        self._intact: DynamicCache | None = None
 
     @property
     def n_rows(self) -> int:
@@ -629,7 +642,9 @@ class Feed:
         """Of one run, padding included."""
         return self.n_rows * self.packed.roles.roles.shape[1]
 
-    def run(self, conditions: Sequence[Condition | None] = (None,), wanted: Wanted | None = None):
+    def run(
+        self, conditions: Sequence[Condition | None] = (None,), wanted: Wanted | None = None
+    ) -> torch.Tensor | None:
         """Run the decoder over the batch under conditions of one group, side by side.
 
         Parameters
@@ -665,12 +680,14 @@ class Feed:
         mllm, times, rows = self.mllm, len(conditions), self.n_rows
         cache = self._cache(conditions, new_tokens)
         ends = _end_tokens(mllm)
+        # the last token of every row, as the first step goes on from it; the mask (B, W + S) grows with each step
         last = {
             "position_ids": self.chunk["position_ids"][..., -1:],
             "attention_mask": self.packed.chunk["attention_mask"],
         }
         step = _repeated(last, times)
         written: list[list[int]] = [[] for _ in range(times * rows)]
+        # rows that have not ended; the others run along, for their keys stand in the same cache
         going = torch.ones(times * rows, dtype=torch.bool, device=mllm.device)
         with self._applied(conditions, rows, self.packed.roles):
             behind = Wanted.last(rows, self.chunk["inputs_embeds"].shape[1])
@@ -690,6 +707,7 @@ class Feed:
 
     def _applied(self, conditions: Sequence[Condition | None], rows: int, roles: TokenRoles):
         """The hooks of conditions that have `rows` batch rows each."""
+        # the first of a group makes the hooks for all: one hook a layer tells the batch rows apart
         lead = conditions[0]
         by_layer = {} if lead is None else lead.hooks(self.mllm, conditions, rows)
         return hooks(self.mllm, by_layer, roles.repeat(len(conditions)))
@@ -704,16 +722,20 @@ class Feed:
             return room_for(mllm, length) if new_tokens else None
         rows = self.packed.prefix_row
         n_prefixes, before = len(self.prefix["inputs_embeds"]), self.packed.before
+        # `rows` becomes the row of the cache that holds the prefix of each batch row: (times B,)
         if all(c is None or c.leaves_context_intact for c in conditions):
+            # one prefill for all such conditions, now and later
             if self._intact is None:
                 self._intact = self._prefill((None,), length)
             cache, rows = self._intact, rows.repeat(times)
         else:
             cache = self._prefill(conditions, length)
             rows = torch.cat([rows + i * n_prefixes for i in range(times)])
+        # the run before may have written its chunk behind the prefixes
         for layer in cache.layers:
             layer.truncate(before)
-        if len(rows) == len(cache.layers[0].keys):  # one row a prefix: its cache serves as it is
+        # one batch row for each prefix: no copy, for the chunk is written into the room behind it
+        if len(rows) == len(cache.layers[0].keys):
             return cache
         copied = room_for(mllm, length)
         for i, layer in enumerate(cache.layers):
@@ -725,6 +747,7 @@ class Feed:
         """A cache with room for `length` tokens, filled with the prefixes under each condition."""
         rows = self.packed.prefix_row.tolist()
         n_prefixes = len(self.packed.contexts)
+        # roles are those of batch rows; all rows behind one prefix have the same in front of them
         first_rows = torch.tensor([rows.index(prefix) for prefix in range(n_prefixes)])
         cache = room_for(self.mllm, length)
         with self._applied(conditions, n_prefixes, self.packed.roles.select(first_rows)):
@@ -759,6 +782,7 @@ def decode(
     (times, n, hidden) tensor of the wanted hidden states, or None
     """
     decoder, length = mllm.family.decoder(mllm.model), feed["inputs_embeds"].shape[1]
+    # what fits into one chunk, with nothing behind it, needs no cache
     if cache is None and length > PREFILL_CHUNK:
         cache = room_for(mllm, length)
     before = cache.get_seq_length() if cache is not None else 0
@@ -766,17 +790,16 @@ def decode(
     for start in range(0, length, PREFILL_CHUNK):
         stop = min(start + PREFILL_CHUNK, length)
         part = feed if stop - start == length else _tokens(feed, start, stop, before)
-        states = decoder(
-            **_repeated(part, times), **{CACHE: cache}, use_cache=cache is not None
-        ).last_hidden_state
+        # repeated chunk by chunk, so that the embeddings of a long context are held once
+        inputs = _repeated(part, times) | {CACHE: cache, "use_cache": cache is not None}
+        states = decoder(**inputs).last_hidden_state
         if wanted is not None:
-            states = states.unflatten(0, (times, -1))
+            states = states.unflatten(0, (times, -1))  # (times, B, n, hidden)
             if hidden is None:
                 hidden = states.new_empty(times, len(wanted.rows), states.shape[-1])
             here = (wanted.tokens >= start) & (wanted.tokens < stop)
-            hidden[:, here.to(hidden.device)] = states[
-                :, wanted.rows[here], wanted.tokens[here] - start
-            ]
+            rows, tokens = wanted.rows[here], wanted.tokens[here] - start
+            hidden[:, here.to(hidden.device)] = states[:, rows, tokens]
     return hidden
 
 
@@ -789,17 +812,17 @@ def _tokens(feed: dict[str, Any], start: int, stop: int, before: int) -> dict[st
     mask = feed.get("attention_mask")
     if mask is not None:
         rows = mask if mask.dim() == 2 else mask[:, :, start:stop]
+        # keys from the very first on, cached ones included, up to the chunk's last
         part["attention_mask"] = rows[..., : before + stop]
-    visual = feed.get("visual_pos_masks")
-    if visual is not None and feed.get("deepstack_visual_embeds") is not None:
-        order = (
-            visual.flatten().cumsum(0).view(visual.shape) - 1
-        )  # of the visual tokens among all of the batch
-        mine = order[:, start:stop][visual[:, start:stop]]
+    # Qwen3-VL adds features of the vision tower in the first layers as well (deepstack). They are a list over layers of
+    # (visual tokens of the batch, hidden), row by row: those of a chunk do not stand together.
+    visual, features = feed.get("visual_pos_masks"), feed.get("deepstack_visual_embeds")
+    if visual is not None and features is not None:
+        # which of all visual tokens of the batch each one is
+        order = visual.flatten().cumsum(0).view(visual.shape) - 1
+        in_chunk = order[:, start:stop][visual[:, start:stop]]
         part["visual_pos_masks"] = visual[:, start:stop]
-        part["deepstack_visual_embeds"] = [
-            x[mine.to(x.device)] for x in feed["deepstack_visual_embeds"]
-        ]
+        part["deepstack_visual_embeds"] = [x[in_chunk.to(x.device)] for x in features]
     return part
 
 
@@ -811,7 +834,7 @@ def _repeated(feed: dict[str, Any], times: int) -> dict[str, Any]:
     for name, value in feed.items():
         if name == "deepstack_visual_embeds":
             value = [x.repeat(times, 1) for x in value]
-        elif name == "position_ids":  # (B, N) or (3, B, N)
+        elif name == "position_ids":  # (B, N) or (3, B, N): the batch does not always come first
             value = value.repeat(*[1] * (value.dim() - 2), times, 1)
         elif torch.is_tensor(value) and value.dim():
             value = value.repeat(times, *[1] * (value.dim() - 1))
