@@ -24,9 +24,8 @@ from transformers.image_processing_utils import select_best_resolution
 from transformers.models.got_ocr2.image_processing_got_ocr2 import get_optimal_tiled_canvas
 from transformers.models.llava_onevision.modeling_llava_onevision import unpad_image
 
-NEWLINE = np.full(
-    (1, 4), np.nan
-)  # a visual token that closes a row of the picture and looks at no pixel
+# a visual token that closes a row of the picture and looks at no pixel
+NEWLINE = np.full((1, 4), np.nan)
 
 
 @dataclass
@@ -64,9 +63,9 @@ class Medium:
         """(n,) bool: which tokens look at a box of pixels."""
         left, top, right, bottom = self.boxes.T
         x1, y1, x2, y2 = box
-        tolerance = 1e-6 * max(
-            self.size
-        )  # an edge that is a cell's edge up to rounding does not touch the next
+        # An edge that is a cell's edge up to rounding does not touch the next cell. Half of the box bounds the tolerance,
+        # so that even the smallest box meets the cell around it. NaN compares as false: newlines meet nothing.
+        tolerance = 1e-6 * max(self.size)
         wide = np.minimum(right, x2) - np.maximum(left, x1) > min(tolerance, (x2 - x1) / 2)
         high = np.minimum(bottom, y2) - np.maximum(top, y1) > min(tolerance, (y2 - y1) / 2)
         return wide & high
@@ -119,10 +118,12 @@ class Family:
         """Geometry of one image or video, of which `tokens` are the positions in input_ids."""
         views = self.views(kind, index, size, config, processor, inputs)
         boxes = np.concatenate(views)
+        # boxes are clipped to the picture, so that those beside it come out empty
         on_padding = (boxes[:, 2] <= boxes[:, 0]) | (boxes[:, 3] <= boxes[:, 1])
         boxes[on_padding] = np.nan
         view = np.repeat(np.arange(len(views)), [len(v) for v in views])
-        # some vision towers merge neighbouring frames into one
+        # Some vision towers merge neighbouring frames into one. The last group is filled up with copies of the last frame,
+        # and what is behind it covers nothing (LLaVA's newline behind a video).
         step = getattr(config.vision_config, "temporal_patch_size", 1)
         first = view * step if kind == "video" else np.zeros_like(view)
         frames = np.stack([first, np.minimum(first + step, size[0])], 1)
@@ -143,22 +144,22 @@ class Qwen3VL(Family):
     name = "qwen3_vl"
 
     def views(self, kind, index, size, config, processor, inputs):
+        # the grid counts patches, of which merge x merge become one token
         times, rows, columns = inputs[f"{kind}_grid_thw"][index].tolist()
         merge = config.vision_config.spatial_merge_size
         return [_grid(rows // merge, columns // merge, *size[1:])] * times
 
     def block_lengths(self, sizes, total, config, processor, inputs):
-        return (
-            inputs["image_grid_thw"].prod(1).numpy() // config.vision_config.spatial_merge_size**2
-        )
+        patches = inputs["image_grid_thw"].prod(1).numpy()
+        return patches // config.vision_config.spatial_merge_size**2
 
     def positions(self, model, inputs):
         if "mm_token_type_ids" not in inputs:
             return super().positions(model, inputs)
         names = ("mm_token_type_ids", "image_grid_thw", "video_grid_thw")
-        return model.model.get_rope_index(
-            inputs["input_ids"], **{name: inputs.get(name) for name in names}
-        )[0]
+        grids = {name: inputs.get(name) for name in names}
+        # what comes second is by how much positions lag behind a count of tokens
+        return model.model.get_rope_index(inputs["input_ids"], **grids)[0]
 
 
 class InternVL(Family):
@@ -179,11 +180,10 @@ class InternVL(Family):
         )
         if rows * columns == 1:
             return [whole]
-        cells = _grid(rows * unit, columns * unit, height, width).reshape(
-            rows, unit, columns, unit, 4
-        )
-        tile_by_tile = cells.swapaxes(1, 2).reshape(-1, 4)
-        return [tile_by_tile, whole]
+        # the grid runs row by row over the whole picture, the tokens tile by tile
+        cells = _grid(rows * unit, columns * unit, height, width)
+        cells = cells.reshape(rows, unit, columns, unit, 4).swapaxes(1, 2)
+        return [cells.reshape(-1, 4), whole]
 
     def block_lengths(self, sizes, total, config, processor, inputs):
         count = processor.image_processor.get_number_of_image_patches
@@ -198,19 +198,17 @@ class LlavaOnevision(Family):
 
     def views(self, kind, index, size, config, processor, inputs):
         side, patch = config.vision_config.image_size, config.vision_config.patch_size
-        patches = np.arange(side // patch)[:, None] * patch + [
-            0,
-            patch,
-        ]  # pixels behind the last are dropped
+        # (n, 2) pixels of one axis of a tile; a strip behind the last whole patch is dropped
+        patches = np.arange(side // patch)[:, None] * patch + [0, patch]
+        # the base view stretches the picture to a square: each axis has a scale of its own
         base = [_pixels(patches, x / side, 0, x) for x in size[1:]]
         if kind == "video":
+            # the model halves the features of a frame, and closes the video with one newline
             pooled = [_resample(axis, math.ceil(len(axis) / 2)) for axis in base]
             return [_cells(*pooled)] * size[0] + [NEWLINE]
         if int(inputs["batch_num_images"][0]) == 1:
-            crops = self._crops(
-                size[1:], patches, side, config.image_grid_pinpoints, processor.vision_aspect_ratio
-            )
-            return [_cells(*base), crops]
+            resolutions, limit = config.image_grid_pinpoints, processor.vision_aspect_ratio
+            return [_cells(*base), self._crops(size[1:], patches, side, resolutions, limit)]
         # of several images each is padded to a square and not cropped
         long = max(size[1:])
         square = [_pixels(patches, long / side, (long - x) // 2, x) for x in size[1:]]
@@ -220,6 +218,7 @@ class LlavaOnevision(Family):
         """Boxes (n, 4) of the crops: the picture is fitted into a canvas of tiles, and its features are unpadded."""
         canvas = select_best_resolution(size, resolutions)
         scale = min(new / old for new, old in zip(canvas, size, strict=True))
+        # rows and columns are independent of each other, so that an axis at a time will do
         axes = []
         for old, new in zip(size, canvas, strict=True):
             fitted = min(math.ceil(old * scale), new)
@@ -229,6 +228,7 @@ class LlavaOnevision(Family):
         # the model's own function says how many rows and columns of features it keeps
         kept = unpad_image(torch.empty(1, len(axes[0]), len(axes[1])), size).shape[1:]
         axes = [axis[(len(axis) - n) // 2 :][:n] for axis, n in zip(axes, kept, strict=True)]
+        # "anyres_max_9": features of more than 9 tiles are resampled; the model lets 10 % a side pass
         budget = int(limit.removeprefix("anyres_max_")) * len(patches) ** 2
         ratio = math.sqrt(math.prod(kept) / budget)
         if ratio > 1.1:
@@ -246,8 +246,8 @@ def _cells(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
 
 def _grid(rows: int, columns: int, height: float, width: float) -> np.ndarray:
     """(rows * columns, 4) equal boxes over a whole picture."""
-    y, x = np.linspace(0, height, rows + 1), np.linspace(0, width, columns + 1)
-    return _cells(np.stack([y[:-1], y[1:]], 1), np.stack([x[:-1], x[1:]], 1))
+    edges = np.linspace(0, height, rows + 1), np.linspace(0, width, columns + 1)
+    return _cells(*(np.stack([e[:-1], e[1:]], 1) for e in edges))
 
 
 def _pixels(patches: np.ndarray, scale: float, offset: float, length: float) -> np.ndarray:
@@ -257,6 +257,7 @@ def _pixels(patches: np.ndarray, scale: float, offset: float, length: float) -> 
 
 def _resample(axis: np.ndarray, n: int) -> np.ndarray:
     """Intervals (m, 2) after a bilinear resampling m -> n (align_corners=False): the two that are mixed, together."""
+    # where torch's interpolate samples: pixel centres are at half integers, and what falls outside is clamped
     source = ((np.arange(n) + 0.5) * (len(axis) / n) - 0.5).clip(0)
     low = np.floor(source).astype(int)
     high = np.minimum(low + (source > low), len(axis) - 1)
@@ -267,6 +268,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3_vl": Qwen3VL(),
     "internvl": InternVL(),
     "llava_onevision": LlavaOnevision(),
+    # plain language models differ in nothing that corehead must know
     **dict.fromkeys(("llama", "qwen2", "qwen3"), Text()),
 }
 
