@@ -63,8 +63,8 @@ class Medium:
         """(n,) bool: which tokens look at a box of pixels."""
         left, top, right, bottom = self.boxes.T
         x1, y1, x2, y2 = box
-        # An edge that is a cell's edge up to rounding does not touch the next cell. Half of the box bounds the tolerance,
-        # so that even the smallest box meets the cell around it. NaN compares as false: newlines meet nothing.
+        # An edge that is a cell's edge up to rounding does not touch the next cell. Half of the box bounds the
+        # tolerance, so that the smallest box still meets the cell around it. NaN compares as false: newlines meet none.
         tolerance = 1e-6 * max(self.size)
         wide = np.minimum(right, x2) - np.maximum(left, x1) > min(tolerance, (x2 - x1) / 2)
         high = np.minimum(bottom, y2) - np.maximum(top, y1) > min(tolerance, (y2 - y1) / 2)
@@ -122,8 +122,8 @@ class Family:
         on_padding = (boxes[:, 2] <= boxes[:, 0]) | (boxes[:, 3] <= boxes[:, 1])
         boxes[on_padding] = np.nan
         view = np.repeat(np.arange(len(views)), [len(v) for v in views])
-        # Some vision towers merge neighbouring frames into one. The last group is filled up with copies of the last frame,
-        # and what is behind it covers nothing (LLaVA's newline behind a video).
+        # Some vision towers merge neighbouring frames into one. The last group is filled up with copies of the last
+        # frame, and what is behind it covers nothing (LLaVA's newline behind a video).
         step = getattr(config.vision_config, "temporal_patch_size", 1)
         first = view * step if kind == "video" else np.zeros_like(view)
         frames = np.stack([first, np.minimum(first + step, size[0])], 1)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .models import MLLM
 
 MARKERS = "<GT_START>", "<GT_END>"
+# what processors give for each token, to be cut and padded with the sequence; all else belongs to the media
 PER_TOKEN = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
 
 
@@ -69,6 +70,7 @@ class TaggedSample:
         """Tokens that may look for the evidence: the question's, and everything behind question and context."""
         context = np.concatenate([[-1], self.visual, self.evidence, self.question])
         behind = np.arange(int(context.max()) + 1, len(self.ids))
+        # where the question quotes its evidence, those tokens are what is looked for
         return np.union1d(np.setdiff1d(self.question, self.evidence), behind)
 
 
@@ -77,12 +79,10 @@ def with_text(inputs: dict[str, Any], keep: int, ids: np.ndarray | list[int]) ->
     new = dict(inputs)
     for name in PER_TOKEN:
         if name in inputs:
-            fill = (
-                torch.tensor(ids)
-                if name == "input_ids"
-                else torch.full((len(ids),), int(name == "attention_mask"))
-            )
-            new[name] = torch.cat([inputs[name][:, :keep], fill[None].to(inputs[name].dtype)], 1)
+            # text is of type 0, and never padding
+            fill = ids if name == "input_ids" else [int(name == "attention_mask")] * len(ids)
+            fill = torch.tensor(fill, dtype=inputs[name].dtype)[None]
+            new[name] = torch.cat([inputs[name][:, :keep], fill], 1)
     return new
 
 
@@ -108,6 +108,7 @@ def same_content(a: Any, b: Any) -> bool:
     if a is b or type(a) is not type(b):
         return a is b
     try:
+        # array_equal would make an array of each image first; PIL compares their sizes before their pixels
         return bool(a == b) if isinstance(a, Image.Image) else np.array_equal(a, b)
     except Exception:  # what cannot be read is reported where it is read
         return False
@@ -156,6 +157,7 @@ class Prompt:
         self.shares = like is not None and self._continues(like)
         if self.shares:
             self.media, self.replaced = like.media, like.replaced
+            # up to the end of the last medium as before, with all placeholders expanded; behind it there is text alone
             last = self.replaced[-1]
             self.text = like.text[: last["new_span"][1]] + self.rendered[last["span"][1] :]
             self._tokenise()
@@ -176,20 +178,19 @@ class Prompt:
             )
         evidence = CONSTRUCTIONS[construction](self)
         question = self.text_tokens(*self.find_question(), "question")
-        inputs, length, answer = self.inputs, len(self.ids), []
+        inputs, length, answer_ids = self.inputs, len(self.ids), []
         if self.sample.answer is not None:
-            answer = self.mllm.tokenizer(self.sample.answer, add_special_tokens=False)["input_ids"]
-            if not answer:
+            # apart from the prompt, as the model writes it: no token straddles the two
+            tokenised = self.mllm.tokenizer(self.sample.answer, add_special_tokens=False)
+            answer_ids = tokenised["input_ids"]
+            if not answer_ids:
                 self._fail("answer", "is empty", "Give the text of the answer, or None")
-            inputs = with_text(inputs, length, answer)
-        total = length + len(answer)
+            inputs = with_text(inputs, length, answer_ids)
+        total = length + len(answer_ids)
         limit = getattr(self.mllm.text_config, "max_position_embeddings", None)
         if limit and total > limit:
-            self._fail(
-                "messages",
-                f"{total} tokens, but the model's context ends at {limit}",
-                "Give less context",
-            )
+            problem = f"{total} tokens, but the model's context ends at {limit}"
+            self._fail("messages", problem, "Give less context")
         answer = np.arange(length, total)
         return TaggedSample(
             inputs, self.visual, evidence, question, answer, length - 1, self.media, self.sample
@@ -210,10 +211,9 @@ class Prompt:
             for p, part in enumerate(content):
                 where, kind = f"messages[{m}].content[{p}]", part.get("type")
                 if kind not in ("text", "image", "video") or part.get(kind) is None:
+                    problem = f"its type {kind!r} is unknown, or there is no {kind!r} in it"
                     fix = "Give a part as Sample describes it: text, image or video"
-                    self._fail(
-                        where, f"its type {kind!r} is unknown, or there is no {kind!r} in it", fix
-                    )
+                    self._fail(where, problem, fix)
                 if kind != "text":
                     self.parts.append(part)
                     self.fields.append(where)
@@ -226,34 +226,27 @@ class Prompt:
     def _render(self) -> str:
         """The prompt by the chat template, each medium one placeholder."""
         processor, messages = self.mllm.processor, self.messages
+        options = {"tokenize": False, "add_generation_prompt": True}
         try:
-            if (
-                processor is self.mllm.tokenizer
-            ):  # templates of plain language models take strings, not parts
-                messages = [
-                    {**m, "content": "".join(part.get("text", "") for part in m["content"])}
-                    for m in messages
-                ]
+            # templates of plain language models take strings, not parts
+            if processor is self.mllm.tokenizer:
+                texts = ["".join(p.get("text", "") for p in m["content"]) for m in messages]
                 if not processor.chat_template:  # a base model: the text as it stands
-                    return "".join(message["content"] for message in messages)
-            return processor.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
-            )
+                    return "".join(texts)
+                messages = [{**m, "content": text} for m, text in zip(messages, texts)]
+            return processor.apply_chat_template(messages, **options)
         except Exception as error:  # jinja raises what the template's author chose
-            self._fail(
-                "messages",
-                f"the chat template refuses them ({error})",
-                "Give roles that the model knows",
-            )
+            problem = f"the chat template refuses them ({error})"
+            self._fail("messages", problem, "Give roles that the model knows")
 
     def _continues(self, like: Prompt) -> bool:
         """Whether an earlier prompt has the same media behind the same text, so that its preprocessing can be used."""
         if like.mllm is not self.mllm or not self.parts or len(self.parts) != len(like.parts):
             return False
-        end = like.replaced[-1]["span"][1]
-        return self.rendered[:end] == like.rendered[:end] and all(
-            map(_same_part, self.parts, like.parts)
-        )
+        end = like.replaced[-1]["span"][1]  # of the last placeholder
+        if self.rendered[:end] != like.rendered[:end]:  # quick, where comparing pixels is not
+            return False
+        return all(map(_same_part, self.parts, like.parts))
 
     def _read_media(self) -> dict[str, list]:
         """Decode what the messages hold: images and videos, and the timing of the videos."""
@@ -263,29 +256,19 @@ class Prompt:
                 read["image"].append(to_image(part["image"], self.sample.id, where))
                 continue
             frames = np.asarray(part["video"])
-            if (
-                frames.dtype != np.uint8
-                or frames.ndim != 4
-                or frames.shape[-1] != 3
-                or not frames.size
-            ):
-                self._fail(
-                    where,
-                    "is no video",
-                    "Give 'video': a uint8 array (T, H, W, 3) of sampled frames",
-                )
+            rgb = frames.dtype == np.uint8 and frames.ndim == 4 and frames.shape[-1] == 3
+            if not rgb or not frames.size:
+                fix = "Give 'video': a uint8 array (T, H, W, 3) of sampled frames"
+                self._fail(where, "is no video", fix)
             indices = part.get("frames_indices")
             if indices is None:
                 indices = range(len(frames))
             if len(indices) != len(frames):
-                self._fail(
-                    where,
-                    f"{len(indices)} frames_indices for {len(frames)} frames",
-                    "Give one a frame",
-                )
-            indices = [
-                int(i) for i in indices
-            ]  # a list of its own, because processors write into it
+                problem = f"{len(indices)} frames_indices for {len(frames)} frames"
+                self._fail(where, problem, "Give one a frame")
+            # a list of its own, because processors write into it
+            indices = [int(i) for i in indices]
+            # time stamps that a processor writes into the prompt come from fps and indices
             timing = {
                 "fps": part.get("fps", 1.0),
                 "frames_indices": indices,
@@ -301,6 +284,7 @@ class Prompt:
         if read["image"]:
             media["images"] = [read["image"]]
         if read["video"]:
+            # frames were sampled by whoever made the sample, and evidence counts them as given
             media |= {
                 "videos": read["video"],
                 "video_metadata": read["timing"],
@@ -308,31 +292,31 @@ class Prompt:
             }
         processor, self.text, self.replaced = self.mllm.processor, self.rendered, []
         if media:
+            # a copy, since the model's processor must not keep a method of this prompt
             processor = copy.copy(processor)
             processor.get_text_with_replacements = self._record
         options = {"return_tensors": "pt", "add_special_tokens": self.add_special_tokens}
         try:
             self.inputs = dict(processor(text=[self.rendered], **options, **media))
-        except (
-            Exception
-        ) as error:  # processors raise many kinds; the sample's name must not be lost
+        # processors raise many kinds; the sample's name must not be lost
+        except Exception as error:
             fix = "Give each image and video as a part of its own, and write no placeholder of one into the text"
             self._fail("messages", f"the processor refuses them ({error})", fix)
 
     def _record(self, *given):
         """The processor's own method; it alone knows where each placeholder's tokens come to stand."""
         expanded = self.mllm.processor.get_text_with_replacements(*given)
-        [self.text], [self.replaced] = expanded
+        [self.text], [self.replaced] = expanded  # lists over a batch, here of one
         return expanded
 
     def encode(self, text: str, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
         """Token ids (L,) of a text, and the characters (L, 2) that they stand for."""
-        encoded = tokenizer(
-            text, return_offsets_mapping=True, add_special_tokens=self.add_special_tokens
-        )
+        options = {"return_offsets_mapping": True, "add_special_tokens": self.add_special_tokens}
+        encoded = tokenizer(text, **options)
         return np.array(encoded["input_ids"]), np.reshape(encoded["offset_mapping"], (-1, 2))
 
     def _tokenise(self) -> None:
+        # once more, for the offsets, which the processor's output lacks (`_check` compares the ids)
         self.ids, self.offsets = self.encode(self.text, self.mllm.tokenizer)
         self.visual = np.flatnonzero(self.is_visual(self.ids))
 
@@ -342,41 +326,38 @@ class Prompt:
     def _measure(self, read: dict[str, list]) -> None:
         """Geometry of every image and video."""
         mllm, self.media = self.mllm, []
+        sources = mllm.model.config, mllm.processor, self.inputs
         first, last = self.offsets[self.visual].T
         for replaced in self.replaced:
             kind, (start, end) = replaced["type"], replaced["new_span"]
             index = sum(medium.kind == kind for medium in self.media)
             pixels = read[kind][index]
+            # (T, H, W); PIL says width first, arrays height first
             size = (1, pixels.height, pixels.width) if kind == "image" else pixels.shape[:3]
+            # only visual tokens: time stamps and borders stand between them in what replaced the placeholder
             tokens = self.visual[(first < end) & (last > start)]
-            medium = mllm.family.medium(
-                kind, index, size, tokens, mllm.model.config, mllm.processor, self.inputs
-            )
-            self.media.append(medium)
+            self.media.append(mllm.family.medium(kind, index, size, tokens, *sources))
 
     def _check(self) -> None:
         """Every medium and every visual token must be accounted for."""
         if len(self.media) != len(self.parts):
             problem = f"they hold {len(self.parts)} images and videos, but the model reads {len(self.media)} of them"
             self._fail("messages", problem, "Give text alone, or take a model that reads them")
-        found, needed = [len(m.tokens) for m in self.media], [len(m.boxes) for m in self.media]
+        held, needed = [len(m.tokens) for m in self.media], [len(m.boxes) for m in self.media]
         whole = np.array_equal(self.ids, self.inputs["input_ids"][0])
-        if not whole or found != needed or sum(found) != len(self.visual):
-            self._fail(
-                "messages",
-                f"the prompt holds {len(self.visual)} visual tokens where its media need {sum(needed)}",
-                "Do not truncate the input, and write no placeholder of an image or a video into the text",
-            )
+        # the last condition finds visual tokens outside all media: somebody wrote them into the text
+        if not whole or held != needed or sum(held) != len(self.visual):
+            problem = f"the prompt holds {len(self.visual)} visual tokens where its media need {sum(needed)}"
+            fix = "Do not truncate the input, and write no placeholder of an image or a video into the text"
+            self._fail("messages", problem, fix)
 
     def text_tokens(self, first: int, last: int, where: str) -> np.ndarray:
         """Tokens that overlap the characters [first, last) of the prompt."""
+        # overlap, not containment: a token often takes in the space in front of a word
         tokens = np.flatnonzero((self.offsets[:, 0] < last) & (self.offsets[:, 1] > first))
         if len(tokens) == 0 or self.is_visual(self.ids[tokens]).any():
-            self._fail(
-                where,
-                f"{self.text[first:last]!r} has no tokens of its own",
-                "Quote a piece of the plain text",
-            )
+            problem = f"{self.text[first:last]!r} has no tokens of its own"
+            self._fail(where, problem, "Quote a piece of the plain text")
         return tokens
 
     def find(self, text: str, where: str, once: bool = False) -> tuple[int, int]:
@@ -392,10 +373,12 @@ class Prompt:
         """Characters of the question in the prompt: its last occurrence."""
         question = self.sample.question
         if question is None:
-            parts = [
-                part for m in self.messages if m.get("role") == "user" for part in m["content"]
-            ]
-            question = ["", *(part["text"] for part in parts if part["type"] == "text")][-1]
+            question = ""
+            for message in self.messages:
+                for part in message["content"]:
+                    if message.get("role") == "user" and part["type"] == "text":
+                        question = part["text"]
+        # chat templates may strip what they are given
         return self.find(question.strip(), "question")
 
     def evidence_tokens(self, piece: Evidence, where: str) -> np.ndarray:
@@ -410,18 +393,14 @@ class Prompt:
             case Frames(video, frames):
                 tokens = [self._look(where, "video", video, frame) for frame in frames]
             case Tube(video, boxes):
-                tokens = [
-                    self._look(where, "video", video, frame, box) for frame, box in boxes.items()
-                ]
+                tokens = [self._look(where, "video", video, *place) for place in boxes.items()]
             case _:
                 fix = "Take Region, Pages, Frames, Tube or Span"
                 self._fail(where, f"{type(piece).__name__} is no evidence", fix)
+        # a box in a strip that preprocessing cuts off, or no pages, frames or boxes at all
         if sum(map(len, tokens)) == 0:
-            self._fail(
-                where,
-                f"{piece} maps to no token",
-                "Give evidence that the model's preprocessing keeps",
-            )
+            fix = "Give evidence that the model's preprocessing keeps"
+            self._fail(where, f"{piece} maps to no token", fix)
         return np.concatenate(tokens)
 
     def _look(
@@ -430,20 +409,14 @@ class Prompt:
         """Tokens of a medium that look at one of its frames (all, if None), at a box of pixels (all, if None)."""
         media = [medium for medium in self.media if medium.kind == kind]
         if not 0 <= index < len(media):
-            self._fail(
-                where,
-                f"{kind} {index} is out of range",
-                f"The sample has {len(media)} of them, from 0",
-            )
+            fix = f"The sample has {len(media)} of them, from 0"
+            self._fail(where, f"{kind} {index} is out of range", fix)
         medium = media[index]
         hit = np.ones(len(medium.tokens), bool)
         if frame is not None:
             if not 0 <= frame < medium.size[0]:
-                self._fail(
-                    where,
-                    f"frame {frame} is out of range",
-                    f"The video has {medium.size[0]} frames, from 0",
-                )
+                fix = f"The video has {medium.size[0]} frames, from 0"
+                self._fail(where, f"frame {frame} is out of range", fix)
             hit &= (medium.frames[:, 0] <= frame) & (frame < medium.frames[:, 1])
         if box is not None:
             hit &= medium.overlaps(self._read_box(box, medium, where))
@@ -454,18 +427,15 @@ class Prompt:
         slack = 0.5  # annotations are rounded
         try:
             x1, y1, x2, y2 = map(float, box)
+            # NaN compares as false, so that it is refused as well
             inside = -slack <= x1 < x2 <= width + slack and -slack <= y1 < y2 <= height + slack
         except (TypeError, ValueError):
             inside = False
         if not inside:
-            problem = (
-                f"{box} is no box inside the {width} x {height} px of {medium.kind} {medium.index}"
-            )
-            self._fail(
-                where,
-                problem,
-                "Give (x1, y1, x2, y2) with x1 < x2 and y1 < y2 in pixels of the image as given",
-            )
+            medium_name = f"{medium.kind} {medium.index}"
+            problem = f"{box} is no box inside the {width} x {height} px of {medium_name}"
+            fix = "Give (x1, y1, x2, y2) with x1 < x2 and y1 < y2 in pixels of the image as given"
+            self._fail(where, problem, fix)
         return x1, y1, x2, y2
 
 
@@ -474,12 +444,12 @@ def _same_part(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(same_content(a[name], b[name]) for name in a)
 
 
+# --- the three constructions of V*
+
+
 def _by_geometry(prompt: Prompt) -> np.ndarray:
-    pieces = [
-        prompt.evidence_tokens(piece, f"evidence[{i}]")
-        for i, piece in enumerate(prompt.sample.evidence)
-    ]
-    return _union(pieces)
+    evidence = enumerate(prompt.sample.evidence)
+    return _union([prompt.evidence_tokens(piece, f"evidence[{i}]") for i, piece in evidence])
 
 
 def _by_markers(prompt: Prompt) -> np.ndarray:
@@ -496,8 +466,11 @@ def _by_markers(prompt: Prompt) -> np.ndarray:
             spans.append(prompt.find(piece.text, "evidence"))
         else:
             pages += [images[page] for page in piece.pages]
+    # A deep copy: the model's own tokenizer must not learn tokens that the model has no embeddings for. Special tokens
+    # are never split or merged with their neighbours.
     tokenizer = copy.deepcopy(prompt.mllm.tokenizer)
     tokenizer.add_tokens(list(MARKERS), special_tokens=True)
+    # one scan for each kind: visual tokens are found again by their rank, text tokens by their characters
     visual, _ = _between_markers(prompt, tokenizer, pages)
     _, quoted = _between_markers(prompt, tokenizer, spans)
     tokens = [prompt.text_tokens(first, last, "evidence") for first, last in quoted]
@@ -510,12 +483,15 @@ def _between_markers(
     """Of all visual tokens, which stand between markers around pieces of the text; and what characters stand there."""
     text = prompt.text
     marks = [mark for ends in pieces for mark in zip(ends, MARKERS, strict=True)]
+    # from the end, so that what is put in does not move the places that are still to come
     for character, marker in sorted(marks, reverse=True):
         text = text[:character] + marker + text[character:]
     ids, offsets = prompt.encode(text, tokenizer)
     start, end = tokenizer.convert_tokens_to_ids(list(MARKERS))
+    # a running count of open markers, as pieces may overlap
     step = (ids == start).astype(int) - (ids == end)
     inside = (np.cumsum(step) > 0) & (step == 0)
+    # characters of markers in front of each token, which the untagged prompt lacks
     markers_before = np.cumsum(np.where(step, offsets[:, 1] - offsets[:, 0], 0))
     return inside[prompt.is_visual(ids)], (offsets - markers_before[:, None])[inside]
 
@@ -534,9 +510,9 @@ def _by_counting(prompt: Prompt) -> np.ndarray:
         problem = "counting cannot tell a video's visual tokens from the images'"
         prompt._fail("messages", problem, "Take construction='geometry'")
     sizes = [medium.size for medium in prompt.media]
-    lengths = mllm.family.block_lengths(
-        sizes, total, mllm.model.config, mllm.processor, prompt.inputs
-    )
+    sources = mllm.model.config, mllm.processor, prompt.inputs
+    lengths = mllm.family.block_lengths(sizes, total, *sources)  # (N,), P_k
+    # N + 1 edges of the blocks: O_k, and the end of the last
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     if offsets[-1] != total:
         problem = f"blocks of {lengths} tokens for the images, but {total} visual tokens"
@@ -554,6 +530,7 @@ def _require(prompt: Prompt, kinds: tuple[type, ...], problem: str) -> None:
 
 
 def _union(tokens: list[np.ndarray]) -> np.ndarray:
+    # with no evidence at all, an empty array of integers and not of floats
     return np.unique(np.concatenate([np.empty(0, np.int64), *tokens]))
 
 
