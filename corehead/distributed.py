@@ -30,6 +30,7 @@ def shards(
     shard: list[Sample | TaggedSample | None] = []
     runs, length, last = 0, 0, None
     for sample in samples:
+        # the rule by which `batches` groups samples, so that a worker finds the groups that a single process would
         if same_context(sample, last) and length < MAX_QUESTIONS:
             length += 1
         elif sample is not None:
@@ -86,14 +87,10 @@ def on_ray(
         raise ImportError("engine='ray' needs Ray: pip install 'corehead[ray]'") from error
     waiting = []
     for shard in shards(samples, batch_size):
-        ids = (
-            item.sample.id if isinstance(item, TaggedSample) else item.id
-            for item in shard
-            if item is not None
-        )
-        waiting.append(
-            ray.put((shard, lacking(ids)))
-        )  # the first also starts Ray, where it does not run
+        given = [x.sample if isinstance(x, TaggedSample) else x for x in shard if x is not None]
+        # workers cannot ask the driver what a sample lacks, so that the answer travels along; the first `put` also
+        # starts Ray, where it does not run
+        waiting.append(ray.put((shard, lacking(sample.id for sample in given))))
     if not waiting:
         return
     resources = ray.cluster_resources()
@@ -104,6 +101,7 @@ def on_ray(
     items = ray.data.from_items(
         [{"id": i} for i in range(len(waiting))], override_num_blocks=len(waiting)
     )
+    # indices alone go through Ray Data's tables: shards are Python objects, which actors fetch by reference
     dataset = items.map_batches(
         _Worker,
         fn_constructor_args=(_loader(ray, mllm), fingerprint(mllm.model), work, waiting),
@@ -121,9 +119,11 @@ def on_ray(
 
 def _loader(ray: Any, mllm: MLLM) -> Callable[..., MLLM]:
     """What a worker calls, with its device, to have the model."""
+    # the dtype that the driver's model has: on other hardware "auto" may come out as another
     options = dict(revision=mllm.revision, dtype=str(mllm.model.dtype).removeprefix("torch."))
     folder = Path(mllm.source)
     if mllm.source and folder.is_dir():
+        # absolute, since actors may have a working directory of their own
         return partial(load, str(folder.resolve()), **options)
     if mllm.source.count("/") == 1:  # OWNER/NAME on the hub
         return partial(load, mllm.source, **options)
@@ -160,6 +160,7 @@ class _Worker:
         import ray
 
         shard, keys = ray.get(self.waiting[int(batch["id"][0])])
+        # the driver decides whether an error ends the run, so that all come back with what was finished
         errors: list[SampleError] = []
         batches = list(self.work(self.mllm, shard, lambda ids: keys, errors.append))
         return {"finished": [pickle.dumps((batches, errors))]}

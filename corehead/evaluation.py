@@ -87,11 +87,13 @@ def evaluate(
     if new_tokens < 0:
         raise ValueError(f"new_tokens={new_tokens}: take at least 0")
     named = {None: None} if conditions is None else dict(conditions)
+    # by key: two names of one condition are run once
     by_key: dict[str, Condition | None] = {}
     for condition in named.values():
         if condition is not None:
             condition.check(mllm)
         by_key[_key(condition)] = condition
+    # part of the provenance only where something is written, so that other stores do not depend on it
     writing = {"new_tokens": new_tokens} if new_tokens else {}
     finished = run(
         mllm,
@@ -112,7 +114,7 @@ def evaluate(
     rows = []
     for name, condition in named.items():
         label = {} if conditions is None else {"condition": name}
-        if hasattr(name, "_asdict"):
+        if hasattr(name, "_asdict"):  # a named tuple, such as a point of a curve
             label = name._asdict()
         rows += [label | row for row in _answer_rows(finished, _key(condition), new_tokens)]
     return pd.DataFrame(rows)
@@ -130,9 +132,10 @@ def _answer_rows(finished: Finished, key: str, new_tokens: int) -> Iterator[dict
         if new_tokens:
             values["written"] = row["written"]
             if sample.metric is not None:
-                found = sample.metric(row["written"])
-                first = next(value for name, value in found.items() if name != "parsed")
-                values |= found | {"correct": first >= 0.5}
+                # now and not in the run: the store keeps texts, so that a metric may change without a new run
+                worth = sample.metric(row["written"])
+                first = next(value for name, value in worth.items() if name != "parsed")
+                values |= worth | {"correct": first >= 0.5}
         yield {
             "sample": sample.id,
             "context": row["context"],
@@ -166,12 +169,13 @@ def _answers(
     rows = []
     # what is edited outside, by `ablate`, counts as well
     alone_outside = any(hook.needs_own_row for hook in hooks_in_force(mllm))
-    feeds: dict[bool, _Answering] = {}
+    # at most two, packed with shared prefixes and without: a condition that needs rows of its own slows no other down
+    answering: dict[bool, _Answering] = {}
     for group in _groups(conditions):
         alone = alone_outside or any(c is not None and c.needs_own_row for c in group.values())
-        if alone not in feeds:
-            feeds[alone] = _Answering(mllm, batch, alone, new_tokens)
-        rows += feeds[alone].rows(group)
+        if alone not in answering:
+            answering[alone] = _Answering(mllm, batch, alone, new_tokens)
+        rows += answering[alone].rows(group)
     return rows
 
 
@@ -191,31 +195,33 @@ class _Answering:
         self.mllm, self.new_tokens = mllm, new_tokens
         packed = pack(mllm, batch, alone=alone)
         self.feed = Feed(mllm, packed)
-        self.writing = (
-            Feed(mllm, pack(mllm, batch, alone=alone, apart=True)) if new_tokens else None
-        )
+        # a second feed for writing, because the answers in the first one would give the text away
+        self.writing = None
+        if new_tokens:
+            self.writing = Feed(mllm, pack(mllm, batch, alone=alone, apart=True))
         self.contexts = packed.contexts
-        self.asked: list[
-            tuple[int, Block]
-        ] = []  # (context, block) of every question, null questions left out
-        rows, tokens = [], []
+        # (context, block) of every question, null questions left out
+        self.asked: list[tuple[int, Block]] = []
+        rows, tokens, answers = [], [], []
         for c, k, block in packed.blocks():
             if not block.null:
                 self.asked.append((c, block))
+                answers.append(block.answer)
+                # the token at a position predicts the next one, so that the prompt's last predicts the answer's first
                 predicting = block.tagged.last + np.arange(len(block.answer))
                 tokens.append(packed.rows(c, k, predicting))
                 rows.append(np.full(len(predicting), packed.slots[c, k].row))
-        self.lengths = [len(part) for part in rows]
-        self.wanted = Wanted(
-            torch.from_numpy(np.concatenate(rows)), torch.from_numpy(np.concatenate(tokens))
+        # the answers of all questions one behind the other, (n,), and their lengths to split them again
+        self.lengths = [len(answer) for answer in answers]
+        rows, tokens, answers = (
+            torch.from_numpy(np.concatenate(x)) for x in (rows, tokens, answers)
         )
-        self.answer_ids = torch.from_numpy(
-            np.concatenate([block.answer for _, block in self.asked])
-        )
+        self.wanted, self.answer_ids = Wanted(rows, tokens), answers
 
     def rows(self, conditions: dict[str, Condition | None]) -> Iterator[dict]:
         """A row of the table for each condition (all of one group) and question."""
         keys = list(conditions)
+        # so many conditions run side by side as TOKENS has room for
         width = max(1, TOKENS.get(self.mllm.device.type, 2**14) // self.feed.tokens)
         for i in range(0, len(keys), width):
             side_by_side = keys[i : i + width]
@@ -231,12 +237,13 @@ class _Answering:
         self, key: str, hidden: torch.Tensor, written: list[list[int]] | None
     ) -> Iterator[dict]:
         """What hidden states (n, hidden) of one condition say, a row a question."""
+        # (n, vocabulary), only of rows that predict answers; float32, for sums over a vocabulary lose digits in 16 bits
         logits = self.mllm.model.get_output_embeddings()(hidden).float().cpu()
-        own = logits.gather(1, self.answer_ids[:, None])[:, 0]
+        expected = logits.gather(1, self.answer_ids[:, None])[:, 0]
         best = logits.argmax(1)
         rivals = logits.scatter(1, self.answer_ids[:, None], -torch.inf).amax(1)
-        logprobs = (own - logits.logsumexp(1)).split(self.lengths)
-        margins = (own - rivals).split(self.lengths)
+        logprobs = (expected - logits.logsumexp(1)).split(self.lengths)
+        margins = (expected - rivals).split(self.lengths)
         correct = (best == self.answer_ids).split(self.lengths)
         for i, (tokens, (c, block)) in enumerate(zip(best.split(self.lengths), self.asked)):
             sample = block.tagged.sample

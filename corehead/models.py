@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from .tagging import TaggedSample
 
 GIB = 2**30
-PREFILL_CHUNK = 2**13  # tokens that the decoder computes at once
+# tokens that the decoder computes at once: many keep a GPU busy, and activations are of one chunk at a time
+PREFILL_CHUNK = 2**13
 
 
 @dataclass(eq=False)
@@ -119,6 +120,7 @@ class MLLM:
             Evidence that does not fit the sample, media that cannot be read, a prompt that is too long. The message
             names sample, field and fix.
         """
+        # the one thing here that needs tagging, which comes later in the package
         from .tagging import Prompt
 
         return Prompt(self, sample).tag(construction)
@@ -136,6 +138,7 @@ def device_of(module: torch.nn.Module) -> torch.device:
     weight = next(module.parameters())
     if not weight.is_meta:
         return weight.device
+    # accelerate leaves a placeholder on "meta", and its hook loads the weights whenever the module runs
     hooks = (getattr(part, "_hf_hook", None) for part in module.modules())
     return next((torch.device(h.execution_device) for h in hooks if h is not None), weight.device)
 
@@ -198,6 +201,7 @@ def memory(
     """
     config = source if isinstance(source, PretrainedConfig) else _read_config(_find(str(source)))
     dtype = _dtype(config, dtype)
+    # on "meta" tensors have shapes and no memory; tied weights are one parameter, and count once
     with torch.device("meta"):
         model = family_of(config).auto_model.from_config(config, dtype=dtype)
     weights = sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
@@ -209,9 +213,9 @@ def memory(
     deepstack = getattr(getattr(config, "vision_config", None), "deepstack_visual_indexes", ())
     features = (1 + len(deepstack)) * tokens * text.hidden_size
     heads = text.num_attention_heads * head_dim
-    layer = min(tokens, PREFILL_CHUNK) * (
-        6 * text.hidden_size + 4 * heads + 3 * text.intermediate_size
-    )
+    # roughly what one layer holds at once: residual stream and norms, queries and outputs of heads, the MLP's three
+    width = 6 * text.hidden_size + 4 * heads + 3 * text.intermediate_size
+    layer = min(tokens, PREFILL_CHUNK) * width
     float32 = 4 * (2 * keys + 4 * 2**26)  # keys and their transpose, blocks of attention rows
     return Memory(
         weights=weights,
@@ -226,6 +230,7 @@ def _dtype(
     """A dtype by name; "auto" is the one that the checkpoint was saved in, but float32 for float16 on a CPU."""
     if dtype != "auto":
         return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    # a configuration may hold its dtype as a string, or none at all
     saved = _dtype(config, config.dtype or torch.float32)
     on_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
     # float16 on disk is for size: CPUs compute it slowly and imprecisely
@@ -234,7 +239,7 @@ def _dtype(
 
 def _free(device: str) -> int:
     """Bytes of free memory on a device; for "auto" on all of them."""
-    if device == "auto":
+    if device == "auto":  # layers that fit on no GPU stay in the host's memory
         return sum(_free(f"cuda:{i}") for i in range(torch.cuda.device_count())) + _free("cpu")
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
@@ -242,6 +247,7 @@ def _free(device: str) -> int:
 
 
 def _require_memory(name: str, config: PretrainedConfig, dtype: torch.dtype, device: str) -> None:
+    # before loading, because a process that runs out of memory may be killed without a word
     need, free = memory(config, dtype).weights, _free(device)
     if need > free:
         raise MemoryError(
@@ -255,12 +261,9 @@ def _find(name: str, revision: str | None = None) -> Path:
     folder = Path(name)
     if (folder / "config.json").is_file():
         return folder
-    if (
-        folder.is_dir()
-        or folder.is_absolute()
-        or name.count("/") != 1
-        or name.startswith(("data/", "."))
-    ):
+    # whatever looks like a path is one: the hub would only say that it has no such repository
+    hub_id = name.count("/") == 1 and not name.startswith(("data/", "."))
+    if folder.is_dir() or folder.is_absolute() or not hub_id:
         fix = "Give a checkpoint's folder, or a hub id"
         if folder.with_name(f"{folder.name}.yaml").is_file():
             fix = f"`make testbed MODELS={folder.name}` trains it"
@@ -268,6 +271,7 @@ def _find(name: str, revision: str | None = None) -> Path:
     page = f"https://huggingface.co/{name}"
     fetch = f"`hf download {name}" + (f" --revision {revision}`" if revision else "`")
     try:
+        # config.json alone: architecture and memory are checked before gigabytes are fetched
         return Path(hf_hub_download(name, "config.json", revision=revision)).parent
     except (OSError, HFValidationError) as error:
         if isinstance(error, GatedRepoError):
@@ -284,9 +288,8 @@ def _read_config(folder: Path) -> PretrainedConfig:
     """The configuration in a folder, of a supported architecture."""
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (
-        ValueError
-    ) as error:  # an architecture that transformers does not know, with code of its own or without
+    # an architecture that transformers does not know, with code of its own or without
+    except ValueError as error:
         raise ValueError(
             f"{folder}: its model_type is not supported; {', '.join(FAMILIES)} are. Code that a checkpoint brings "
             "along is not run: take the checkpoint in transformers' own format (InternVL's end in -HF)"
@@ -300,6 +303,7 @@ def _explain(folder: Path, error: Exception) -> str:
     files = sorted(folder.glob("*.safetensors"))
     for file in files:
         try:
+            # this reads the header, which says how long the file must be
             with safe_open(file, "pt"):
                 pass
         except SafetensorError as damage:
@@ -354,30 +358,32 @@ def load(
     name = str(source)
     folder = _find(name, revision)
     config = _read_config(folder)
+    # the hub's cache names a snapshot's folder by its commit; a branch that moves meanwhile must not mix two of them
     if folder.parent.name == "snapshots":
-        revision = folder.name  # a branch that moves meanwhile must not mix two commits
+        revision = folder.name
     dtype = _dtype(config, dtype, device)
     _require_memory(name, config, dtype, device)
     family, trusted = family_of(config), {"revision": revision, "trust_remote_code": False}
+    # Where weights are missing transformers warns, and draws them at random. Here misfits of all kinds are collected,
+    # to be refused together below.
     options = {
         "dtype": dtype,
         "use_safetensors": True,
         "output_loading_info": True,
         "ignore_mismatched_sizes": True,
     }
+    # with a device map weights go straight to where they belong
     if device != "cpu":
         options["device_map"] = device
     try:
         model, info = family.auto_model.from_pretrained(name, **options, **trusted)
     except Exception as error:  # safetensors and transformers raise many kinds for a bad file
-        raise ValueError(
-            f"{name}: the weights cannot be read: {_explain(folder, error)}"
-        ) from error
+        problem = f"{name}: the weights cannot be read: {_explain(folder, error)}"
+        raise ValueError(problem) from error
     keys = ("missing_keys", "mismatched_keys", "unexpected_keys")
-    misfits = {key: sorted(info[key])[:3] for key in keys if info[key]}
+    misfits = {key: sorted(info[key])[:3] for key in keys if info[key]}  # three of each name it
     if misfits:
-        raise ValueError(
-            f"{name}: the weights do not fit the architecture: {misfits}. Fetch or train it again"
-        )
+        problem = f"{name}: the weights do not fit the architecture: {misfits}"
+        raise ValueError(f"{problem}. Fetch or train it again")
     processor = family.auto_processor.from_pretrained(name, **trusted)
     return MLLM(model.eval(), processor, source=name, revision=revision)

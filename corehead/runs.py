@@ -29,12 +29,8 @@ from .tagging import TaggedSample
 
 ENGINES = ("local", "ray")
 _place = itemgetter("sample", "key")  # of a row in a run
-VOLATILE = {
-    "architectures",
-    "dtype",
-    "transformers_version",
-    "_name_or_path",
-}  # saving and loading write these
+# what saving and loading write into a configuration: the same model, loaded again, must not count as another
+VOLATILE = {"architectures", "dtype", "transformers_version", "_name_or_path"}
 
 
 def digest(value: Any) -> str:
@@ -58,17 +54,20 @@ def _as_json(value: Any) -> Any:
     """What JSON does not know as something that it does."""
     if isinstance(value, TaggedSample):
         return [value.ids, value.evidence]
+    # neither meta nor metric, of which the model sees nothing
     if isinstance(value, Sample):
         return [value.id, value.messages, value.evidence, value.answer, value.question]
     if isinstance(value, Image.Image):
-        return [value.mode, np.asarray(value)]
+        return [value.mode, np.asarray(value)]  # pixels, wherever the picture was read from
     if isinstance(value, np.ndarray):
         return [value.shape, value.dtype.str, hashlib.sha256(value.tobytes()).hexdigest()]
-    return repr(value)
+    return repr(value)  # evidence: dataclasses, whose repr holds all fields
 
 
 def fingerprint(model: PreTrainedModel) -> str:
     """Digest of the first eight weights of every parameter.
+
+    Training moves every weight, so that a few tell models apart at once; an edit of single weights may go unseen.
 
     Parameters
     ----------
@@ -83,8 +82,8 @@ def fingerprint(model: PreTrainedModel) -> str:
     first = {}
     for name, parameter in model.named_parameters():
         if parameter.is_meta:  # offloaded: accelerate's hook knows where to
-            owner, _, own = name.rpartition(".")
-            parameter = model.get_submodule(owner)._hf_hook.weights_map[own]
+            module, _, attribute = name.rpartition(".")
+            parameter = model.get_submodule(module)._hf_hook.weights_map[attribute]
         first[name] = parameter.detach().flatten()[:8].float().tolist()
     return digest(first)
 
@@ -105,7 +104,10 @@ def provenance(mllm: MLLM, **options: Any) -> dict:
         As JSON can hold it.
     """
     model, processor = mllm.model, mllm.processor
+    # object_hook reaches the nested configurations of text and vision as well
     config = json.loads(model.config.to_json_string(use_diff=False), object_hook=_without_volatile)
+    # tokenizers have no such method
+    settings = processor.to_json_string() if hasattr(processor, "to_json_string") else "{}"
     return dict(
         model=mllm.source,
         revision=mllm.revision,
@@ -113,9 +115,7 @@ def provenance(mllm: MLLM, **options: Any) -> dict:
         dtype=str(model.dtype),
         weights=fingerprint(model),
         config=digest(config),
-        processor=json.loads(processor.to_json_string())
-        if hasattr(processor, "to_json_string")
-        else {},
+        processor=json.loads(settings),
         python=platform.python_version(),
         torch=torch.__version__,
         transformers=transformers.__version__,
@@ -168,23 +168,23 @@ class Finished:
             if name in self.samples:
                 raise ValueError(f"two samples have the id {name!r}: ids must differ")
             self.samples[name] = replace(sample, messages=[], evidence=[])
+            # a picture that cannot be read: the work finds that out as well, and says so
             try:
                 self.digests[name] = digest(item)
-            except (
-                Exception
-            ):  # a picture that cannot be read: the work finds that out as well, and says so
+            except Exception:
                 self.digests[name] = ""
             stored = [self.rows[name, key] for key in self.keys if (name, key) in self.rows]
+            # an id that was given to other content must not pass for what the store has
             if any(row["digest"] != self.digests[name] for row in stored):
-                raise ValueError(
-                    f"sample {name!r} is not the one in the store: it has another content"
-                )
+                problem = f"sample {name!r} is not the one in the store"
+                raise ValueError(f"{problem}: it has another content")
             bar.update(len(stored))
             yield item if len(stored) < len(self.keys) else None
 
     def enter(self, batch: list[dict], store: Store) -> int:
         """Keep the rows of a batch that are new, and count them."""
         rows = {_place(row): row | {"digest": self.digests[row["sample"]]} for row in batch}
+        # a batch is computed as a whole, even where some of its samples have rows already
         new = {place: row for place, row in rows.items() if place not in self.rows}
         store.append(list(new.values()))
         self.rows |= new
@@ -275,6 +275,7 @@ def run(
         raise ValueError(
             "inside ablate() there is neither a store nor engine='ray': they would know nothing of it"
         )
+    # None, for an iterator of unknown length, makes a bar without an end
     total = length_hint(samples) * len(keys) or None
     with (
         Store(store, provenance, resume) as keep,
@@ -286,6 +287,7 @@ def run(
             if on_error == "raise":
                 raise error
             finished.failures.append({"sample": error.sample_id, "reason": str(error)})
+            # so that the bar arrives at its end all the same
             bar.update(len(finished.lacking([error.sample_id])))
 
         given = finished.draw(samples, bar), finished.lacking, fail
@@ -295,6 +297,7 @@ def run(
             batches = on_ray(mllm, work, *given, batch_size, workers)
         else:
             batches = work(mllm, *given)
+        # generators all the way, so that a batch is stored before the next one is computed here
         with closing(batches):  # an error on this side ends the work as well
             for batch in batches:
                 bar.update(finished.enter(batch, keep))

@@ -17,9 +17,11 @@ class SampleError(ValueError):
     """
 
     def __init__(self, sample_id: str, where: str, problem: str, fix: str):
+        # beside the message, so that a run can record which sample failed
         self.sample_id, self.where, self.problem, self.fix = sample_id, where, problem, fix
         super().__init__(f"sample {sample_id!r}, {where}: {problem}. {fix}.")
 
+    # an exception is pickled by its `args`, here the message alone; workers send theirs back whole
     def __reduce__(self):
         return type(self), (self.sample_id, self.where, self.problem, self.fix)
 
@@ -54,6 +56,7 @@ class Pages:
     pages: tuple[int, ...]
 
     def __init__(self, pages: Sequence[int]):
+        # `frozen` bars plain assignment; a tuple of ints is compared by value, whatever sequence was given
         object.__setattr__(self, "pages", tuple(int(p) for p in pages))
 
 
@@ -106,6 +109,7 @@ class Span:
     text: str
 
 
+# all name media by a count over the messages, not by message and part: text between them can change
 Evidence = Region | Pages | Frames | Tube | Span
 
 

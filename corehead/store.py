@@ -17,9 +17,11 @@ import numpy as np
 # and writes every row twice. Rows are only ever added, so that the journal stays small whatever the store holds.
 # The lock is taken once and goes with the process that holds it, killed or not. synchronous=FULL: what `append` has
 # acknowledged outlives a power cut as well. It costs milliseconds, where the batch of a model costs seconds.
-SETTINGS = (
-    "PRAGMA locking_mode = EXCLUSIVE; PRAGMA journal_mode = DELETE; PRAGMA synchronous = FULL;"
-)
+SETTINGS = """
+PRAGMA locking_mode = EXCLUSIVE;
+PRAGMA journal_mode = DELETE;
+PRAGMA synchronous = FULL;
+"""
 TABLES = """
 CREATE TABLE IF NOT EXISTS provenance (id INTEGER PRIMARY KEY, settings TEXT);
 CREATE TABLE IF NOT EXISTS batches (fields TEXT, layout TEXT, arrays BLOB);
@@ -69,22 +71,24 @@ class Store:
         if self.path is None:
             return
         try:
+            # through JSON, as what is stored has gone: tuples become lists
             self._open(json.loads(json.dumps(provenance)), resume)
-        except BaseException:
+        except BaseException:  # whoever catches it must find the lock free
             self.close()
             raise
 
     def _open(self, provenance: dict, resume: bool) -> None:
         with self._named_errors():
             self.path.mkdir(parents=True, exist_ok=True)
+            # timeout=0: another run takes hours, so that waiting for its lock is no use
             self._database = sqlite3.connect(self.path / "results.sqlite", timeout=0)
             self._database.executescript(SETTINGS + "BEGIN EXCLUSIVE;" + TABLES + "COMMIT;")
+            # for the message to whoever finds the store locked
             (self.path / "writer").write_text(f"process {os.getpid()} on {platform.node()}")
             batches = self._database.execute("SELECT * FROM batches ORDER BY rowid")
             self.rows = [row for batch in batches for row in _decode(*batch)]
-            [stored] = self._database.execute("SELECT settings FROM provenance").fetchone() or [
-                "{}"
-            ]
+            entry = self._database.execute("SELECT settings FROM provenance").fetchone()
+        # a store without rows may belong to anybody: a run that failed on its first sample binds nothing
         if not self.rows:
             with self._named_errors(), self._database:
                 self._database.execute(
@@ -95,7 +99,7 @@ class Store:
             raise ValueError(
                 f"{self.path} holds results: pass resume=True to go on with them, or give another folder"
             )
-        old = json.loads(stored)
+        old = json.loads(entry[0])
         differing = sorted(key for key in old | provenance if old.get(key) != provenance.get(key))
         if differing:
             names = ", ".join(differing)
@@ -140,7 +144,7 @@ class Store:
         try:
             yield
         except (sqlite3.Error, OSError) as error:
-            reason = getattr(error, "strerror", str(error))
+            reason = getattr(error, "strerror", str(error))  # errors of SQLite have no strerror
             if "locked" in reason:
                 writer = self.path / "writer"
                 name = writer.read_text() if writer.exists() else "another process"
@@ -159,18 +163,15 @@ def _encode(rows: list[dict]) -> tuple[str, str, bytes]:
     fields = [{name: value for name, value in row.items() if name not in names} for row in rows]
     arrays = {name: np.stack([row[name] for row in rows]) for name in sorted(names)}
     layout = [(name, values.dtype.str, values.shape) for name, values in arrays.items()]
-    return (
-        json.dumps(fields),
-        json.dumps(layout),
-        b"".join(values.tobytes() for values in arrays.values()),
-    )
+    data = b"".join(values.tobytes() for values in arrays.values())
+    return json.dumps(fields), json.dumps(layout), data
 
 
 def _decode(fields: str, layout: str, data: bytes) -> list[dict]:
     """The rows that `_encode` was given."""
     rows, offset = json.loads(fields), 0
     for name, dtype, shape in json.loads(layout):
-        values = np.ndarray(shape, dtype, data, offset)
+        values = np.ndarray(shape, dtype, data, offset)  # a read-only view, no copy
         offset += values.nbytes
         for row, value in zip(rows, values):
             row[name] = value
