@@ -418,11 +418,11 @@ def full_attention(
     """Attention of all heads to all keys that the mask allows, (B, R, H, D), by the fastest way there is."""
     mask, whole = call.attention_mask, call.first == 0
     states = call.query, call.key, call.value
+    # nothing cached, or one row that sees every key: what transformers does is right and fast
     if mask is None:
         native = whole or call.rows == 1
     else:
         native = whole and mask.dim() == 4
-    # nothing cached, or one row that sees every key: what transformers does is right and fast
     if native:
         options |= {"dropout": dropout, "scaling": call.scaling}
         return sdpa_attention_forward(module, *states, mask, **options)[0]

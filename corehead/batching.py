@@ -411,11 +411,9 @@ def _pack_behind(mllm: MLLM, batch: list[Context], apart: bool) -> Packed:
     if apart:
         mask = torch.cat([real[prefix_row], block_of >= 0], 1).long()  # (B, W + S)
     else:
-        # every block sees the prefix and, causally, itself; padding (-1) counts as one more block
+        # (B, 1, S, W + S): every block sees the prefix and, causally, itself; padding (-1) counts as one more block
         inside = (block_of[:, :, None] == block_of[:, None, :]).tril()  # (B, S, S)
-        mask = torch.cat([real[:, None].expand(-1, size, -1), inside], 2)[
-            :, None
-        ]  # (B, 1, S, W + S)
+        mask = torch.cat([real[:, None].expand(-1, size, -1), inside], 2)[:, None]
     chunk = dict(input_ids=ids, position_ids=positions, attention_mask=mask)
     chunk = {name: value.to(mllm.device) for name, value in chunk.items()}
     return Packed(batch, prefix, chunk, prefix_row, slots, width)
@@ -462,11 +460,10 @@ def collate(tagged: Sequence[TaggedSample], pad_token: int) -> dict[str, torch.T
     out: dict[str, torch.Tensor] = {}
     # samples may hold different media
     for name in dict.fromkeys(name for t in tagged for name in t.inputs):
-        given = [t for t in tagged if name in t.inputs]
-        rows = [t.inputs[name] for t in given]
+        rows = [t.inputs[name] for t in tagged if name in t.inputs]
         if name in PER_TOKEN:
             fill = pad_token if name == "input_ids" else 0
-            rows = [pad(row, (length - len(t.ids), 0), value=fill) for row, t in zip(rows, given)]
+            rows = [pad(row, (length - row.shape[1], 0), value=fill) for row in rows]
         # anyres: (1, crops, 3, S, S), and pictures have different numbers of crops
         elif name == "pixel_values" and rows[0].dim() == 5:
             crops = max(row.shape[1] for row in rows)
@@ -533,9 +530,6 @@ def _end_tokens(mllm: MLLM) -> torch.Tensor:
     ends = mllm.model.generation_config.eos_token_id
     ends = [] if ends is None else ends
     return torch.tensor(ends, dtype=torch.long, device=mllm.device).flatten()
-
-
-# --- what the decoder is fed, and its cache
 
 
 class _Stop(Exception):
@@ -782,7 +776,7 @@ def decode(
     (times, n, hidden) tensor of the wanted hidden states, or None
     """
     decoder, length = mllm.family.decoder(mllm.model), feed["inputs_embeds"].shape[1]
-    # what fits into one chunk, with nothing behind it, needs no cache
+    # a single chunk, with nothing cached in front of it, needs no cache
     if cache is None and length > PREFILL_CHUNK:
         cache = room_for(mllm, length)
     before = cache.get_seq_length() if cache is not None else 0

@@ -131,8 +131,6 @@ class Prompt:
     ----------
     text : str
         The prompt as the model reads it: the chat template's text with the processor's tokens for images and videos.
-    raw : list
-        The media as the messages hold them.
     inputs : dict of tensors
         What the model takes.
     ids : ndarray (L,) int64
@@ -218,10 +216,6 @@ class Prompt:
                     self.parts.append(part)
                     self.fields.append(where)
             self.messages.append({**message, "content": content})
-
-    @property
-    def raw(self) -> list[Any]:
-        return [part[part["type"]] for part in self.parts]
 
     def _render(self) -> str:
         """The prompt by the chat template, each medium one placeholder."""
