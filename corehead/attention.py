@@ -341,7 +341,8 @@ def hooks(
     roles : TokenRoles, optional
         What the tokens are of what runs inside.
     """
-    config, modules = mllm.text_config, mllm.attentions
+    config = mllm.text_config
+    modules = mllm.attentions
     implementation = config._attn_implementation
     before = [active(module) for module in modules]
     config._attn_implementation = NAME
@@ -416,7 +417,8 @@ def full_attention(
     call: Call, module: torch.nn.Module, dropout: float = 0.0, **options
 ) -> torch.Tensor:
     """Attention of all heads to all keys that the mask allows, (B, R, H, D), by the fastest way there is."""
-    mask, whole = call.attention_mask, call.first == 0
+    mask = call.attention_mask
+    whole = call.first == 0
     states = call.query, call.key, call.value
     # nothing cached, or one row that sees every key: what transformers does is right and fast
     if mask is None:
@@ -470,8 +472,17 @@ def attention_forward(
     """SDPA, with what hooks change and read; transformers calls it in every decoder layer."""
     now = active(module)
     first = key.shape[2] - query.shape[2] + sum(hook.hidden_keys() for hook in now.hooks)
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    call = Call(module.layer_idx, query, key, value, scaling, first, attention_mask)
+    if scaling is None:
+        scaling = query.shape[-1] ** -0.5
+    call = Call(
+        layer=module.layer_idx,
+        query=query,
+        key=key,
+        value=value,
+        scaling=scaling,
+        first=first,
+        attention_mask=attention_mask,
+    )
     if now.roles is not None:
         call.roles = now.roles.covering(call.batch, call.n)
     call.out = _attend(call, now.hooks, module, dropout, options)

@@ -36,9 +36,12 @@ MAX_TOKENS = 2**17
 
 def context_of(sample: Sample) -> list[tuple[str, Any]]:
     """(role, text or medium) of all that stands in front of the question."""
-    question, parts, asked = sample.question or "", [], None
+    question = sample.question or ""
+    parts = []
+    asked = None
     for message in sample.messages:
-        role, content = message.get("role"), message.get("content")
+        role = message.get("role")
+        content = message.get("content")
         if isinstance(content, str):
             content = [{"text": content}]
         for part in content or ():
@@ -58,7 +61,8 @@ def same_context(a: Sample | TaggedSample | None, b: Sample | TaggedSample | Non
     """Whether the same texts and media stand in front of two samples' questions."""
     if not (isinstance(a, Sample) and isinstance(b, Sample)):
         return False
-    first, second = context_of(a), context_of(b)
+    first = context_of(a)
+    second = context_of(b)
     if len(first) != len(second):
         return False
     return all(r == s and same_content(x, y) for (r, x), (s, y) in zip(first, second))
@@ -238,17 +242,31 @@ def _contexts(group: list[_Pair]) -> list[Context]:
         return [_alone(pair) for pair in group]
     blocks: dict[tuple, Block] = {}
     for owner, pair in enumerate(group):
-        blocks["own", owner] = Block(pair.tagged.ids[shared:], owner, False, pair.tagged)
+        ids = pair.tagged.ids[shared:]
+        blocks["own", owner] = Block(ids, owner, null=False, tagged=pair.tagged)
         if pair.null is not None:
             ids = pair.null.ids[shared:]
             # null questions that are equal token for token run once
-            blocks["null", ids.tobytes()] = Block(ids, owner, True, pair.null)
-    first, nothing = group[0].tagged, np.empty(0, np.int64)
+            blocks["null", ids.tobytes()] = Block(ids, owner, null=True, tagged=pair.null)
+    first = group[0].tagged
+    nothing = np.empty(0, np.int64)
     # all media stand in the prefix, so that one sample's pixels serve the whole group
     inputs = _first_tokens(first.inputs, shared)
-    prefix = TaggedSample(inputs, first.visual, nothing, nothing, nothing, shared - 1)
-    members = [pair.tagged for pair in group]
-    return [Context(prefix, list(blocks.values()), members, first.sample.id)]
+    prefix = TaggedSample(
+        inputs=inputs,
+        visual=first.visual,
+        evidence=nothing,
+        question=nothing,
+        answer=nothing,
+        last=shared - 1,
+    )
+    context = Context(
+        prefix=prefix,
+        blocks=list(blocks.values()),
+        members=[pair.tagged for pair in group],
+        name=first.sample.id,
+    )
+    return [context]
 
 
 def _first_tokens(inputs: dict[str, Any], n: int) -> dict[str, torch.Tensor]:
@@ -273,7 +291,12 @@ def _shared_tokens(sequences: list[TaggedSample]) -> int:
 def _alone(pair: _Pair) -> Context:
     """A context of one sample whose sequences are run whole."""
     blocks = [Block(t.ids, 0, t is pair.null, t) for t in pair if t is not None]
-    return Context(None, blocks, [pair.tagged], pair.tagged.sample.id)
+    return Context(
+        prefix=None,
+        blocks=blocks,
+        members=[pair.tagged],
+        name=pair.tagged.sample.id,
+    )
 
 
 # --- a batch, as the model is fed it
@@ -321,7 +344,8 @@ class Packed:
         sets = max(len(c.members) for c in self.contexts) if shares else 1
         self.roles = TokenRoles.empty(rows, sets, self.before + size)
         for (c, k), slot in self.slots.items():
-            block, shared = self.contexts[c].blocks[k], self.contexts[c].shared
+            block = self.contexts[c].blocks[k]
+            shared = self.contexts[c].shared
             keys = torch.from_numpy(self.keys(c, k, np.arange(len(block.tagged.ids))))
             evidence_set = None if block.null else block.owner
             self.roles.mark(slot.row, block.tagged, keys, evidence_set, shared)
@@ -336,7 +360,8 @@ class Packed:
 
     def keys(self, c: int, k: int, tokens: np.ndarray) -> np.ndarray:
         """Positions among the keys, padding and prefix included, of tokens of a block's full sequence."""
-        slot, shared = self.slots[c, k], self.contexts[c].shared
+        slot = self.slots[c, k]
+        shared = self.contexts[c].shared
         return np.where(tokens < shared, slot.padding + tokens, slot.start + tokens - shared)
 
     def rows(self, c: int, k: int, tokens: np.ndarray) -> np.ndarray:
@@ -384,7 +409,8 @@ def _prompts(context: Context) -> Context:
 def _pack_behind(mllm: MLLM, batch: list[Context], apart: bool) -> Packed:
     """Prefixes, and a chunk with all blocks of a context in one row, or with a row for each."""
     prefixes = collate([c.prefix for c in batch], pad_id(mllm))
-    real, width = prefixes["attention_mask"].bool(), prefixes["input_ids"].shape[1]
+    real = prefixes["attention_mask"].bool()
+    width = prefixes["input_ids"].shape[1]
     # one block's whole sequence tells the positions of the prefix and where those behind it go on
     sequences = [_positions(mllm, c.blocks[0].tagged) for c in batch]
     before = [p[..., : c.shared] for c, p in zip(batch, sequences)]
@@ -416,7 +442,14 @@ def _pack_behind(mllm: MLLM, batch: list[Context], apart: bool) -> Packed:
         mask = torch.cat([real[:, None].expand(-1, size, -1), inside], 2)[:, None]
     chunk = dict(input_ids=ids, position_ids=positions, attention_mask=mask)
     chunk = {name: value.to(mllm.device) for name, value in chunk.items()}
-    return Packed(batch, prefix, chunk, prefix_row, slots, width)
+    return Packed(
+        contexts=batch,
+        prefix=prefix,
+        chunk=chunk,
+        prefix_row=prefix_row,
+        slots=slots,
+        before=width,
+    )
 
 
 def _slots(
@@ -430,7 +463,11 @@ def _slots(
         # at the right end: the last column then holds the last token of every row, behind which a model goes on writing
         start = width + size - lengths[row]
         for k in blocks:
-            slots[c, k] = Slot(row, width - batch[c].shared, start)
+            slots[c, k] = Slot(
+                row=row,
+                padding=width - batch[c].shared,
+                start=start,
+            )
             start += len(batch[c].blocks[k].ids)
     return slots, size
 
@@ -447,11 +484,18 @@ def _pack_alone(mllm: MLLM, batch: list[Context]) -> Packed:
     inputs = collate(tagged, pad_id(mllm))
     width = inputs["input_ids"].shape[1]
     positions = _pad_left([_positions(mllm, t) for t in tagged], width)
-    slots = {
-        job: Slot(row, 0, width - len(t.ids)) for row, (job, t) in enumerate(zip(jobs, tagged))
-    }
+    slots = {}
+    for row, (job, t) in enumerate(zip(jobs, tagged)):
+        slots[job] = Slot(row, padding=0, start=width - len(t.ids))
     chunk = to_model(inputs, mllm) | dict(position_ids=positions.to(mllm.device))
-    return Packed(alone, None, chunk, torch.arange(len(jobs)), slots, 0)
+    return Packed(
+        contexts=alone,
+        prefix=None,
+        chunk=chunk,
+        prefix_row=torch.arange(len(jobs)),
+        slots=slots,
+        before=0,
+    )
 
 
 def collate(tagged: Sequence[TaggedSample], pad_token: int) -> dict[str, torch.Tensor]:
@@ -528,7 +572,8 @@ class Condition(Protocol):
 def _end_tokens(mllm: MLLM) -> torch.Tensor:
     """Tokens with which the model ends what it writes."""
     ends = mllm.model.generation_config.eos_token_id
-    ends = [] if ends is None else ends
+    if ends is None:
+        ends = []
     return torch.tensor(ends, dtype=torch.long, device=mllm.device).flatten()
 
 
@@ -569,7 +614,8 @@ class _Room(DynamicLayer):
         self.room = room
 
     def update(self, key_states, value_states, *args, **kwargs):
-        n, new = self.get_seq_length(), (key_states, value_states)
+        n = self.get_seq_length()
+        new = key_states, value_states
         end = n + key_states.shape[2]
         if not n:
             self.lazy_initialization(key_states, value_states)
@@ -614,7 +660,8 @@ class Feed:
     """
 
     def __init__(self, mllm: MLLM, packed: Packed):
-        self.mllm, self.packed = mllm, packed
+        self.mllm = mllm
+        self.packed = packed
         self.prefix = None
         if packed.prefix is None:
             self.chunk = embedded(mllm, packed.chunk)
@@ -671,7 +718,9 @@ class Feed:
         -------
         list (conditions) of lists (rows) of token ids
         """
-        mllm, times, rows = self.mllm, len(conditions), self.n_rows
+        mllm = self.mllm
+        times = len(conditions)
+        rows = self.n_rows
         cache = self._cache(conditions, new_tokens)
         ends = _end_tokens(mllm)
         # the last token of every row, as the first step goes on from it; the mask (B, W + S) grows with each step
@@ -710,18 +759,21 @@ class Feed:
         self, conditions: Sequence[Condition | None], new_tokens: int
     ) -> DynamicCache | None:
         """A cache that holds the prefix of every row, as the conditions leave it."""
-        mllm, times = self.mllm, len(conditions)
+        mllm = self.mllm
+        times = len(conditions)
         length = self.packed.roles.roles.shape[1] + new_tokens
         if self.prefix is None:
             return room_for(mllm, length) if new_tokens else None
         rows = self.packed.prefix_row
-        n_prefixes, before = len(self.prefix["inputs_embeds"]), self.packed.before
+        n_prefixes = len(self.prefix["inputs_embeds"])
+        before = self.packed.before
         # `rows` becomes the row of the cache that holds the prefix of each batch row: (times B,)
         if all(c is None or c.leaves_context_intact for c in conditions):
             # one prefill for all such conditions, now and later
             if self._intact is None:
                 self._intact = self._prefill((None,), length)
-            cache, rows = self._intact, rows.repeat(times)
+            cache = self._intact
+            rows = rows.repeat(times)
         else:
             cache = self._prefill(conditions, length)
             rows = torch.cat([rows + i * n_prefixes for i in range(times)])
@@ -775,7 +827,8 @@ def decode(
     -------
     (times, n, hidden) tensor of the wanted hidden states, or None
     """
-    decoder, length = mllm.family.decoder(mllm.model), feed["inputs_embeds"].shape[1]
+    decoder = mllm.family.decoder(mllm.model)
+    length = feed["inputs_embeds"].shape[1]
     # a single chunk, with nothing cached in front of it, needs no cache
     if cache is None and length > PREFILL_CHUNK:
         cache = room_for(mllm, length)
@@ -792,7 +845,8 @@ def decode(
             if hidden is None:
                 hidden = states.new_empty(times, len(wanted.rows), states.shape[-1])
             here = (wanted.tokens >= start) & (wanted.tokens < stop)
-            rows, tokens = wanted.rows[here], wanted.tokens[here] - start
+            rows = wanted.rows[here]
+            tokens = wanted.tokens[here] - start
             hidden[:, here.to(hidden.device)] = states[:, rows, tokens]
     return hidden
 
@@ -810,7 +864,8 @@ def _tokens(feed: dict[str, Any], start: int, stop: int, before: int) -> dict[st
         part["attention_mask"] = rows[..., : before + stop]
     # Qwen3-VL adds features of the vision tower in the first layers as well (deepstack). They are a list over layers of
     # (visual tokens of the batch, hidden), row by row: those of a chunk do not stand together.
-    visual, features = feed.get("visual_pos_masks"), feed.get("deepstack_visual_embeds")
+    visual = feed.get("visual_pos_masks")
+    features = feed.get("deepstack_visual_embeds")
     if visual is not None and features is not None:
         # which of all visual tokens of the batch each one is
         order = visual.flatten().cumsum(0).view(visual.shape) - 1

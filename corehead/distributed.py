@@ -28,7 +28,9 @@ def shards(
 ) -> Iterator[list[Sample | TaggedSample | None]]:
     """Cut samples into lists of `contexts` runs on one context each; None stands where samples were left out."""
     shard: list[Sample | TaggedSample | None] = []
-    runs, length, last = 0, 0, None
+    runs = 0
+    length = 0
+    last = None
     for sample in samples:
         # the rule by which `batches` groups samples, so that a worker finds the groups that a single process would
         if same_context(sample, last) and length < MAX_QUESTIONS:
@@ -36,8 +38,10 @@ def shards(
         elif sample is not None:
             if runs == contexts:
                 yield shard
-                shard, runs = [], 0
-            runs, length = runs + 1, 1
+                shard = []
+                runs = 0
+            runs += 1
+            length = 1
         if sample is not None or shard:  # nothing is left out in front of nothing
             shard.append(sample)
         last = sample
@@ -149,7 +153,8 @@ class _Worker:
 
     def __init__(self, loader: Callable[..., MLLM], weights: str, work: Callable, waiting: list):
         self.mllm = loader(device="cuda" if torch.cuda.is_available() else "cpu")
-        self.work, self.waiting = work, waiting
+        self.work = work
+        self.waiting = waiting
         if fingerprint(self.mllm.model) != weights:
             raise ValueError(
                 f"the weights in memory are not those of {self.mllm.source}: wrap the model that you changed, "

@@ -157,6 +157,7 @@ def _work(
 ) -> Iterator[list[dict]]:
     """Answers of every sample under the conditions that it lacks, a list a batch."""
     for batch in batches(mllm, samples, batch_size, need_answer=True, fail=fail):
+        # of a store that is extended, only the new conditions run
         keys = lacking(t.sample.id for context in batch for t in context.members)
         yield _answers(mllm, batch, {key: conditions[key] for key in keys}, new_tokens)
 
@@ -192,7 +193,8 @@ class _Answering:
     """A batch whose answers are wanted under many conditions: media are read once."""
 
     def __init__(self, mllm: MLLM, batch: list[Context], alone: bool, new_tokens: int):
-        self.mllm, self.new_tokens = mllm, new_tokens
+        self.mllm = mllm
+        self.new_tokens = new_tokens
         packed = pack(mllm, batch, alone=alone)
         self.feed = Feed(mllm, packed)
         # a second feed for writing, because the answers in the first one would give the text away
@@ -202,7 +204,9 @@ class _Answering:
         self.contexts = packed.contexts
         # (context, block) of every question, null questions left out
         self.asked: list[tuple[int, Block]] = []
-        rows, tokens, answers = [], [], []
+        rows = []
+        tokens = []
+        answers = []
         for c, k, block in packed.blocks():
             if not block.null:
                 self.asked.append((c, block))
@@ -216,7 +220,8 @@ class _Answering:
         rows, tokens, answers = (
             torch.from_numpy(np.concatenate(x)) for x in (rows, tokens, answers)
         )
-        self.wanted, self.answer_ids = Wanted(rows, tokens), answers
+        self.wanted = Wanted(rows, tokens)
+        self.answer_ids = answers
 
     def rows(self, conditions: dict[str, Condition | None]) -> Iterator[dict]:
         """A row of the table for each condition (all of one group) and question."""

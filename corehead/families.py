@@ -127,7 +127,15 @@ class Family:
         step = getattr(config.vision_config, "temporal_patch_size", 1)
         first = view * step if kind == "video" else np.zeros_like(view)
         frames = np.stack([first, np.minimum(first + step, size[0])], 1)
-        return Medium(kind, index, size, tokens, boxes, frames, view)
+        return Medium(
+            kind=kind,
+            index=index,
+            size=size,
+            tokens=tokens,
+            boxes=boxes,
+            frames=frames,
+            view=view,
+        )
 
 
 class Text(Family):
@@ -197,7 +205,8 @@ class LlavaOnevision(Family):
     name = "llava_onevision"
 
     def views(self, kind, index, size, config, processor, inputs):
-        side, patch = config.vision_config.image_size, config.vision_config.patch_size
+        side = config.vision_config.image_size
+        patch = config.vision_config.patch_size
         # (n, 2) pixels of one axis of a tile; a strip behind the last whole patch is dropped
         patches = np.arange(side // patch)[:, None] * patch + [0, patch]
         # the base view stretches the picture to a square: each axis has a scale of its own
@@ -207,7 +216,8 @@ class LlavaOnevision(Family):
             pooled = [_resample(axis, math.ceil(len(axis) / 2)) for axis in base]
             return [_cells(*pooled)] * size[0] + [NEWLINE]
         if int(inputs["batch_num_images"][0]) == 1:
-            resolutions, limit = config.image_grid_pinpoints, processor.vision_aspect_ratio
+            resolutions = config.image_grid_pinpoints
+            limit = processor.vision_aspect_ratio
             return [_cells(*base), self._crops(size[1:], patches, side, resolutions, limit)]
         # of several images each is padded to a square and not cropped
         long = max(size[1:])
@@ -240,7 +250,8 @@ class LlavaOnevision(Family):
 
 def _cells(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
     """Row intervals (R, 2) and column intervals (C, 2) to boxes (R * C, 4), row by row."""
-    y, x = np.repeat(rows, len(columns), 0), np.tile(columns, (len(rows), 1))
+    y = np.repeat(rows, len(columns), 0)
+    x = np.tile(columns, (len(rows), 1))
     return np.stack([x[:, 0], y[:, 0], x[:, 1], y[:, 1]], 1)
 
 

@@ -248,7 +248,8 @@ def _free(device: str) -> int:
 
 def _require_memory(name: str, config: PretrainedConfig, dtype: torch.dtype, device: str) -> None:
     # before loading, because a process that runs out of memory may be killed without a word
-    need, free = memory(config, dtype).weights, _free(device)
+    need = memory(config, dtype).weights
+    free = _free(device)
     if need > free:
         raise MemoryError(
             f"{name}: its weights take {need / GIB:.1f} GiB in {dtype}, but {device} has {free / GIB:.1f} GiB free. "
@@ -363,7 +364,8 @@ def load(
         revision = folder.name
     dtype = _dtype(config, dtype, device)
     _require_memory(name, config, dtype, device)
-    family, trusted = family_of(config), {"revision": revision, "trust_remote_code": False}
+    family = family_of(config)
+    trusted = {"revision": revision, "trust_remote_code": False}
     # Where weights are missing transformers warns, and draws them at random. Here misfits of all kinds are collected,
     # to be refused together below.
     options = {

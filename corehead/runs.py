@@ -103,7 +103,8 @@ def provenance(mllm: MLLM, **options: Any) -> dict:
     dict
         As JSON can hold it.
     """
-    model, processor = mllm.model, mllm.processor
+    model = mllm.model
+    processor = mllm.processor
     # object_hook reaches the nested configurations of text and vision as well
     config = json.loads(model.config.to_json_string(use_diff=False), object_hook=_without_volatile)
     # tokenizers have no such method

@@ -18,7 +18,10 @@ class SampleError(ValueError):
 
     def __init__(self, sample_id: str, where: str, problem: str, fix: str):
         # beside the message, so that a run can record which sample failed
-        self.sample_id, self.where, self.problem, self.fix = sample_id, where, problem, fix
+        self.sample_id = sample_id
+        self.where = where
+        self.problem = problem
+        self.fix = fix
         super().__init__(f"sample {sample_id!r}, {where}: {problem}. {fix}.")
 
     # an exception is pickled by its `args`, here the message alone; workers send theirs back whole

@@ -169,7 +169,8 @@ def _encode(rows: list[dict]) -> tuple[str, str, bytes]:
 
 def _decode(fields: str, layout: str, data: bytes) -> list[dict]:
     """The rows that `_encode` was given."""
-    rows, offset = json.loads(fields), 0
+    rows = json.loads(fields)
+    offset = 0
     for name, dtype, shape in json.loads(layout):
         values = np.ndarray(shape, dtype, data, offset)  # a read-only view, no copy
         offset += values.nbytes

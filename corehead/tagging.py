@@ -146,7 +146,8 @@ class Prompt:
     """
 
     def __init__(self, mllm: MLLM, sample: Sample, like: Prompt | None = None):
-        self.mllm, self.sample = mllm, sample
+        self.mllm = mllm
+        self.sample = sample
         self._read_messages()
         self.rendered = self._render()
         # chat templates write the start token themselves; it must not stand there twice
@@ -154,7 +155,8 @@ class Prompt:
         self.add_special_tokens = not (start and self.rendered.startswith(start))
         self.shares = like is not None and self._continues(like)
         if self.shares:
-            self.media, self.replaced = like.media, like.replaced
+            self.media = like.media
+            self.replaced = like.replaced
             # up to the end of the last medium as before, with all placeholders expanded; behind it there is text alone
             last = self.replaced[-1]
             self.text = like.text[: last["new_span"][1]] + self.rendered[last["span"][1] :]
@@ -176,7 +178,9 @@ class Prompt:
             )
         evidence = CONSTRUCTIONS[construction](self)
         question = self.text_tokens(*self.find_question(), "question")
-        inputs, length, answer_ids = self.inputs, len(self.ids), []
+        inputs = self.inputs
+        length = len(self.ids)
+        answer_ids = []
         if self.sample.answer is not None:
             # apart from the prompt, as the model writes it: no token straddles the two
             tokenised = self.mllm.tokenizer(self.sample.answer, add_special_tokens=False)
@@ -189,9 +193,15 @@ class Prompt:
         if limit and total > limit:
             problem = f"{total} tokens, but the model's context ends at {limit}"
             self._fail("messages", problem, "Give less context")
-        answer = np.arange(length, total)
         return TaggedSample(
-            inputs, self.visual, evidence, question, answer, length - 1, self.media, self.sample
+            inputs=inputs,
+            visual=self.visual,
+            evidence=evidence,
+            question=question,
+            answer=np.arange(length, total),
+            last=length - 1,
+            media=self.media,
+            sample=self.sample,
         )
 
     def _fail(self, where: str, problem: str, fix: str) -> NoReturn:
@@ -199,7 +209,9 @@ class Prompt:
 
     def _read_messages(self) -> None:
         """Bring every content into the form of a list of parts, and list those that are images and videos."""
-        self.messages, self.parts, self.fields = [], [], []
+        self.messages = []
+        self.parts = []
+        self.fields = []
         for m, message in enumerate(self.sample.messages):
             content = message.get("content")
             if isinstance(content, str):
@@ -207,7 +219,8 @@ class Prompt:
             if not isinstance(content, list):
                 self._fail(f"messages[{m}]", "has no content", "Give a text, or a list of parts")
             for p, part in enumerate(content):
-                where, kind = f"messages[{m}].content[{p}]", part.get("type")
+                where = f"messages[{m}].content[{p}]"
+                kind = part.get("type")
                 if kind not in ("text", "image", "video") or part.get(kind) is None:
                     problem = f"its type {kind!r} is unknown, or there is no {kind!r} in it"
                     fix = "Give a part as Sample describes it: text, image or video"
@@ -219,7 +232,8 @@ class Prompt:
 
     def _render(self) -> str:
         """The prompt by the chat template, each medium one placeholder."""
-        processor, messages = self.mllm.processor, self.messages
+        processor = self.mllm.processor
+        messages = self.messages
         options = {"tokenize": False, "add_generation_prompt": True}
         try:
             # templates of plain language models take strings, not parts
@@ -284,7 +298,9 @@ class Prompt:
                 "video_metadata": read["timing"],
                 "do_sample_frames": False,
             }
-        processor, self.text, self.replaced = self.mllm.processor, self.rendered, []
+        processor = self.mllm.processor
+        self.text = self.rendered
+        self.replaced = []
         if media:
             # a copy, since the model's processor must not keep a method of this prompt
             processor = copy.copy(processor)
@@ -319,11 +335,13 @@ class Prompt:
 
     def _measure(self, read: dict[str, list]) -> None:
         """Geometry of every image and video."""
-        mllm, self.media = self.mllm, []
+        mllm = self.mllm
+        self.media = []
         sources = mllm.model.config, mllm.processor, self.inputs
         first, last = self.offsets[self.visual].T
         for replaced in self.replaced:
-            kind, (start, end) = replaced["type"], replaced["new_span"]
+            kind = replaced["type"]
+            start, end = replaced["new_span"]
             index = sum(medium.kind == kind for medium in self.media)
             pixels = read[kind][index]
             # (T, H, W); PIL says width first, arrays height first
@@ -337,7 +355,8 @@ class Prompt:
         if len(self.media) != len(self.parts):
             problem = f"they hold {len(self.parts)} images and videos, but the model reads {len(self.media)} of them"
             self._fail("messages", problem, "Give text alone, or take a model that reads them")
-        held, needed = [len(m.tokens) for m in self.media], [len(m.boxes) for m in self.media]
+        held = [len(m.tokens) for m in self.media]
+        needed = [len(m.boxes) for m in self.media]
         whole = np.array_equal(self.ids, self.inputs["input_ids"][0])
         # the last condition finds visual tokens outside all media: somebody wrote them into the text
         if not whole or held != needed or sum(held) != len(self.visual):
@@ -454,7 +473,8 @@ def _by_markers(prompt: Prompt) -> np.ndarray:
     """
     _require(prompt, (Pages, Span), "markers can only wrap Pages and Span")
     images = [replaced["new_span"] for replaced in prompt.replaced if replaced["type"] == "image"]
-    pages, spans = [], []
+    pages = []
+    spans = []
     for piece in prompt.sample.evidence:
         if isinstance(piece, Span):
             spans.append(prompt.find(piece.text, "evidence"))
@@ -496,7 +516,8 @@ def _by_counting(prompt: Prompt) -> np.ndarray:
     P_all[O_k .. O_k + P_k - 1] with O_k the sum of the blocks before; how long they are the family knows.
     """
     _require(prompt, (Pages,), "counting can only tell Pages apart")
-    mllm, total = prompt.mllm, len(prompt.visual)
+    mllm = prompt.mllm
+    total = len(prompt.visual)
     if not prompt.sample.evidence:
         return _union([])
     if any(medium.kind == "video" for medium in prompt.media):
