@@ -6,7 +6,7 @@ weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from .attention import PHASES, Call, Hook, TokenRoles, hooks
+from .attention import PHASES, Call, Hook, TokenRoles, hooks, row_weights
 from .batching import decode, embedded, to_model
 from .models import MLLM, device_of
 from .ranking import HeadRanking, HeadSet, random_heads
@@ -23,34 +23,48 @@ from .runs import digest
 from .samples import Sample
 from .tagging import TaggedSample
 
-MODES = ("zero", "mean", "resample", "knockout")
+MODES = ("zero", "mean", "resample", "patch", "knockout", "zero_edges")
+Keep = Callable[[torch.Tensor], torch.Tensor]  # of outputs (n, H, D)
 
 
 class Reference:
-    """What heads put out on other samples, for mean and resample ablation.
+    """What heads put out on other samples, for mean and resample ablation and for patching.
 
     Parameters
     ----------
     mllm : MLLM
-        Unedited.
+        The model; what edits it while the reference is first used edits the reference as well.
     samples : iterable of Sample or TaggedSample
         At least one for the mean, two for resampling; of the layout of those that will run.
+    donor_of : mapping of str to str, optional
+        For patching: id of a sample that will run -> id of the one of `samples` whose outputs it gets.
 
     Raises
     ------
     ValueError
-        There are no samples.
+        There are no samples, or a donor is not one of them.
     SampleError
         One cannot be tagged.
     """
 
-    def __init__(self, mllm: MLLM, samples: Iterable[Sample | TaggedSample]):
+    def __init__(
+        self,
+        mllm: MLLM,
+        samples: Iterable[Sample | TaggedSample],
+        donor_of: Mapping[str, str] | None = None,
+    ):
         self.mllm = mllm
         self.tagged = [s if isinstance(s, TaggedSample) else mllm.tag(s) for s in samples]
         if not self.tagged:
             raise ValueError("an empty reference: give samples")
         self.names = ["" if t.sample is None else t.sample.id for t in self.tagged]
-        self._outputs: dict[int, list[torch.Tensor]] = {}  # by layer, computed when asked for
+        self.donor_of = dict(donor_of or {})
+        unknown = set(self.donor_of.values()) - set(self.names)
+        if unknown:
+            raise ValueError(f"donor {min(unknown)!r} is not one of the samples: give it as well")
+        # by layer and phase, computed when asked for
+        self._outputs: dict[tuple[int, str], list[torch.Tensor]] = {}
+        self._rows: dict[str, list[torch.Tensor]] = {}
 
     def __getstate__(self) -> dict:
         """Without the model: whoever takes the reference elsewhere gives it the model that is there."""
@@ -58,50 +72,69 @@ class Reference:
 
     @cached_property
     def key(self) -> str:
-        return digest([[t.ids, t.sample] for t in self.tagged])
+        return digest([[t.ids, t.sample] for t in self.tagged] + [self.donor_of])
 
     @torch.inference_mode()
-    def _run(self, recorders: dict[int, _Recorder]) -> None:
-        """Run every sample with recorders by layer."""
-        by_layer = {layer: [recorder] for layer, recorder in recorders.items()}
+    def _run(
+        self, layers: Iterable[int], phase: str, keep: Keep = torch.clone
+    ) -> Iterator[dict[int, torch.Tensor]]:
+        """For each sample, what is kept of the outputs (n, H, D) of its rows in a phase, by layer."""
         # one by one: without padding, whose outputs mean nothing
         for t in self.tagged:
+            recorders = {layer: _Recorder(phase, keep) for layer in layers}
+            by_layer = {layer: [recorder] for layer, recorder in recorders.items()}
             with hooks(self.mllm, by_layer, TokenRoles.of([t])):
                 decode(self.mllm, embedded(self.mllm, to_model(t.inputs, self.mllm)))
+            yield {layer: torch.cat(recorder.kept) for layer, recorder in recorders.items()}
 
     @cached_property
     def means(self) -> torch.Tensor:
         """(L, H, D) float32, mean output of every head over all tokens of all samples."""
         # only sums are kept: outputs of all tokens in all layers might not fit
-        recorders = {
-            layer: _Recorder(keep=lambda out: out.float().sum(0).cpu())
-            for layer in range(self.mllm.n_layers)
-        }
-        self._run(recorders)
-        n_tokens = sum(len(t.ids) for t in self.tagged)
-        # a chunked sample leaves several sums, which add up
-        return torch.stack([sum(recorder.kept) for recorder in recorders.values()]) / n_tokens
+        sums = self._run(range(self.mllm.n_layers), "both", _sum_over_tokens)
+        total = sum(torch.stack([part.sum(0) for part in layers.values()]) for layers in sums)
+        return total / sum(len(t.ids) for t in self.tagged)
 
-    def outputs(self, layers: Iterable[int]) -> dict[int, list[torch.Tensor]]:
-        """For each layer, the outputs (N, H, D) of every sample, on the layer's device."""
-        missing = [layer for layer in layers if layer not in self._outputs]
+    def outputs(self, layers: Iterable[int], phase: str) -> dict[int, list[torch.Tensor]]:
+        """For each layer, the outputs (n, H, D) of every sample's rows in a phase, on the layer's device."""
+        layers = list(layers)
+        missing = [layer for layer in layers if (layer, phase) not in self._outputs]
         if missing:  # the batches of one run ask for the same layers again
-            recorders = {layer: _Recorder(keep=torch.clone) for layer in missing}
-            self._run(recorders)
-            self._outputs |= {layer: recorder.kept for layer, recorder in recorders.items()}
-        return self._outputs
+            samples = list(self._run(missing, phase))
+            for layer in missing:
+                self._outputs[layer, phase] = [outputs[layer] for outputs in samples]
+        return {layer: self._outputs[layer, phase] for layer in layers}
+
+    def rows(self, phase: str) -> list[torch.Tensor]:
+        """For every sample, which tokens (n,) int64 stand in the rows of `outputs`."""
+        if phase not in self._rows:
+            of_phase = torch.tensor(PHASES[phase], dtype=torch.int8)
+            all_roles = [TokenRoles.of([t]).roles[0] for t in self.tagged]
+            rows = [torch.isin(roles, of_phase).nonzero()[:, 0] for roles in all_roles]
+            for name, kept in zip(self.names, rows):
+                if not len(kept):
+                    raise ValueError(
+                        f"reference {name!r} has no token in phase={phase!r}: give it an answer"
+                    )
+            self._rows[phase] = rows
+        return self._rows[phase]
 
 
 class _Recorder(Hook):
-    """Keeps something of the outputs of one layer, sample by sample."""
+    """Keeps something of the outputs of one layer in the rows of a phase, of one sample, chunk by chunk."""
 
-    def __init__(self, keep: Callable[[torch.Tensor], torch.Tensor]):
+    def __init__(self, phase: str, keep: Keep):
+        self.phase = phase
         self.keep = keep
         self.kept: list[torch.Tensor] = []
 
     def output(self, call: Call, out: torch.Tensor) -> torch.Tensor:
-        self.kept.append(self.keep(out[0]))  # (N, H, D) of the one row
+        self.kept.append(self.keep(out[0, call.in_phase(self.phase)[0]]))
         return out
+
+
+def _sum_over_tokens(out: torch.Tensor) -> torch.Tensor:
+    return out.float().sum(0, keepdim=True).cpu()
 
 
 @dataclass(frozen=True)
@@ -111,22 +144,25 @@ class Ablation:
     Parameters
     ----------
     heads : HeadSet
-    mode : {"zero", "mean", "resample", "knockout"}
+    mode : {"zero", "mean", "resample", "patch", "knockout", "zero_edges"}
         "zero": their output is 0. "mean": it is their mean output over the reference. "resample": it is their output on
         another sample, drawn from the reference for each sample, at the same distance from the last token of the
-        prompt. "knockout": only the edges from query rows (the question's tokens and all behind question and context)
-        to V* are cut and the rest of the row renormalised, so that retrieval alone goes.
-    phase : {"both", "prefill", "decode", "context", "question"}
+        prompt, or at the nearest token that the other has in the phase. "patch": the same, but the other sample is the
+        one that the reference names. "knockout": only the edges from query rows (the question's tokens and all behind
+        question and context) to V* are cut and the rest of the row renormalised, so that the head reads something else.
+        "zero_edges": the weights of these edges are 0 and the rest of the row is left as it is, so that the head writes
+        that much less.
+    phase : {"both", "prefill", "decode", "context", "question", "last"}
         "prefill": the prompt's tokens; "decode": the answer's, which a model writes itself. The first token of an
         answer is predicted by the last token of the prompt, so by prefill. Across that line: "question", all query
-        rows, as above, and "context", all others.
+        rows, as above, and "context", all others. "last": the last token of the prompt alone.
     reference : Reference, optional
-        For "mean" and "resample".
+        For "mean", "resample" and "patch".
 
     Raises
     ------
     ValueError
-        Mode or phase misspelt; "mean" or "resample" without what they need.
+        Mode or phase misspelt; "mean", "resample" or "patch" without what they need.
     """
 
     heads: HeadSet
@@ -140,13 +176,17 @@ class Ablation:
         if self.phase not in PHASES:
             raise ValueError(f"phase={self.phase!r}: take one of {', '.join(map(repr, PHASES))}")
         # of two, one is another sample than the one that runs
-        least = {"mean": 1, "resample": 2}.get(self.mode, 0)
+        least = {"mean": 1, "resample": 2, "patch": 1}.get(self.mode, 0)
         if least and not isinstance(self.reference, Reference):
             raise ValueError(
                 f"mode={self.mode!r} needs reference=, a Reference to take the heads' outputs from"
             )
         if least and len(self.reference.tagged) < least:
             raise ValueError(f"mode={self.mode!r} needs a reference of at least {least} samples")
+        if self.mode == "patch" and not self.reference.donor_of:
+            raise ValueError(
+                "mode='patch' needs a reference with donor_of=, which says whose outputs go where"
+            )
 
     def check(self, mllm: MLLM) -> None:
         """Raise ValueError where the heads are none, or another model's."""
@@ -168,12 +208,13 @@ class Ablation:
     def leaves_context_intact(self) -> bool:
         """No token in front of the question is touched."""
         # then its prefill is that of the intact model, computed once for all such conditions
-        return self.mode == "knockout" or self.phase in ("decode", "question")
+        only_edges = self.mode in ("knockout", "zero_edges")
+        return only_edges or self.phase in ("decode", "question", "last")
 
     @property
     def needs_own_row(self) -> bool:
-        """A resampled head must know the sample of its batch row."""
-        return self.mode == "resample"
+        """A resampled or patched head must know the sample of its batch row."""
+        return self.mode in ("resample", "patch")
 
     def hooks(
         self, mllm: MLLM, beside: Sequence[Ablation] = (), rows: int = 1
@@ -186,8 +227,8 @@ class Ablation:
         layers = np.flatnonzero(masks.any((0, 2))).tolist()
         if self.reference is not None and self.reference.mllm is None:
             self.reference.mllm = mllm  # on a worker, which got the reference without its model
-        if self.mode == "resample":
-            self.reference.outputs(layers)  # of all layers in one run
+        if self.needs_own_row:
+            self.reference.outputs(layers, self.phase)  # of all layers in one run
         return {
             layer: [self._hook(mllm, layer, torch.from_numpy(masks[:, layer]))] for layer in layers
         }
@@ -198,11 +239,14 @@ class Ablation:
         heads = heads.to(device)
         if self.mode == "knockout":
             return Knockout(heads, self.phase)
+        if self.mode == "zero_edges":
+            return ZeroedEdges(heads, self.phase)
         if self.mode == "mean":
             mean = self.reference.means[layer].to(device)  # (H, D)
             return Replacement(heads, self.phase, lambda call: mean)
-        if self.mode == "resample":
-            donors = _Donors(self.reference.outputs([layer])[layer], self.reference)
+        if self.needs_own_row:
+            outputs = self.reference.outputs([layer], self.phase)[layer]
+            donors = _Donors(outputs, self.reference, self.phase)
             return Replacement(heads, self.phase, donors, needs_own_row=True)
         return Replacement(heads, self.phase)
 
@@ -256,12 +300,29 @@ class Knockout(_HeadHook):
         return call.evidence_of(rows)[:, None] & where.transpose(1, 2)[..., None]
 
 
-class _Donors:
-    """Outputs of another sample for every batch row, for resample ablation of one layer."""
+class ZeroedEdges(_HeadHook):
+    """Takes what query rows read from the evidence out of the output; the other weights of the row stay as they are."""
 
-    def __init__(self, outputs: list[torch.Tensor], reference: Reference):
-        self.outputs = outputs
-        self.reference = reference
+    def output(self, call: Call, out: torch.Tensor) -> torch.Tensor:
+        rows = np.flatnonzero((call.query_of(call.all_rows()) >= 0).any(0).numpy())
+        if not len(rows):
+            return out
+        value = call.value.float()
+        value = value.repeat_interleave(call.query.shape[1] // value.shape[1], 1)  # (B, H, N, D)
+        where = self.where(call).expand(-1, call.rows, -1)
+        out = out.clone()
+        for part, weights in row_weights(call, torch.from_numpy(rows).to(call.device)):
+            weights = weights * call.evidence_of(part)[:, None]  # (B, H, r, N)
+            read = torch.einsum("bhrn,bhnd->brhd", weights, value)
+            out[:, part] -= (read * where[:, part, :, None]).to(out.dtype)
+        return out
+
+
+class _Donors:
+    """Outputs of another sample for every batch row, for resampling or patching one layer."""
+
+    def __init__(self, outputs: list[torch.Tensor], reference: Reference, phase: str):
+        self.outputs, self.reference, self.phase = outputs, reference, phase
         self.prompt_end = 0  # where no roles say it
 
     def __call__(self, call: Call) -> torch.Tensor:
@@ -278,16 +339,23 @@ class _Donors:
             name = "" if roles is None else roles.samples[b]
             donor = self._donor(name, b)
             end = self.prompt_end if roles is None else int(roles.last[b])
-            output = self.outputs[donor]
-            # prompts differ in length, but all end with the question: positions are counted from there
             shift = self.reference.tagged[donor].last - end
-            positions = torch.arange(call.first, call.n, device=output.device) + shift
-            # beyond the donor's ends, its first and last outputs serve
-            rows.append(output[positions.clamp(0, len(output) - 1)])
+            tokens = torch.arange(call.first, call.n) + shift
+            # rows that are not in the phase, or beyond the donor's ends, get what stands nearest
+            kept = self.reference.rows(self.phase)[donor]
+            places = torch.searchsorted(kept, tokens).clamp(max=len(kept) - 1)
+            output = self.outputs[donor]
+            rows.append(output[places.to(output.device)])
         return torch.stack(rows).to(call.device)
 
     def _donor(self, name: str, row: int) -> int:
-        """Another sample than `name`, the same in every layer and batch."""
+        """The sample that the reference names, or else another than `name`, the same in every layer and batch."""
+        if self.reference.donor_of:
+            if name not in self.reference.donor_of:
+                raise ValueError(
+                    f"sample {name!r} has no donor: name one in the reference's donor_of"
+                )
+            return self.reference.names.index(self.reference.donor_of[name])
         others = [i for i, other in enumerate(self.reference.names) if not name or other != name]
         # from the name and not from a generator: a worker, a resumed run and every layer find the same one
         return others[int(digest(name or row), 16) % len(others)]
@@ -315,11 +383,11 @@ def ablate(
     mode, phase : str
         See `Ablation`.
     reference : Reference or samples, optional
-        For "mean" and "resample"; a `Reference` is computed once for many ablations.
+        For "mean", "resample" and "patch"; a `Reference` is computed once for many ablations.
     tagged : TaggedSample or sequence of them, optional
-        What will run, for "knockout" outside `evaluate` and `score`: the samples of the batch in its order, tagged as
-        they are fed (for ``generate()``: without an answer). It also tells the phases apart: "context" and "question"
-        need it, "prefill" and "decode" where an answer is fed along.
+        What will run, for "knockout", "zero_edges" and "patch" outside `evaluate` and `score`: the samples of the batch
+        in its order, tagged as they are fed (for ``generate()``: without an answer). It also tells the phases apart:
+        "context" and "question" need it, "prefill" and "decode" where an answer is fed along.
 
     Raises
     ------

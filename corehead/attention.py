@@ -33,14 +33,15 @@ WEIGHTS_BLOCK = {"cpu": 2**18, "cuda": 2**26}
 # elements of a KV head's mask that are held at once; SDPA makes floats of them, 64 MiB in float32
 MASK_BLOCK = 2**24
 
-PADDING, CONTEXT, QUESTION, ANSWER = range(4)
+PADDING, CONTEXT, QUESTION, LAST, ANSWER = range(5)
 # "prefill" and "decode" split a sequence where the model begins to write, "context" and "question" where it is asked
 PHASES = {
-    "both": (CONTEXT, QUESTION, ANSWER),
-    "prefill": (CONTEXT, QUESTION),
+    "both": (CONTEXT, QUESTION, LAST, ANSWER),
+    "prefill": (CONTEXT, QUESTION, LAST),
     "decode": (ANSWER,),
     "context": (CONTEXT,),
-    "question": (QUESTION, ANSWER),
+    "question": (QUESTION, LAST, ANSWER),
+    "last": (LAST,),
 }
 
 
@@ -51,7 +52,8 @@ class TokenRoles:
     Attributes
     ----------
     roles : (B, N) int8 tensor
-        PADDING, CONTEXT, QUESTION (all prompt tokens that may look for the evidence) or ANSWER.
+        PADDING, CONTEXT, QUESTION (all prompt tokens that may look for the evidence), LAST (the one of them that
+        predicts the answer's first token) or ANSWER.
     evidence : (B, G, N) bool tensor
         Sets of evidence tokens V*, one for each question of a batch row.
     query_of : (B, N) int64 tensor
@@ -121,6 +123,7 @@ class TokenRoles:
         # in this order, since each set is part of the one before: the answer's tokens are query tokens as well
         self.roles[row, keys] = CONTEXT
         self.roles[row, query] = QUESTION
+        self.roles[row, keys[tagged.last]] = LAST
         self.roles[row, answer] = ANSWER
         self.positions[row, keys] = torch.arange(len(keys))
         self.samples[row] = tagged.sample.id if tagged.sample else ""

@@ -355,7 +355,7 @@ class Packed:
                 evidence = keys[torch.from_numpy(block.tagged.evidence)]
                 self.roles.evidence[slot.row, 0, evidence] = True
             self.roles.last[slot.row] = keys[block.tagged.last]
-        if shares:  # a row has many questions, each with a last token of its own
+        if len(self.slots) > rows:  # a row has many questions, each with a last token of its own
             self.roles.last = None
 
     def keys(self, c: int, k: int, tokens: np.ndarray) -> np.ndarray:
@@ -384,18 +384,15 @@ def pack(mllm: MLLM, batch: list[Context], *, alone: bool = False, apart: bool =
     alone : bool
         Share nothing: every block is its full sequence.
     apart : bool
-        Every question in a batch row of its own, without its answer and without null questions, so that the model can
-        write behind it.
+        Every question in a batch row of its own behind its prefix.
     """
-    if apart:
-        batch = [_prompts(context) for context in batch]
     if alone or batch[0].prefix is None:
         return _pack_alone(mllm, batch)
     return _pack_behind(mllm, batch, apart)
 
 
-def _prompts(context: Context) -> Context:
-    """The same context with the questions alone, up to where an answer would begin."""
+def without_answers(context: Context) -> Context:
+    """The same context with the questions alone, up to where a model would write its answer."""
     blocks = []
     for block in context.blocks:
         if not block.null:

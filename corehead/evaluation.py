@@ -11,7 +11,17 @@ import pandas as pd
 import torch
 
 from .attention import hooks_in_force
-from .batching import Block, Condition, Context, Feed, Wanted, batches, has_context, pack
+from .batching import (
+    Block,
+    Condition,
+    Context,
+    Feed,
+    Wanted,
+    batches,
+    has_context,
+    pack,
+    without_answers,
+)
 from .models import MLLM
 from .runs import Finished, provenance, run
 from .samples import Sample, SampleError
@@ -70,9 +80,10 @@ def evaluate(
         other name the column "condition"), sample, context (the first sample on the same context; its own where nothing
         stands in front of the question, however the samples were packed), the columns of its `meta`, answer, prediction
         (the likeliest token at each place of the answer, the ones before it given), correct (all of them right),
-        logprob (of the whole answer, nats), margin (first token: logit of the answer less the best other logit); with
-        new_tokens, written (the text) and, where a sample has a metric, its values, of which correct then says whether
-        the first is at least one half.
+        logprob (of the whole answer, nats), margin (first token: logit of the answer less the best other logit); where
+        a sample has a foil, contrast (logit of the answer less that of the foil, at the first token in which they
+        differ) and flipped (the foil's token is the likeliest there); with new_tokens, written (the text) and, where a
+        sample has a metric, its values, of which correct then says whether the first is at least one half.
 
     Raises
     ------
@@ -129,6 +140,7 @@ def _answer_rows(finished: Finished, key: str, new_tokens: int) -> Iterator[dict
     for sample in finished.samples.values():
         row = finished.rows[sample.id, key]
         values = {name: row[name] for name in ("prediction", *METRICS)}
+        values |= {name: row[name] for name in ("contrast", "flipped") if name in row}
         if new_tokens:
             values["written"] = row["written"]
             if sample.metric is not None:
@@ -170,13 +182,15 @@ def _answers(
     rows = []
     # what is edited outside, by `ablate`, counts as well
     alone_outside = any(hook.needs_own_row for hook in hooks_in_force(mllm))
-    # at most two, packed with shared prefixes and without: a condition that needs rows of its own slows no other down
-    answering: dict[bool, _Answering] = {}
+    feeds: dict[tuple[bool, bool], _Answering] = {}
     for group in _groups(conditions):
-        alone = alone_outside or any(c is not None and c.needs_own_row for c in group.values())
-        if alone not in answering:
-            answering[alone] = _Answering(mllm, batch, alone, new_tokens)
-        rows += answering[alone].rows(group)
+        own_row = [c for c in group.values() if c is not None and c.needs_own_row]
+        # a row of its own can still stand behind a shared prefix, where the prefix is what it would be anyway
+        alone = alone_outside or any(not c.leaves_context_intact for c in own_row)
+        layout = alone, bool(own_row)
+        if layout not in feeds:
+            feeds[layout] = _Answering(mllm, batch, *layout, new_tokens)
+        rows += feeds[layout].rows(group)
     return rows
 
 
@@ -192,15 +206,16 @@ def _groups(conditions: dict[str, Condition | None]) -> list[dict[str, Condition
 class _Answering:
     """A batch whose answers are wanted under many conditions: media are read once."""
 
-    def __init__(self, mllm: MLLM, batch: list[Context], alone: bool, new_tokens: int):
+    def __init__(self, mllm: MLLM, batch: list[Context], alone: bool, apart: bool, new_tokens: int):
         self.mllm = mllm
         self.new_tokens = new_tokens
-        packed = pack(mllm, batch, alone=alone)
+        packed = pack(mllm, batch, alone=alone, apart=apart)
         self.feed = Feed(mllm, packed)
         # a second feed for writing, because the answers in the first one would give the text away
         self.writing = None
         if new_tokens:
-            self.writing = Feed(mllm, pack(mllm, batch, alone=alone, apart=True))
+            prompts = [without_answers(context) for context in batch]
+            self.writing = Feed(mllm, pack(mllm, prompts, alone=alone, apart=True))
         self.contexts = packed.contexts
         # (context, block) of every question, null questions left out
         self.asked: list[tuple[int, Block]] = []
@@ -250,7 +265,9 @@ class _Answering:
         logprobs = (expected - logits.logsumexp(1)).split(self.lengths)
         margins = (expected - rivals).split(self.lengths)
         correct = (best == self.answer_ids).split(self.lengths)
-        for i, (tokens, (c, block)) in enumerate(zip(best.split(self.lengths), self.asked)):
+        # (n of the answer, vocabulary) each
+        by_answer = zip(best.split(self.lengths), logits.split(self.lengths), self.asked)
+        for i, (tokens, rows, (c, block)) in enumerate(by_answer):
             sample = block.tagged.sample
             row = {
                 "sample": sample.id,
@@ -263,9 +280,25 @@ class _Answering:
                 "logprob": float(logprobs[i].sum()),
                 "margin": float(margins[i][0]),
             }
+            if sample.foil is not None:
+                row |= self._against_foil(rows, block)
             if written is not None:
                 row["written"] = self._text(written[i])
             yield row
+
+    def _against_foil(self, logits: torch.Tensor, block: Block) -> dict:
+        """The answer against the sample's foil, at the first token in which the two differ."""
+        foil = self.mllm.tokenizer(block.tagged.sample.foil, add_special_tokens=False)["input_ids"]
+        for place, (own, other) in enumerate(zip(block.answer.tolist(), foil)):
+            if own != other:
+                contrast = logits[place, own] - logits[place, other]
+                flipped = int(logits[place].argmax()) == other
+                return {"contrast": float(contrast), "flipped": flipped}
+        sample = block.tagged.sample
+        problem = (
+            f"{sample.foil!r} begins as the answer {sample.answer!r} does, or is its beginning"
+        )
+        raise SampleError(sample.id, "foil", problem, "Give one that differs in some token of both")
 
     def _text(self, ids: list[int]) -> str:
         if self.mllm.processor is None:

@@ -56,7 +56,7 @@ def _as_json(value: Any) -> Any:
         return [value.ids, value.evidence]
     # neither meta nor metric, of which the model sees nothing
     if isinstance(value, Sample):
-        return [value.id, value.messages, value.evidence, value.answer, value.question]
+        return [value.id, value.messages, value.evidence, value.answer, value.question, value.foil]
     if isinstance(value, Image.Image):
         return [value.mode, np.asarray(value)]  # pixels, wherever the picture was read from
     if isinstance(value, np.ndarray):

@@ -132,6 +132,8 @@ class Sample:
         Where the answer stands; several pieces count as their union.
     answer : str, optional
         The text that the model should say; None where there is none.
+    foil : str, optional
+        A wrong answer to set the answer against, such as that of a counterfactual context.
     question : str, optional
         The text of the question. None takes the last text part of the user's messages.
     meta : dict
@@ -148,3 +150,4 @@ class Sample:
     question: str | None = None
     meta: dict[str, Any] = field(default_factory=dict)
     metric: Callable[[str], dict[str, float]] | None = None
+    foil: str | None = None

@@ -14,7 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 import corehead as ch
-from corehead.ablation import Ablation, Reference, curve
+from corehead.ablation import MODES, Ablation, Reference, curve
 from corehead.attention import NAME
 from corehead.batching import Feed, collate, pad_id, to_model
 from corehead.tagging import with_text
@@ -31,10 +31,12 @@ def reference_attention(
     groups = query.shape[1] // key.shape[1]
     logits = query @ key.repeat_interleave(groups, 1).transpose(2, 3) * scaling
     logits = logits + attention_mask[..., : key.shape[2]]
-    before, after = ORACLE.get(module.layer_idx, (None, None))
+    before, between, after = ORACLE.get(module.layer_idx, (None, None, None))
     if before is not None:
         logits = before(logits)
     weights = logits.softmax(-1)
+    if between is not None:
+        weights = between(weights)
     out = (weights @ value.repeat_interleave(groups, 1)).transpose(1, 2)
     if after is not None:
         out = after(out)
@@ -74,17 +76,28 @@ def rows_of(tagged, phase):
         "decode": every[tagged.last + 1 :],
         "question": asking,
         "context": np.setdiff1d(every, asking),
+        "last": np.array([tagged.last]),
     }[phase]
+
+
+def donor_rows(tagged, donor, rows, phase):
+    """Rows of a donor at the same distance from the prompt's end, or the next or else the last of the phase."""
+    known = rows_of(donor, phase)
+    found = []
+    for row in rows - tagged.last + donor.last:
+        behind = known[known >= row]
+        found.append(behind[0] if len(behind) else known[-1])
+    return np.array(found)
 
 
 def expected_logits(mllm, tagged, mode, phase="both", reference=None) -> torch.Tensor:
     """Logits (N, V) of one sample under an ablation of HEADS, by full matrices."""
     rows, edits = rows_of(tagged, phase), {}
-    if mode in ("mean", "resample"):
+    if mode in ("mean", "resample", "patch"):
         outputs = {layer: [] for layer, _ in HEADS}  # of every head, by sample
         for other in reference:
             note = {
-                layer: (None, lambda out, layer=layer: outputs[layer].append(out[0]) or out)
+                layer: (None, None, lambda out, layer=layer: outputs[layer].append(out[0]) or out)
                 for layer in outputs
             }
             with oracle(mllm, note):
@@ -99,6 +112,14 @@ def expected_logits(mllm, tagged, mode, phase="both", reference=None) -> torch.T
                     logits[:, h, asking[:, None], tagged.evidence] = -torch.inf
             return logits
 
+        def between(weights, layer=layer):
+            weights = weights.clone()
+            if mode == "zero_edges":
+                for h in heads_in(layer):
+                    asking = np.intersect1d(tagged.query_tokens(), rows)
+                    weights[:, h, asking[:, None], tagged.evidence] = 0
+            return weights
+
         def after(out, layer=layer):
             out = out.clone()
             for h in heads_in(layer):
@@ -106,15 +127,14 @@ def expected_logits(mllm, tagged, mode, phase="both", reference=None) -> torch.T
                     out[:, rows, h] = 0
                 elif mode == "mean":
                     out[:, rows, h] = torch.cat(outputs[layer])[:, h].mean(0)
-                elif mode == "resample":  # of two, the other
-                    donor = next(i for i, s in enumerate(reference) if s.id != tagged.sample.id)
-                    last = mllm.tag(reference[donor]).last
-                    at = np.arange(len(tagged.ids)) - tagged.last + last
-                    at = at.clip(0, len(outputs[layer][donor]) - 1)
-                    out[:, rows, h] = outputs[layer][donor][at[rows], h][None]
+                elif mode in ("resample", "patch"):  # of two, the other; or the one before
+                    own = [s.id for s in reference].index(tagged.sample.id)
+                    donor = own - 1 if mode == "patch" else 1 - own
+                    at = donor_rows(tagged, mllm.tag(reference[donor]), rows, phase)
+                    out[:, rows, h] = outputs[layer][donor][at, h][None]
             return out
 
-        edits[layer] = (before, after)
+        edits[layer] = (before, between, after)
     with oracle(mllm, edits):
         return logits_of(mllm, tagged)
 
@@ -127,19 +147,23 @@ def some(mllm) -> list[ch.Sample]:
 
 
 @pytest.mark.parametrize("family", EVERY)
-@pytest.mark.parametrize("phase", ["both", "prefill", "decode", "context", "question"])
-@pytest.mark.parametrize("mode", ["zero", "mean", "resample", "knockout"])
+@pytest.mark.parametrize("phase", ["both", "prefill", "decode", "context", "question", "last"])
+@pytest.mark.parametrize("mode", MODES)
 def test_equal_to_full_matrices(family, mode, phase):
     """Batched, padded and behind a shared prefix or not: what one sample alone gives by full attention matrices."""
     mllm = tiny(family)
     samples = some(mllm)
-    reference = samples[:2] if mode in ("mean", "resample") else None
+    reference = {"mean": samples[:2], "resample": samples[:2], "patch": samples}.get(mode)
     samples = samples[:2] if mode == "resample" else samples
-    ablation = Ablation(HEADS, mode, phase, reference and Reference(mllm, reference))
+    given, names = None, [sample.id for sample in samples]
+    if reference:
+        donor_of = dict(zip(names, names[-1:] + names[:-1])) if mode == "patch" else None
+        given = Reference(mllm, reference, donor_of)
+    ablation = Ablation(HEADS, mode, phase, given)
     found = ch.evaluate(
         mllm, samples, {"intact": None, "ablated": ablation}, batch_size=3, progress=False
     )
-    with ch.ablate(mllm, HEADS, mode, phase, reference=reference):
+    with ch.ablate(mllm, HEADS, mode, phase, reference=given):
         inside = ch.evaluate(mllm, samples, batch_size=2, progress=False)
     for i, sample in enumerate(samples):
         tagged = mllm.tag(sample)
@@ -163,12 +187,11 @@ def test_equal_to_full_matrices(family, mode, phase):
     np.testing.assert_allclose(intact.logprob, plain.logprob, atol=1e-5)
     changed = abs(found[found.condition == "ablated"].logprob.values - plain.logprob.values)
     longer = [len(mllm.tag(s).answer) > 1 for s in samples]
-    if (mode, phase) == ("knockout", "context"):  # the context asks for nothing
+    # the context asks for nothing
+    if mode in ("knockout", "zero_edges") and phase == "context":
         assert (changed < 1e-6).all()
-    elif (mode, phase) != (
-        "resample",
-        "context",
-    ):  # the two samples that are swapped have one context
+    # the samples that are swapped share a context
+    elif not (mode in ("resample", "patch") and phase == "context"):
         assert (changed[longer] > 1e-6).all()
     if phase == "decode":  # the first token of an answer is the prompt's
         assert (changed[~np.array(longer)] < 1e-6).all()
@@ -357,7 +380,7 @@ def test_a_reference_runs_once_for_all_batches(mllm, monkeypatch):
     runs = []
     original = Reference._run
     monkeypatch.setattr(
-        Reference, "_run", lambda self, watch: runs.append(1) or original(self, watch)
+        Reference, "_run", lambda self, *given: runs.append(1) or original(self, *given)
     )
     ch.evaluate(
         mllm,

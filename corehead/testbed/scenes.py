@@ -8,7 +8,7 @@ exactly one visual token. The digits are split into train / validation / test by
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -31,7 +31,7 @@ SPLITS = {"train": (0, 1400), "validation": (1400, 1598), "test": (1598, 1797)}
 CELL = 16  # pixels
 VIDEO_SIDE = 3  # cells
 FPS = 2.0
-RECORD = 4  # words of a needle in text: style, colour, digit, semicolon
+RECORD, DIGIT_WORD = 4, 2  # words of a needle in text: style, colour, digit, semicolon
 N_KEYS = len(STYLES) * len(COLOURS)
 MARK_GLYPH = N_DIGITS = SPLITS["test"][1]
 # What is blank comes behind the last key and glyph, so that it has its place in the tables of frames and ink.
@@ -490,6 +490,18 @@ def to_samples(scenes: Scenes, prefix: str, evidence: str = "page") -> list[Samp
     return samples
 
 
+def _check(split: str, evidence: str) -> None:
+    if split not in SPLITS:
+        raise ValueError(f"split={split!r}: take one of {sorted(SPLITS)}")
+    if evidence not in ("page", "cell"):
+        raise ValueError(f"evidence={evidence!r}: take 'page' or 'cell'")
+
+
+def _name(what: str, split: str, seed: int, layout: dict[str, int]) -> str:
+    """What begins the ids, and seeds the drawing: another split or layout has other scenes."""
+    return "-".join([what, split, str(seed), *(f"{k}{v}" for k, v in sorted(layout.items()))])
+
+
 def samples(
     domain: str,
     split: str = "test",
@@ -528,14 +540,68 @@ def samples(
     ValueError
         An unknown domain, split or kind of evidence, or sizes that do not fit.
     """
-    if split not in SPLITS:
-        raise ValueError(f"split={split!r}: take one of {sorted(SPLITS)}")
-    if evidence not in ("page", "cell"):
-        raise ValueError(f"evidence={evidence!r}: take 'page' or 'cell'")
+    _check(split, evidence)
     if n % questions:
         raise ValueError(f"n={n} is no multiple of questions={questions}")
-    name = "-".join([domain, split, str(seed), *(f"{k}{v}" for k, v in sorted(layout.items()))])
-    # the name is part of the seed: another split or layout has other scenes
+    name = _name(domain, split, seed, layout)
     rng = np.random.default_rng([seed, *name.encode()])
     scenes = draw(domain, rng, n // questions, split=split, questions=questions, **layout)
     return to_samples(scenes, name, evidence)
+
+
+def counterfactuals(
+    domain: str,
+    split: str = "test",
+    n: int = 100,
+    seed: int = 0,
+    *,
+    evidence: str = "page",
+    **layout: int,
+) -> list[tuple[Sample, Sample]]:
+    """Pairs of samples that differ in nothing but the digit that is asked for.
+
+    Parameters
+    ----------
+    domain : {"image", "document", "video", "text"}
+    split, n, seed, evidence, **layout
+        As in `samples`, with one question a context.
+
+    Returns
+    -------
+    list of (Sample, Sample)
+        Each has the other's answer as its foil.
+
+    Raises
+    ------
+    ValueError
+        As in `samples`; a domain without a needle.
+    """
+    if domain not in ("image", "document", "video", "text"):
+        raise ValueError(
+            f"domain={domain!r} has no needle: take 'image', 'document', 'video' or 'text'"
+        )
+    _check(split, evidence)
+    name = _name(f"{domain}-pair", split, seed, layout)
+    rng = np.random.default_rng([seed, *name.encode()])
+    scenes = draw(domain, rng, n, split=split, **layout)
+    other = _with_other_digits(scenes, rng, split)
+    pairs = zip(to_samples(scenes, name, evidence), to_samples(other, f"{name}-foil", evidence))
+    return [(replace(a, foil=b.answer), replace(b, foil=a.answer)) for a, b in pairs]
+
+
+def _with_other_digits(scenes: Scenes, rng: np.random.Generator, split: str) -> Scenes:
+    """The same scenes, but the needle of the one question of each is another digit of the split."""
+    shown = scenes.answer[:, 0] - FIRST_DIGIT
+    other = (shown + rng.integers(1, 10, size=shown.shape)) % 10
+    answer = FIRST_DIGIT + other[:, None]
+    if scenes.cells is None:
+        words = scenes.words.reshape(len(shown), -1, RECORD).copy()
+        words[np.arange(len(shown)), scenes.asked[:, 0], DIGIT_WORD] = answer[:, 0]
+        return replace(scenes, answer=answer, words=words.reshape(scenes.words.shape))
+    first, end = SPLITS[split]
+    labels = digits()[1][first:end]
+    glyph = np.array([first + rng.choice(np.flatnonzero(labels == digit)) for digit in other])
+    cells = scenes.cells.copy()
+    needle = cells["needle"] == scenes.asked[:, 0, None, None, None]
+    cells["glyph"] = np.where(needle, glyph[:, None, None, None], cells["glyph"])
+    return replace(scenes, answer=answer, cells=cells)

@@ -1,0 +1,110 @@
+"""What heads do, not where they look: outputs of heads on one sample, put into another (interchange interventions).
+
+Two samples differ in nothing but the evidence's content: the same question, another answer. Heads' outputs are recorded
+on the second, the *donor*, and put into the first. A head through which the content travels takes the first sample's
+answer to the donor's; one that merely looks at the evidence does not (activation patching, arXiv 2202.05262,
+2309.16042).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from .ablation import Ablation, Reference
+from .evaluation import evaluate
+from .models import MLLM
+from .ranking import HeadSet
+from .samples import Sample
+
+Pairs = Iterable[tuple[Sample, Sample]]
+
+
+def patch(
+    mllm: MLLM, pairs: Pairs, heads: Mapping[Any, HeadSet], *, phase: str = "last", **options
+) -> pd.DataFrame:
+    """Put sets of heads' outputs on donors into their counterfactuals, one set after the other.
+
+    Inside `corehead.ablate` the donors' outputs are recorded on the ablated model as well, so that what is measured is
+    what the heads do in a model without the others.
+
+    Parameters
+    ----------
+    mllm : MLLM
+    pairs : iterable of (Sample, Sample)
+        Sample and donor, with the other's answer as foil.
+    heads : mapping of name to HeadSet
+        A named tuple as name gives one column a field, any other the column "condition".
+    phase : str
+        The rows that are patched, as in `Ablation`: "last" (the last token of the prompt), "question", "context" or
+        "both" (all).
+    **options
+        Of `evaluate`: batch_size, store, resume, progress.
+
+    Returns
+    -------
+    DataFrame
+        The rows of `evaluate` of all pairs of which the model answers both samples right, with:
+
+        flipped
+            The donor's answer has become the likeliest.
+        recovered
+            How far the logit of the answer less that of the donor's answer moved towards what it is on the donor, in
+            units of the mean way between the two over all these pairs: 0 nothing, 1 all of it. Its mean over pairs is
+            the share of the logit difference recovered.
+
+    Raises
+    ------
+    ValueError
+        There are no pairs, or none of which both are answered right; heads of another geometry.
+    SampleError
+        A sample cannot be tagged, lacks a foil, or its foil does not differ from its answer.
+    """
+    pairs = list(pairs)
+    if not pairs:
+        raise ValueError("no pairs: give samples and their counterfactuals")
+    bases, donors = zip(*pairs)
+    donor_of = {base.id: donor.id for base, donor in pairs}
+    intact = evaluate(mllm, [*bases, *donors], **options).set_index("sample")
+    base = intact.loc[list(donor_of)]
+    donor = intact.loc[list(donor_of.values())].set_axis(base.index)
+    known = base.index[base.correct & donor.correct]
+    if not len(known):
+        raise ValueError(
+            "no pair of which both samples are answered right: patch a model that can do the task"
+        )
+    reference = Reference(mllm, donors, donor_of)
+    conditions = {name: Ablation(set_, "patch", phase, reference) for name, set_ in heads.items()}
+    asked = [sample for sample in bases if sample.id in known]
+    patched = evaluate(mllm, asked, conditions, **options)
+    # the donor's answer is the foil's, so that its contrast counts the other way
+    way = (base.contrast + donor.contrast).loc[known].mean()
+    moved = patched["sample"].map(base.contrast) - patched.contrast
+    return patched.assign(recovered=moved / way)
+
+
+def use(mllm: MLLM, pairs: Pairs, *, phase: str = "last", **options) -> xr.DataArray:
+    """A score of use for every head: the share of the logit difference that it alone recovers.
+
+    Parameters
+    ----------
+    mllm, pairs, phase, **options
+        As in `patch`.
+
+    Returns
+    -------
+    DataArray (sample, layer, head)
+        Its mean over samples ranks heads by what they do, as that of RAM does by where they look.
+    """
+    layers, heads = mllm.shape
+    singles = {place: HeadSet.of([place], mllm.shape) for place in np.ndindex(layers, heads)}
+    table = patch(mllm, pairs, singles, phase=phase, **options)
+    by_head = table.pivot(index="sample", columns="condition", values="recovered")
+    values = by_head[list(singles)].to_numpy().reshape(-1, layers, heads)
+    return xr.DataArray(
+        values, dims=("sample", "layer", "head"), coords={"sample": by_head.index.to_numpy()}
+    )
