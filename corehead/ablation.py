@@ -212,6 +212,11 @@ class Ablation:
         return only_edges or self.phase in ("decode", "question", "last")
 
     @property
+    def leaves_prompt_intact(self) -> bool:
+        """No token in front of the last of the prompt is touched."""
+        return self.phase in ("decode", "last")
+
+    @property
     def needs_own_row(self) -> bool:
         """A resampled or patched head must know the sample of its batch row."""
         return self.mode in ("resample", "patch")

@@ -148,6 +148,7 @@ def batches(
     *,
     null: bool = False,
     need_answer: bool = False,
+    to_last: bool = False,
     fail: Callable[[SampleError], None] | None = None,
 ) -> Iterator[list[Context]]:
     """Tag samples and gather them: contexts in batches of about one length, those with a prefix apart from the others.
@@ -164,6 +165,9 @@ def batches(
         Give every sample also a block with the question "N/A".
     need_answer : bool
         A sample without an answer is an error.
+    to_last : bool
+        A question's own tokens belong to the prefix as well, up to the last of the prompt, where no other question
+        stands on its context.
     fail : callable, optional
         What to do with the error of a sample that cannot be tagged; None raises it.
 
@@ -173,7 +177,7 @@ def batches(
     """
     waiting: dict[tuple[bool, int], list[Context]] = {}
     for group in _groups(mllm, samples, null, need_answer, fail):
-        for context in _contexts(group):
+        for context in _contexts(group, to_last):
             # half octaves: lengths within a factor of 1.4, so that little is padding
             length = context.shared or len(context.members[0].ids)
             kind = context.prefix is not None, int(2 * math.log2(length))
@@ -235,9 +239,9 @@ def _tagged(mllm, sample, null: bool, like: Prompt | None) -> tuple[_Pair, Promp
     return _Pair(prompt.tag(), Prompt(mllm, blank, like=prompt).tag()), prompt
 
 
-def _contexts(group: list[_Pair]) -> list[Context]:
+def _contexts(group: list[_Pair], to_last: bool) -> list[Context]:
     """Cut a group into the prefix that all its sequences share and a block for each; without a prefix, one each."""
-    shared = _shared_tokens([t for pair in group for t in pair if t is not None])
+    shared = _shared_tokens([t for pair in group for t in pair if t is not None], to_last)
     if not shared:
         return [_alone(pair) for pair in group]
     blocks: dict[tuple, Block] = {}
@@ -275,11 +279,12 @@ def _first_tokens(inputs: dict[str, Any], n: int) -> dict[str, torch.Tensor]:
     return {name: x[:, :n] if name in PER_TOKEN else x for name, x in tensors.items()}
 
 
-def _shared_tokens(sequences: list[TaggedSample]) -> int:
+def _shared_tokens(sequences: list[TaggedSample], to_last: bool) -> int:
     """How many tokens stand in front of every question, the same in all sequences; 0 if a picture stands behind."""
     first = sequences[0]
     # never a token of a question, even if all begin alike: those are the query rows, which a block must hold
-    shared = min(int(t.question[0]) if len(t.question) else t.last for t in sequences)
+    ends = [t.last if to_last or not len(t.question) else int(t.question[0]) for t in sequences]
+    shared = min(ends)
     for t in sequences[1:]:
         n = min(shared, len(t.ids))
         differ = np.flatnonzero(first.ids[:n] != t.ids[:n])
@@ -550,6 +555,8 @@ class Condition(Protocol):
         Conditions of one group run side by side as batch rows.
     leaves_context_intact : bool
         No token in front of the question is touched, so that the context's prefill is shared.
+    leaves_prompt_intact : bool
+        Nor is any of the question but the last of the prompt.
     needs_own_row : bool
         Every sequence must stand in a batch row of its own.
     """
@@ -557,6 +564,7 @@ class Condition(Protocol):
     key: str
     group: Any
     leaves_context_intact: bool
+    leaves_prompt_intact: bool
     needs_own_row: bool
 
     def check(self, mllm: MLLM) -> None:
@@ -675,10 +683,11 @@ class Feed:
     def n_rows(self) -> int:
         return len(self.packed.prefix_row)
 
-    @property
-    def tokens(self) -> int:
-        """Of one run, padding included."""
-        return self.n_rows * self.packed.roles.roles.shape[1]
+    def cost(self, intact: bool) -> int:
+        """Tokens of one run, padding included; with intact contexts those are copied, eight in the time of one."""
+        before = self.packed.before
+        rows = self.n_rows * self.chunk["inputs_embeds"].shape[1]
+        return rows + (self.n_rows * before // 8 if intact else len(self.packed.contexts) * before)
 
     def run(
         self, conditions: Sequence[Condition | None] = (None,), wanted: Wanted | None = None

@@ -168,7 +168,9 @@ def _work(
     new_tokens: int,
 ) -> Iterator[list[dict]]:
     """Answers of every sample under the conditions that it lacks, a list a batch."""
-    for batch in batches(mllm, samples, batch_size, need_answer=True, fail=fail):
+    # without the question's own tokens, blocks are a token or two
+    late = all(c is not None and c.leaves_prompt_intact for c in conditions.values())
+    for batch in batches(mllm, samples, batch_size, need_answer=True, to_last=late, fail=fail):
         # of a store that is extended, only the new conditions run
         keys = lacking(t.sample.id for context in batch for t in context.members)
         yield _answers(mllm, batch, {key: conditions[key] for key in keys}, new_tokens)
@@ -242,7 +244,9 @@ class _Answering:
         """A row of the table for each condition (all of one group) and question."""
         keys = list(conditions)
         # so many conditions run side by side as TOKENS has room for
-        width = max(1, TOKENS.get(self.mllm.device.type, 2**14) // self.feed.tokens)
+        intact = all(c is None or c.leaves_context_intact for c in conditions.values())
+        room = TOKENS.get(self.mllm.device.type, 2**14)
+        width = max(1, room // self.feed.cost(intact))
         for i in range(0, len(keys), width):
             side_by_side = keys[i : i + width]
             together = [conditions[key] for key in side_by_side]

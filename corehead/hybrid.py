@@ -60,6 +60,7 @@ class HybridAttention:
     sinks: int = 4
 
     leaves_context_intact = False
+    leaves_prompt_intact = False
     needs_own_row = False
 
     def __post_init__(self):
