@@ -9,7 +9,7 @@ from test_scoring import EVERY, samples_for
 import corehead as ch
 from corehead import controls
 from corehead.ablation import Ablation
-from corehead.attention import ANSWER, CONTEXT, PADDING, QUESTION, TokenRoles
+from corehead.attention import ANSWER, CONTEXT, LAST, PADDING, QUESTION, TokenRoles
 from corehead.batching import PER_TOKEN, Feed, batches, has_context, pack, same_context, to_model
 
 HEADS = ch.HeadSet.of([(0, 1), (1, 0), (1, 3)], (2, 6))
@@ -120,11 +120,11 @@ def test_roles_say_what_the_tokens_are(family):
         padding = alone.roles.shape[1] - len(tagged.ids)
         assert (alone.roles[row] == PADDING).sum() == padding
         assert (alone.roles[row] == ANSWER).sum() == len(tagged.answer)
-        asking = np.setdiff1d(tagged.query_tokens(), tagged.answer)
+        asking = np.setdiff1d(tagged.query_tokens(), [*tagged.answer, tagged.last])
         assert (alone.roles[row, padding + asking] == QUESTION).all()
-        assert (alone.roles[row] == CONTEXT).sum() == len(tagged.ids) - len(asking) - len(
-            tagged.answer
-        )
+        assert (alone.roles[row] == LAST).nonzero().tolist() == [[padding + tagged.last]]
+        others = len(asking) + 1 + len(tagged.answer)
+        assert (alone.roles[row] == CONTEXT).sum() == len(tagged.ids) - others
     longer = alone.covering(2 * len(samples), alone.roles.shape[1] + 3)
     assert (longer.roles[:, -3:] == ANSWER).all() and (longer.query_of[:, -3:] == 0).all()
     assert longer.samples[:2] == [samples[0].id] * 2
