@@ -242,7 +242,8 @@ class Call:
             return torch.full((1, self.rows), decoding == (phase == "decode"), device=self.device)
         known = self.known_roles(f"phase={phase!r} must know the question")
         roles = known.roles[:, self.first : self.n]  # (B, R)
-        return torch.isin(roles, torch.tensor(PHASES[phase], dtype=roles.dtype)).to(self.device)
+        of_phase = torch.tensor(PHASES[phase], dtype=roles.dtype)
+        return torch.isin(roles, of_phase).to(self.device)
 
     def query_of(self, rows: torch.Tensor) -> torch.Tensor:
         """(B, R) int64, the evidence set that each of some rows looks for, -1 for none; on the CPU."""
@@ -253,7 +254,8 @@ class Call:
         query_of = self.query_of(rows)[..., None]  # (B, R, 1)
         evidence = self.roles.evidence[..., : self.n]  # (B, G, N)
         # gather takes no -1: rows that look for nothing get set 0, and lose it again
-        looked_for = evidence.gather(1, query_of.clamp(min=0).expand(-1, -1, self.n))  # (B, R, N)
+        sets = query_of.clamp(min=0).expand(-1, -1, self.n)
+        looked_for = evidence.gather(1, sets)  # (B, R, N)
         return (looked_for & (query_of >= 0)).to(self.device)
 
     def allowed(self, rows: torch.Tensor) -> torch.Tensor:
@@ -396,10 +398,12 @@ def row_weights(
     # float32 whatever the model runs in: bfloat16 has 8 significant bits, and a mass that is summed over thousands of
     # small weights would drown in rounding errors
     keys = call.key.float().transpose(-1, -2)  # (B, Hkv, D, N)
-    block = max(1, WEIGHTS_BLOCK.get(call.device.type, 2**24) // (batch * heads * call.n))
+    room = WEIGHTS_BLOCK.get(call.device.type, 2**24)
+    block = max(1, room // (batch * heads * call.n))
     for part in rows.split(block):
+        query = call.query[:, :, part].float() * call.scaling
         # the query heads of a KV head become rows, so that its keys are not repeated
-        query = (call.query[:, :, part].float() * call.scaling).reshape(batch, kv_heads, -1, dim)
+        query = query.reshape(batch, kv_heads, -1, dim)
         logits = (query @ keys).view(batch, heads, len(part), call.n)
         # the least float, not -inf: a row that sees no key at all must not become NaN
         logits.masked_fill_(~visible(call, part, hooks), torch.finfo(torch.float32).min)
@@ -474,7 +478,8 @@ def attention_forward(
 ):
     """SDPA, with what hooks change and read; transformers calls it in every decoder layer."""
     now = active(module)
-    first = key.shape[2] - query.shape[2] + sum(hook.hidden_keys() for hook in now.hooks)
+    hidden = sum(hook.hidden_keys() for hook in now.hooks)
+    first = key.shape[2] - query.shape[2] + hidden
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
     call = Call(
@@ -496,7 +501,8 @@ def attention_forward(
         if hook.rows is not None:
             # a hook's rows count from the start of the sequence; of a chunk it sees those that fall into it
             rows = hook.rows - call.first
-            rows = torch.from_numpy(rows[(rows >= 0) & (rows < call.rows)]).to(call.device)
+            rows = rows[(rows >= 0) & (rows < call.rows)]
+            rows = torch.from_numpy(rows).to(call.device)
             for part, weights in row_weights(call, rows, now.hooks):
                 hook.read(call, part, weights)
     return call.out, None

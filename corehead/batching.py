@@ -65,7 +65,10 @@ def same_context(a: Sample | TaggedSample | None, b: Sample | TaggedSample | Non
     second = context_of(b)
     if len(first) != len(second):
         return False
-    return all(r == s and same_content(x, y) for (r, x), (s, y) in zip(first, second))
+    for (role, value), (other_role, other) in zip(first, second):
+        if role != other_role or not same_content(value, other):
+            return False
+    return True
 
 
 def has_context(sample: Sample) -> bool:
@@ -137,8 +140,10 @@ class Context:
     def null_of(self, owner: int) -> int | None:
         """The block with the null question and the sample's answer, if there is one."""
         answer = self.blocks[self.block_of(owner)].answer
-        same = (k for k, b in enumerate(self.blocks) if b.null and np.array_equal(b.answer, answer))
-        return next(same, None)
+        for k, block in enumerate(self.blocks):
+            if block.null and np.array_equal(block.answer, answer):
+                return k
+        return None
 
 
 def batches(
@@ -441,7 +446,8 @@ def _pack_behind(mllm: MLLM, batch: list[Context], apart: bool) -> Packed:
     else:
         # (B, 1, S, W + S): every block sees the prefix and, causally, itself; padding (-1) counts as one more block
         inside = (block_of[:, :, None] == block_of[:, None, :]).tril()  # (B, S, S)
-        mask = torch.cat([real[:, None].expand(-1, size, -1), inside], 2)[:, None]
+        before = real[:, None].expand(-1, size, -1)  # (B, S, W)
+        mask = torch.cat([before, inside], 2)[:, None]
     chunk = dict(input_ids=ids, position_ids=positions, attention_mask=mask)
     chunk = {name: value.to(mllm.device) for name, value in chunk.items()}
     return Packed(
@@ -465,23 +471,19 @@ def _slots(
         # at the right end: the last column then holds the last token of every row, behind which a model goes on writing
         start = width + size - lengths[row]
         for k in blocks:
-            slots[c, k] = Slot(
-                row=row,
-                padding=width - batch[c].shared,
-                start=start,
-            )
+            slots[c, k] = Slot(row=row, padding=width - batch[c].shared, start=start)
             start += len(batch[c].blocks[k].ids)
     return slots, size
 
 
 def _pack_alone(mllm: MLLM, batch: list[Context]) -> Packed:
     """Whole sequences, one a row."""
-    alone = [
-        replace(c, prefix=None, blocks=[replace(b, ids=b.tagged.ids, owner=0) for b in c.blocks])
-        for c in batch
-    ]
-    # a batch row for each (context, block)
-    jobs = [(c, k) for c, context in enumerate(alone) for k in range(len(context.blocks))]
+    alone = []
+    jobs = []  # (context, block) of each batch row
+    for c, context in enumerate(batch):
+        blocks = [replace(block, ids=block.tagged.ids, owner=0) for block in context.blocks]
+        alone.append(replace(context, prefix=None, blocks=blocks))
+        jobs += [(c, k) for k in range(len(blocks))]
     tagged = [alone[c].blocks[k].tagged for c, k in jobs]
     inputs = collate(tagged, pad_id(mllm))
     width = inputs["input_ids"].shape[1]
@@ -513,7 +515,8 @@ def collate(tagged: Sequence[TaggedSample], pad_token: int) -> dict[str, torch.T
         # anyres: (1, crops, 3, S, S), and pictures have different numbers of crops
         elif name == "pixel_values" and rows[0].dim() == 5:
             crops = max(row.shape[1] for row in rows)
-            rows = [pad(row, (0, 0) * 3 + (0, crops - row.shape[1])) for row in rows]
+            no_more = (0, 0) * 3  # of channels, rows and columns
+            rows = [pad(row, (*no_more, 0, crops - row.shape[1])) for row in rows]
         # pictures are large: no needless copy
         out[name] = rows[0] if len(rows) == 1 else torch.cat(rows)
     return out
@@ -527,8 +530,11 @@ def pad_id(mllm: MLLM) -> int:
 
 def to_model(inputs: dict[str, Any], mllm: MLLM) -> dict[str, torch.Tensor]:
     """Processor output on the model's device, pictures in its dtype."""
-    moved = {k: v.to(mllm.device) for k, v in inputs.items()}
-    return {k: v.to(mllm.model.dtype) if v.is_floating_point() else v for k, v in moved.items()}
+    moved = {}
+    for name, value in inputs.items():
+        dtype = mllm.model.dtype if value.is_floating_point() else value.dtype
+        moved[name] = value.to(mllm.device, dtype)
+    return moved
 
 
 def _positions(mllm: MLLM, tagged: TaggedSample) -> torch.Tensor:

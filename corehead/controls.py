@@ -114,7 +114,8 @@ def copy_score(mllm: MLLM, samples: Iterable[Sample], **options) -> xr.DataArray
 
     def measure(seen: _Seen) -> torch.Tensor:
         top = seen.weights.argmax(-1).transpose(1, 2)  # (B, r, H)
-        looked_at = seen.ids[:, None].expand(-1, top.shape[1], -1).gather(2, top)
+        ids = seen.ids[:, None].expand(-1, top.shape[1], -1)
+        looked_at = ids.gather(2, top)
         said_next = seen.next_ids[:, seen.call.first + seen.rows, None]
         return ((looked_at == said_next) & seen.evidence.gather(2, top)).float()
 
@@ -264,7 +265,8 @@ class _Probe(Hook):
         out = {}
         for c, k, block in self.packed.blocks():
             at = np.searchsorted(self.rows, self.answer_keys[c, k])
-            out[block.tagged.sample.id] = measured[:, self.packed.slots[c, k].row, at].mean(1)
+            row = self.packed.slots[c, k].row
+            out[block.tagged.sample.id] = measured[:, row, at].mean(1)
         return out
 
 

@@ -66,8 +66,10 @@ class Medium:
         # An edge that is a cell's edge up to rounding does not touch the next cell. Half of the box bounds the
         # tolerance, so that the smallest box still meets the cell around it. NaN compares as false: newlines meet none.
         tolerance = 1e-6 * max(self.size)
-        wide = np.minimum(right, x2) - np.maximum(left, x1) > min(tolerance, (x2 - x1) / 2)
-        high = np.minimum(bottom, y2) - np.maximum(top, y1) > min(tolerance, (y2 - y1) / 2)
+        width = np.minimum(right, x2) - np.maximum(left, x1)
+        height = np.minimum(bottom, y2) - np.maximum(top, y1)
+        wide = width > min(tolerance, (x2 - x1) / 2)
+        high = height > min(tolerance, (y2 - y1) / 2)
         return wide & high
 
 
@@ -234,10 +236,14 @@ class LlavaOnevision(Family):
             fitted = min(math.ceil(old * scale), new)
             tiles = np.arange(new // side)[:, None, None] * side + patches
             padding = (new - fitted) // 2
-            axes.append(_pixels(tiles.reshape(-1, 2), old / fitted, padding * (old / fitted), old))
+            scale_back = old / fitted
+            axes.append(_pixels(tiles.reshape(-1, 2), scale_back, padding * scale_back, old))
         # the model's own function says how many rows and columns of features it keeps
-        kept = unpad_image(torch.empty(1, len(axes[0]), len(axes[1])), size).shape[1:]
-        axes = [axis[(len(axis) - n) // 2 :][:n] for axis, n in zip(axes, kept, strict=True)]
+        features = torch.empty(1, *map(len, axes))
+        kept = unpad_image(features, size).shape[1:]
+        for i, n in enumerate(kept):
+            cut = (len(axes[i]) - n) // 2
+            axes[i] = axes[i][cut : cut + n]
         # "anyres_max_9": features of more than 9 tiles are resampled; the model lets 10 % a side pass
         budget = int(limit.removeprefix("anyres_max_")) * len(patches) ** 2
         ratio = math.sqrt(math.prod(kept) / budget)
@@ -252,13 +258,15 @@ def _cells(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
     """Row intervals (R, 2) and column intervals (C, 2) to boxes (R * C, 4), row by row."""
     y = np.repeat(rows, len(columns), 0)
     x = np.tile(columns, (len(rows), 1))
-    return np.stack([x[:, 0], y[:, 0], x[:, 1], y[:, 1]], 1)
+    corners = np.stack([x, y], 2)  # (R * C, start or end, x or y)
+    return corners.reshape(-1, 4)
 
 
 def _grid(rows: int, columns: int, height: float, width: float) -> np.ndarray:
     """(rows * columns, 4) equal boxes over a whole picture."""
-    edges = np.linspace(0, height, rows + 1), np.linspace(0, width, columns + 1)
-    return _cells(*(np.stack([e[:-1], e[1:]], 1) for e in edges))
+    y = np.linspace(0, height, rows + 1)
+    x = np.linspace(0, width, columns + 1)
+    return _cells(np.stack([y[:-1], y[1:]], 1), np.stack([x[:-1], x[1:]], 1))
 
 
 def _pixels(patches: np.ndarray, scale: float, offset: float, length: float) -> np.ndarray:

@@ -495,12 +495,14 @@ class Buffer:
             self.oldest = max((self.oldest + 1) % self.slots, self.sinks)
             return self.tensors
         # the first of the new rows still see what the last ones push out
-        seen = [
-            torch.cat([self._in_order(x, begin), more], 2) for x, more in zip(self.tensors, new)
-        ] or new
-        self.tensors = [
-            torch.cat([x[:, :, : self.sinks], x[:, :, -self.recent :]], 2) for x in seen
-        ]
+        seen = []
+        for x, more in zip(self.tensors, new):
+            seen.append(torch.cat([self._in_order(x, begin), more], 2))
+        seen = seen or new  # the first rows of all
+        self.tensors = []
+        for x in seen:
+            sinks = x[:, :, : self.sinks]
+            self.tensors.append(torch.cat([sinks, x[:, :, -self.recent :]], 2))
         self.oldest = self.sinks  # the ring is in order again
         return seen
 
@@ -553,9 +555,8 @@ def stream_chunked(call: Call, sinks: int, recent: int) -> torch.Tensor:
     for query in call.query.split(block, 2):
         rows = query.shape[2]
         near = slice(before, before + rows + recent - 1)
-        key, value = (
-            torch.cat([x[:, :, :sinks], x[:, :, near]], 2) for x in (call.key, call.value)
-        )
+        key = torch.cat([call.key[:, :, :sinks], call.key[:, :, near]], 2)
+        value = torch.cat([call.value[:, :, :sinks], call.value[:, :, near]], 2)
         mask = seen[:rows, : key.shape[2]]  # the last block may be shorter
         parts.append(
             scaled_dot_product_attention(

@@ -348,7 +348,8 @@ def _read(mllm: MLLM, packed: Packed) -> dict[tuple[int, int], Reading]:
             query: packed.keys(c, k, tokens) for query, tokens in query_rows(block.tagged).items()
         }
     # one union of rows for the whole batch, read in one pass; each set picks its own from it below
-    rows = np.unique(np.concatenate([r for sets in wanted.values() for r in sets.values()]))
+    every = [rows for sets in wanted.values() for rows in sets.values()]
+    rows = np.unique(np.concatenate(every))
     reader = MassReader(rows, torch.cat([kinds, evidence], 2))
     with hooks(mllm, reader.everywhere(mllm)):
         Feed(mllm, packed).run()
@@ -360,7 +361,8 @@ def _read(mllm: MLLM, packed: Packed) -> dict[tuple[int, int], Reading]:
         for query, keys in sets.items():
             if len(keys):  # a sample without an answer has no such rows
                 at = np.searchsorted(rows, keys)
-                out[job][query] = sums[:, row, at].mean(1), entropy[:, row, at].mean(1)
+                mass = sums[:, row, at].mean(1)
+                out[job][query] = mass, entropy[:, row, at].mean(1)
     return out
 
 
@@ -370,7 +372,8 @@ def _table_row(tagged: TaggedSample, evidence_set: int, own: Reading, null: Read
     n_evidence = len(tagged.evidence)
     n_visual = len(tagged.visual)
     on_text = n_evidence > 0 and not np.isin(tagged.evidence, tagged.visual).any()
-    out = {name: np.full((len(QUERIES), n_layers, n_heads), np.nan, np.float32) for name in ARRAYS}
+    shape = len(QUERIES), n_layers, n_heads
+    out = {name: np.full(shape, np.nan, np.float32) for name in ARRAYS}
     for q, query in enumerate(QUERIES):
         if query in own:
             sums, entropy = own[query]
@@ -383,8 +386,10 @@ def _table_row(tagged: TaggedSample, evidence_set: int, own: Reading, null: Read
                     f"the attention of layer {finite.argmin()} is not finite (NaN or Inf)",
                     "Load the model in float32 or bfloat16, or look at its weights",
                 )
-            out["visual"][q], out["text"][q], out["sink"][q] = np.moveaxis(sums[..., :3], -1, 0)
-            out["evidence"][q], out["entropy"][q] = sums[..., 3 + evidence_set], entropy
+            for group, name in enumerate(("visual", "text", "sink")):
+                out[name][q] = sums[..., group]
+            out["evidence"][q] = sums[..., 3 + evidence_set]
+            out["entropy"][q] = entropy
         if null is not None and query in null:
             sums, _ = null[query]
             # the rows of "N/A" on the V* of the sample's own question: what V* attracts whatever is asked

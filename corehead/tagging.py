@@ -367,7 +367,8 @@ class Prompt:
     def text_tokens(self, first: int, last: int, where: str) -> np.ndarray:
         """Tokens that overlap the characters [first, last) of the prompt."""
         # overlap, not containment: a token often takes in the space in front of a word
-        tokens = np.flatnonzero((self.offsets[:, 0] < last) & (self.offsets[:, 1] > first))
+        begin, end = self.offsets.T
+        tokens = np.flatnonzero((begin < last) & (end > first))
         if len(tokens) == 0 or self.is_visual(self.ids[tokens]).any():
             problem = f"{self.text[first:last]!r} has no tokens of its own"
             self._fail(where, problem, "Quote a piece of the plain text")

@@ -21,7 +21,8 @@ from corehead.tagging import with_text
 
 SHAPE = (2, 6)  # of all tiny models
 HEADS = ch.HeadSet.of([(0, 1), (1, 0), (1, 3)], SHAPE)
-ORACLE: dict = {}  # layer -> (edit of logits, edit of outputs) for the reference attention
+# layer -> (edit of logits, edit of outputs, and perhaps edit of weights) for the reference attention
+ORACLE: dict = {}
 
 
 def reference_attention(
@@ -31,7 +32,7 @@ def reference_attention(
     groups = query.shape[1] // key.shape[1]
     logits = query @ key.repeat_interleave(groups, 1).transpose(2, 3) * scaling
     logits = logits + attention_mask[..., : key.shape[2]]
-    before, between, after = ORACLE.get(module.layer_idx, (None, None, None))
+    before, after, between = (*ORACLE.get(module.layer_idx, (None, None)), None)[:3]
     if before is not None:
         logits = before(logits)
     weights = logits.softmax(-1)
@@ -97,7 +98,7 @@ def expected_logits(mllm, tagged, mode, phase="both", reference=None) -> torch.T
         outputs = {layer: [] for layer, _ in HEADS}  # of every head, by sample
         for other in reference:
             note = {
-                layer: (None, None, lambda out, layer=layer: outputs[layer].append(out[0]) or out)
+                layer: (None, lambda out, layer=layer: outputs[layer].append(out[0]) or out)
                 for layer in outputs
             }
             with oracle(mllm, note):
@@ -134,7 +135,7 @@ def expected_logits(mllm, tagged, mode, phase="both", reference=None) -> torch.T
                     out[:, rows, h] = outputs[layer][donor][at, h][None]
             return out
 
-        edits[layer] = (before, between, after)
+        edits[layer] = (before, after, between)
     with oracle(mllm, edits):
         return logits_of(mllm, tagged)
 
