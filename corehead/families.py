@@ -110,9 +110,30 @@ class Family:
         """
         raise NotImplementedError(f"{self.name} reads no {kind}")
 
-    def block_lengths(self, sizes, total, config, processor, inputs) -> np.ndarray:
-        """Visual tokens of every image, (N,): P_k of eqs. 9-10, 14 and 19. Here all alike, P = M / N."""
-        return np.full(len(sizes), total // len(sizes))
+    def block_lengths(self, kind, sizes, total, config, processor, inputs) -> list[list[int]]:
+        """How the visual tokens of a prompt follow each other in blocks: P_k of eqs. 9-10, 14, 18 and 19.
+
+        Parameters
+        ----------
+        kind : str
+            "image" or "video"; the prompt holds one kind alone.
+        sizes : list of tuple of int
+            (T, H, W) of every image or video.
+        total : int
+            M, the visual tokens of the prompt.
+        config, processor, inputs
+            As in `views`.
+
+        Returns
+        -------
+        list of list of int
+            Lengths for each image, of which each is one block, or each video: a block a frame, or group of frames that
+            the vision tower merges, and perhaps one behind the last that no frame owns. Here images alone, all alike:
+            P = M / N.
+        """
+        if kind == "video":
+            raise NotImplementedError(f"{self.name} counts no frames")
+        return [[total // len(sizes)]] * len(sizes)
 
     def medium(
         self, kind: str, index: int, size, tokens: np.ndarray, config, processor, inputs
@@ -159,9 +180,10 @@ class Qwen3VL(Family):
         merge = config.vision_config.spatial_merge_size
         return [_grid(rows // merge, columns // merge, *size[1:])] * times
 
-    def block_lengths(self, sizes, total, config, processor, inputs):
-        patches = inputs["image_grid_thw"].prod(1).numpy()
-        return patches // config.vision_config.spatial_merge_size**2
+    def block_lengths(self, kind, sizes, total, config, processor, inputs):
+        area = config.vision_config.spatial_merge_size**2
+        grids = inputs[f"{kind}_grid_thw"].tolist()
+        return [[rows * columns // area] * times for times, rows, columns in grids]
 
     def positions(self, model, inputs):
         if "mm_token_type_ids" not in inputs:
@@ -195,10 +217,13 @@ class InternVL(Family):
         cells = cells.reshape(rows, unit, columns, unit, 4).swapaxes(1, 2)
         return [cells.reshape(-1, 4), whole]
 
-    def block_lengths(self, sizes, total, config, processor, inputs):
+    def block_lengths(self, kind, sizes, total, config, processor, inputs):
+        tile = processor.image_seq_length
+        if kind == "video":
+            return [[tile] * frames for frames, _, _ in sizes]
         count = processor.image_processor.get_number_of_image_patches
         tiles = [count(height, width, {"crop_to_patches": True}) for _, height, width in sizes]
-        return np.array(tiles) * processor.image_seq_length
+        return [[n * tile] for n in tiles]
 
 
 class LlavaOnevision(Family):
@@ -225,6 +250,14 @@ class LlavaOnevision(Family):
         long = max(size[1:])
         square = [_pixels(patches, long / side, (long - x) // 2, x) for x in size[1:]]
         return [_cells(*square), NEWLINE]
+
+    def block_lengths(self, kind, sizes, total, config, processor, inputs):
+        if kind == "image":
+            return super().block_lengths(kind, sizes, total, config, processor, inputs)
+        patches = config.vision_config.image_size // config.vision_config.patch_size
+        pooled = math.ceil(patches / 2) ** 2
+        # one newline slot behind all frames of a video
+        return [[pooled] * frames + [1] for frames, _, _ in sizes]
 
     def _crops(self, size, patches, side, resolutions, limit) -> np.ndarray:
         """Boxes (n, 4) of the crops: the picture is fitted into a canvas of tiles, and its features are unpadded."""

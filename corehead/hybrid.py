@@ -1,6 +1,7 @@
 """Hybrid attention: a few full heads; sinks and a sliding window for all others, in prefill, cache and decode.
 
-A full head at position i attends to all keys j <= i, a streaming head to those with i - j < window or j < sinks
+A full head at position i attends to all keys j <= i, a streaming head to those in [i - window, i], as in the
+paper, and to the sinks, j < sinks
 (StreamingLLM, arXiv 2309.17453). The pattern is exact at every position. Positions count a sequence's own tokens, so
 that padding changes nothing.
 
@@ -45,7 +46,7 @@ class HybridAttention:
         ``ranking.top(share, group=query heads per KV head)`` gives them: a layer with a group that is full in part
         keeps all keys and masks them.
     window : int
-        Keys that a streaming head sees, its own position included; at least 1.
+        How far back a streaming head sees: the query at i sees [i - window, i], so that 0 leaves it its own position.
     sinks : int
         First tokens that every streaming head sees as well; 0 or more.
 
@@ -64,9 +65,9 @@ class HybridAttention:
     needs_own_row = False
 
     def __post_init__(self):
-        if self.window < 1:
+        if self.window < 0:
             raise ValueError(
-                f"window={self.window}: a head sees at least its own position, so take 1 or more"
+                f"window={self.window}: a head sees at least its own position, so take 0 or more"
             )
         if self.sinks < 0:
             raise ValueError(f"sinks={self.sinks}: take 0 or more")
@@ -74,7 +75,7 @@ class HybridAttention:
     @property
     def recent(self) -> int:
         """How many of the last keys a streaming head sees, its own included: i - recent < j <= i."""
-        return self.window
+        return self.window + 1
 
     @property
     def key(self) -> str:
@@ -189,7 +190,8 @@ def from_duo_attention(path: str | Path, mllm: MLLM, threshold: float = 0.5) -> 
         )
     config = json.loads((folder / "config.json").read_text())
     full = (gates >= threshold).repeat(mllm.n_heads // mllm.n_kv_heads, axis=1)
-    return HybridAttention(HeadSet(full), config["recent_size"], config["sink_size"])
+    # its recent tokens include the position itself, our window does not
+    return HybridAttention(HeadSet(full), config["recent_size"] - 1, config["sink_size"])
 
 
 class StreamingHeads(Hook):

@@ -107,8 +107,9 @@ class MLLM:
         sample : Sample
             Messages, evidence, answer.
         construction : {"geometry", "markers", "counting"}
-            Geometry is for any evidence, markers (eqs. 6-8, 11-13) for Pages and Span, counting (eqs. 9-10, 14, 19) for
-            Pages. All three give the same evidence tokens wherever they apply.
+            Geometry is for any evidence, markers (eqs. 6-8, 11-13, 15-17) for Pages, Frames and Span, counting (eqs.
+            9-10, 14, 18-19) for Pages and Frames. All three give the same evidence tokens wherever they apply. Of a
+            Tube the paper's two take the frames whole.
 
         Returns
         -------

@@ -143,7 +143,8 @@ class HeadSet:
         kv_heads : int
             KV heads of each layer of the model.
         sinks, window : int
-            sink_size and recent_size of the streaming heads, in tokens.
+            Of the streaming heads, as `HybridAttention` takes them. DuoAttention's recent_size counts the position
+            itself, and is one more than the window.
 
         Raises
         ------
@@ -160,7 +161,7 @@ class HeadSet:
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
         np.savetxt(folder / "full_attention_heads.tsv", groups, fmt="%.1f", delimiter="\t")
-        config = {"sink_size": sinks, "recent_size": window}
+        config = {"sink_size": sinks, "recent_size": window + 1}
         (folder / "config.json").write_text(json.dumps(config) + "\n")
 
 

@@ -1,9 +1,10 @@
 """From evidence to token indices: V*, and where the question and the answer stand.
 
 Two constructions of the paper are here beside our own. *Geometry* (the default) asks the family which pixels every
-visual token looks at and takes those that meet the evidence. *Markers* (eqs. 6-8, 11-13) wraps the evidence in boundary
-markers, scans the tagged ids once and maps what lies between back to the untagged prompt. *Counting* (eqs. 9-10, 14
-and the cumulative offsets of eq. 19) cuts the visual tokens into one block a picture.
+visual token looks at and takes those that meet the evidence. *Markers* (eqs. 6-8, 11-13, 15-17) wraps the evidence in
+boundary markers, scans the tagged ids once and maps what lies between back to the untagged prompt. *Counting* (eqs.
+9-10, 14, 18 and the cumulative offsets of eq. 19) cuts the visual tokens into one block a picture or frame. The paper's
+two know whole frames: of a tube they take its frames, whatever its boxes.
 """
 
 from __future__ import annotations
@@ -467,29 +468,60 @@ def _by_geometry(prompt: Prompt) -> np.ndarray:
 
 
 def _by_markers(prompt: Prompt) -> np.ndarray:
-    """Eqs. 6-8 and 11-13: wrap, tokenise the tagged context, scan its ids once for the two markers.
+    """Eqs. 6-8, 11-13 and 15-17: wrap, tokenise the tagged context, scan its ids once for the two markers.
 
     Markers would change what the model sees, so what lies between them is mapped back to the untagged prompt: the k-th
     visual token stays the k-th visual token, a text token is found again by its characters.
     """
-    _require(prompt, (Pages, Span), "markers can only wrap Pages and Span")
+    _require(prompt, (Pages, Frames, Tube, Span), "markers cannot wrap a Region")
     images = [replaced["new_span"] for replaced in prompt.replaced if replaced["type"] == "image"]
-    pages = []
+    pictures = []
     spans = []
-    for piece in prompt.sample.evidence:
-        if isinstance(piece, Span):
-            spans.append(prompt.find(piece.text, "evidence"))
-        else:
-            pages += [images[page] for page in piece.pages]
+    for i, piece in enumerate(prompt.sample.evidence):
+        match piece:
+            case Span(text):
+                spans.append(prompt.find(text, "evidence"))
+            case Pages(pages):
+                pictures += [images[page] for page in pages]
+            case Frames(video) | Tube(video):
+                runs = _runs_of_frames(prompt, video, f"evidence[{i}]")
+                pictures += [runs[group] for group in _frame_groups(prompt, piece)]
     # A deep copy: the model's own tokenizer must not learn tokens that the model has no embeddings for. Special tokens
     # are never split or merged with their neighbours.
     tokenizer = copy.deepcopy(prompt.mllm.tokenizer)
     tokenizer.add_tokens(list(MARKERS), special_tokens=True)
     # one scan for each kind: visual tokens are found again by their rank, text tokens by their characters
-    visual, _ = _between_markers(prompt, tokenizer, pages)
+    visual, _ = _between_markers(prompt, tokenizer, pictures)
     _, quoted = _between_markers(prompt, tokenizer, spans)
     tokens = [prompt.text_tokens(first, last, "evidence") for first, last in quoted]
     return _union([prompt.visual[visual], *tokens])
+
+
+def _runs_of_frames(prompt: Prompt, video: int, where: str) -> list[tuple[int, int]]:
+    """Characters of each run of visual tokens in a video, of which every frame or group of frames must have one."""
+    videos = [replaced["new_span"] for replaced in prompt.replaced if replaced["type"] == "video"]
+    begin, end = videos[video]
+    characters = prompt.offsets[prompt.visual]
+    inside = (characters[:, 0] < end) & (characters[:, 1] > begin)
+    tokens = prompt.visual[inside]
+    runs = np.split(characters[inside], np.flatnonzero(np.diff(tokens) > 1) + 1)
+    media = [medium for medium in prompt.media if medium.kind == "video"]
+    groups = -(-media[video].size[0] // _merged_frames(prompt))
+    if len(runs) != groups:
+        problem = f"the {groups} frames of video {video} stand in {len(runs)} runs of tokens: nothing to wrap"
+        prompt._fail(where, problem, "Take construction='counting' or 'geometry'")
+    return [(int(run[0, 0]), int(run[-1, 1])) for run in runs]
+
+
+def _merged_frames(prompt: Prompt) -> int:
+    """How many neighbouring frames the vision tower makes one of."""
+    return getattr(prompt.mllm.model.config.vision_config, "temporal_patch_size", 1)
+
+
+def _frame_groups(prompt: Prompt, piece: Frames | Tube) -> list[int]:
+    """Which groups of merged frames hold the frames of a piece; of a tube, its boxes left out."""
+    frames = piece.frames if isinstance(piece, Frames) else piece.boxes
+    return sorted({frame // _merged_frames(prompt) for frame in frames})
 
 
 def _between_markers(
@@ -512,29 +544,36 @@ def _between_markers(
 
 
 def _by_counting(prompt: Prompt) -> np.ndarray:
-    """Eqs. 9-10, 14 and 19: blocks of the ordered visual positions, one block an image.
+    """Eqs. 9-10, 14, 18 and 19: blocks of the ordered visual positions, one an image or a frame.
 
     P_all[O_k .. O_k + P_k - 1] with O_k the sum of the blocks before; how long they are the family knows.
     """
-    _require(prompt, (Pages,), "counting can only tell Pages apart")
-    mllm = prompt.mllm
-    total = len(prompt.visual)
+    _require(prompt, (Pages, Frames, Tube), "counting can only tell Pages and Frames apart")
     if not prompt.sample.evidence:
         return _union([])
-    if any(medium.kind == "video" for medium in prompt.media):
+    kinds = {medium.kind for medium in prompt.media}
+    if len(kinds) > 1:
         # equal blocks of M / N tokens would take the video's for the pages'
         problem = "counting cannot tell a video's visual tokens from the images'"
         prompt._fail("messages", problem, "Take construction='geometry'")
+    mllm = prompt.mllm
+    total = len(prompt.visual)
     sizes = [medium.size for medium in prompt.media]
     sources = mllm.model.config, mllm.processor, prompt.inputs
-    lengths = mllm.family.block_lengths(sizes, total, *sources)  # (N,), P_k
-    # N + 1 edges of the blocks: O_k, and the end of the last
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    lengths = mllm.family.block_lengths(*kinds, sizes, total, *sources)
+    # edges of all blocks: O_k, and the end of the last
+    offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
     if offsets[-1] != total:
-        problem = f"blocks of {lengths} tokens for the images, but {total} visual tokens"
+        problem = f"blocks of {lengths} tokens, but {total} visual tokens"
         prompt._fail("messages", problem, "Take construction='geometry'")
-    pages = [page for piece in prompt.sample.evidence for page in piece.pages]
-    return _union([prompt.visual[offsets[page] : offsets[page + 1]] for page in pages])
+    first_block = np.cumsum([0, *map(len, lengths)])  # of each image or video
+    blocks = []
+    for piece in prompt.sample.evidence:
+        if isinstance(piece, Pages):
+            blocks += [first_block[page] for page in piece.pages]
+        else:
+            blocks += [first_block[piece.video] + group for group in _frame_groups(prompt, piece)]
+    return _union([prompt.visual[offsets[block] : offsets[block + 1]] for block in blocks])
 
 
 def _require(prompt: Prompt, kinds: tuple[type, ...], problem: str) -> None:

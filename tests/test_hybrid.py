@@ -45,7 +45,7 @@ SETS = {
 def seen(n: int, window: int, sinks: int) -> torch.Tensor:
     """(N, N) bool by its definition, the causal part left to the model's mask."""
     i, j = torch.arange(n)[:, None], torch.arange(n)
-    return (i - j < window) | (j < sinks)
+    return (i - j <= window) | (j < sinks)
 
 
 def pattern_of(mllm, full: ch.HeadSet, window: int, sinks: int):
@@ -86,7 +86,7 @@ def close(found, wanted):
 def test_prefill_equals_a_mask(family, name):
     mllm = tiny(family)
     [tagged] = prompts(mllm, 1)
-    for window, sinks in (7, 3), (1, 0), (16, 1), (1000, 4):
+    for window, sinks in (7, 3), (0, 0), (16, 1), (1000, 4):
         wanted = expected(mllm, tagged, SETS[name], window, sinks)
         with ch.hybrid_attention(mllm, SETS[name], window, sinks):
             close(mllm.model(**tagged.inputs, use_cache=False).logits[0], wanted)
@@ -95,7 +95,7 @@ def test_prefill_equals_a_mask(family, name):
 
 @pytest.mark.parametrize("n", [1, 2, 3, 63, 64, 65, 129, 200, 331])
 @pytest.mark.parametrize(
-    "window,sinks", [(1, 0), (1, 2), (5, 0), (64, 4), (65, 3), (128, 130), (500, 1)]
+    "window,sinks", [(0, 0), (1, 2), (5, 0), (64, 4), (65, 3), (128, 130), (500, 1)]
 )
 @pytest.mark.parametrize("name", ["mixed", "groups"])
 @torch.no_grad()
@@ -117,7 +117,7 @@ def test_chunked_prefill_and_decode_equal_a_mask(family, name, cuts):
     """In chunks of any length, the last ones of a single token."""
     mllm = tiny(family)
     tagged = text(mllm, 100)
-    for window, sinks in (9, 3), (1, 0), (30, 12), (10**9, 2):
+    for window, sinks in (9, 3), (0, 0), (30, 12), (10**9, 2):
         wanted = expected(mllm, tagged, SETS[name], window, sinks)
         cache, found, at = None, [], 0
         with ch.hybrid_attention(mllm, SETS[name], window, sinks):
@@ -357,7 +357,7 @@ def test_the_cache_is_freed():
     whole = mllm.model(**tagged.inputs, use_cache=True).past_key_values
     bytes_of = sum(x.nbytes for layer in whole.layers for x in (layer.keys, layer.values))
     per_token = bytes_of / 400 / 4  # of one group of one layer
-    with ch.hybrid_attention(mllm, [(0, 0), (0, 1), (0, 2)], window=20, sinks=4):
+    with ch.hybrid_attention(mllm, [(0, 0), (0, 1), (0, 2)], window=19, sinks=4):
         cache = mllm.model(**tagged.inputs, use_cache=True).past_key_values
         for _ in range(60):
             cache = mllm.model(
@@ -531,7 +531,7 @@ def test_bad_input_is_named():
     tagged = text(mllm, 12)
     ids = tagged.inputs["input_ids"]
     for options, message in (
-        (dict(window=0), "window=0"),
+        (dict(window=-1), "window=-1"),
         (dict(window=4, sinks=-1), "sinks=-1"),
         (dict(full=[(9, 0)], window=4), r"head \(9, 0\) is outside"),
         (

@@ -115,7 +115,7 @@ def test_duo_attention_files(tmp_path):
     assert np.array_equal(table, [[1, 0], [0, 1]])
     assert json.loads((tmp_path / "new/config.json").read_text()) == {
         "sink_size": 3,
-        "recent_size": 9,
+        "recent_size": 10,
     }
     with pytest.raises(ValueError, match="kv_heads=4: the 6 query heads"):
         heads.to_duo_attention(tmp_path, kv_heads=4, sinks=3, window=9)

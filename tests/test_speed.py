@@ -79,7 +79,7 @@ def test_work_is_what_the_masks_say(small, n):
     work = Work(mllm, full, window=7, sinks=3)
     i, j = np.arange(n)[:, None], np.arange(n)
     causal = j <= i
-    stream = causal & ((i - j < 7) | (j < 3))
+    stream = causal & ((i - j <= 7) | (j < 3))
     edges = full.sum() * causal.sum() + (~full).sum() * stream.sum()
     assert (
         work.attention_flops(n) == 4 * 8 * edges

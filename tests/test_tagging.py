@@ -189,6 +189,29 @@ def test_painting_a_tube_changes_its_tokens(family, case, frames, data):
     assert set(a.evidence) <= changed <= near(medium, box) & then
     whole = mllm.tag(ask("At first:", video_part(video), "\n", evidence=[ch.Frames(0, [frame])]))
     assert set(whole.evidence) == then
+    for piece in (
+        ch.Frames(0, [frame]),
+        *evidence,
+    ):  # of a tube, the paper's constructions know the frames alone
+        sample = ask("At first:", video_part(video), "\n", evidence=[piece])
+        assert set(mllm.tag(sample, "counting").evidence) == then
+        if family == "llava_onevision":  # all frames in one run
+            with pytest.raises(ch.SampleError, match="nothing to wrap"):
+                mllm.tag(sample, "markers")
+        else:
+            assert set(mllm.tag(sample, "markers").evidence) == then
+
+
+def test_frames_of_several_videos(mllm):
+    """Blocks are counted over all videos, newline slots between them left out."""
+    films = [film(4, 60, 60, seed=seed) for seed in range(3)]
+    for video, frames in (0, [0]), (1, [2, 3]), (2, [1]):
+        evidence = [ch.Frames(video, frames)]
+        sample = ask(*(video_part(f) for f in films), evidence=evidence)
+        expected = mllm.tag(sample).evidence
+        assert np.array_equal(mllm.tag(sample, "counting").evidence, expected)
+        if mllm.family.name != "llava_onevision":
+            assert np.array_equal(mllm.tag(sample, "markers").evidence, expected)
 
 
 def test_images_and_videos_in_one_sample(mllm):

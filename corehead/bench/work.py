@@ -27,7 +27,7 @@ class Work:
     full : ndarray of bool, (layers, heads)
         The query heads that see all keys; the others stream.
     window, sinks : int
-        Keys that a streaming head sees: its last `window` and the first `sinks` (StreamingLLM, arXiv 2309.17453).
+        Of the streaming heads: the query at i sees [i - window, i] and the first `sinks` keys.
     """
 
     mllm: MLLM
@@ -49,11 +49,16 @@ class Work:
         config = self.mllm.text_config
         return config.hidden_size * config.vocab_size
 
+    @property
+    def streaming_keys(self) -> int:
+        """Keys that a streaming head sees at most: window, own position, sinks."""
+        return self.window + 1 + self.sinks
+
     def attention_flops(self, n: int) -> float:
         """FLOPs of Q K^T and A V over a causal prompt of n tokens."""
         full = n * (n + 1) / 2  # keys that a full head sees in all rows together
-        # at most window and sinks a row; early rows have fewer keys in front of them
-        streaming = float(np.minimum(np.arange(1, n + 1), self.window + self.sinks).sum())
+        # early rows have fewer keys in front of them
+        streaming = float(np.minimum(np.arange(1, n + 1), self.streaming_keys).sum())
         return 4 * self.mllm.head_dim * (self.full.sum() * full + (~self.full).sum() * streaming)
 
     def prefill_flops(self, n: int) -> float:
@@ -63,7 +68,7 @@ class Work:
     def cache_bytes(self, n: int) -> float:
         """Bytes of the keys and values that are kept of n tokens: all where a KV group has a full head."""
         groups = self.full.reshape(len(self.full), self.mllm.n_kv_heads, -1).any(2)
-        tokens = groups.sum() * n + (~groups).sum() * min(n, self.window + self.sinks)
+        tokens = groups.sum() * n + (~groups).sum() * min(n, self.streaming_keys)
         # keys and values
         return float(2 * tokens * self.mllm.head_dim * self.mllm.model.dtype.itemsize)
 
