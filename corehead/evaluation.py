@@ -78,8 +78,9 @@ def evaluate(
     DataFrame
         One row a condition and sample in the order given: the condition (a named tuple gives one column a field, any
         other name the column "condition"), sample, context (the first sample on the same context; its own where nothing
-        stands in front of the question, however the samples were packed), the columns of its `meta`, answer, prediction
-        (the likeliest token at each place of the answer, the ones before it given), correct (all of them right),
+        stands in front of the question, however the samples were packed), the columns of its `meta` (of which "item",
+        what the answer is read from and other samples may share, counts in `stats` beside the context), answer,
+        prediction (the likeliest token at each place of the answer, the ones before it given), correct (all right),
         logprob (of the whole answer, nats), margin (first token: logit of the answer less the best other logit); where
         a sample has a foil, contrast (logit of the answer less that of the foil, at the first token in which they
         differ) and flipped (the foil's token is the likeliest there); with new_tokens, written (the text) and, where a

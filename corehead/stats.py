@@ -1,43 +1,26 @@
 """Means with intervals, paired comparisons, effect sizes and corrections, thin over scipy.
 
-Samples on one context are not independent: what takes `groups` treats a group as the unit. All intervals are of 95 %.
+Samples are not independent. They share contexts (questions on one picture), items (one handwritten digit is the answer
+in many pictures) and random draws (one set of heads for all samples), and these are *crossed*: samples of different
+contexts share an item. What takes `groups` takes the labels of one such factor, or a list of arrays, the labels of
+several crossed ones. All intervals are of 95 %.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy.stats import binomtest, ttest_ind
+from scipy.stats import norm, t
 
 METRICS = ("correct", "logprob", "margin")  # of an answer, in the tables of `evaluate`
 
 
-def checked_samples(values, groups=None, name: str = "values") -> tuple[np.ndarray, np.ndarray]:
-    """Values to resample, and which group each sample is in.
-
-    Parameters
-    ----------
-    values : array of float, shape (n, ...)
-        A row a sample.
-    groups : array, shape (n,), optional
-        Labels; without them each sample is a group of its own.
-    name : str
-        What errors call the values.
-
-    Returns
-    -------
-    values : ndarray of float64, shape (n, ...)
-    codes : ndarray of int64, shape (n,)
-        Number of each sample's group, from 0.
-
-    Raises
-    ------
-    ValueError
-        There are fewer than 2 samples or groups, values are not finite, or there is not one label a sample.
-    """
+def _checked_values(values, name: str = "values") -> np.ndarray:
+    """Values (n, ...) as float64; errors call them `name`."""
     values = np.atleast_1d(np.asarray(values, float))
     n = len(values)
     if n < 2:
@@ -45,9 +28,12 @@ def checked_samples(values, groups=None, name: str = "values") -> tuple[np.ndarr
     bad = (~np.isfinite(values)).reshape(n, -1).any(1).sum()
     if bad:
         raise ValueError(f"{name}: {bad} of {n} samples have NaN or Inf, drop these samples first")
-    if groups is None:
-        return values, np.arange(n)
-    labels = np.asarray(groups)
+    return values
+
+
+def _codes(labels, n: int, name: str = "values") -> np.ndarray:
+    """Number of each sample's group, from 0."""
+    labels = np.asarray(labels)
     if labels.shape != (n,) or pd.isna(labels).any():
         raise ValueError(f"groups of {name}: give one label a sample ({n} of them, none missing)")
     codes, found = pd.factorize(labels)
@@ -55,7 +41,124 @@ def checked_samples(values, groups=None, name: str = "values") -> tuple[np.ndarr
         raise ValueError(
             f"groups of {name}: all {n} samples are in one group, take at least 2 groups"
         )
-    return values, codes
+    return codes
+
+
+def _factors(groups, n: int, name: str) -> list[np.ndarray]:
+    """Codes of every crossed factor."""
+    if groups is None:
+        return [np.arange(n)]
+    # a list of labels is one factor, a list of arrays is several
+    several = isinstance(groups, (list, tuple)) and len(groups) > 0 and np.ndim(groups[0]) > 0
+    return [_codes(labels, n, name) for labels in (groups if several else [groups])]
+
+
+def _sums(values: np.ndarray, codes: np.ndarray) -> np.ndarray:
+    """Sums (groups, ...) of values (n, ...) over the samples of each group."""
+    sums = np.zeros((codes.max() + 1, *values.shape[1:]))
+    np.add.at(sums, codes, values)
+    return sums
+
+
+# --- means of clustered samples
+
+
+class Clustered(NamedTuple):
+    """A mean (or an array of them), its variance, degrees of freedom, and the fewest groups that a factor has."""
+
+    mean: np.ndarray
+    variance: np.ndarray
+    df: np.ndarray
+    fewest: int
+
+
+def clustered_mean(values, groups=None, name: str = "values") -> Clustered:
+    """Mean over samples that share groups of one or several crossed factors, and its variance.
+
+    Parameters
+    ----------
+    values : array, shape (n, ...)
+        Finite, a row a sample.
+    groups : array, shape (n,), or list of such arrays, optional
+        Labels of one factor, or of several crossed ones; without them each sample is a group.
+    name : str
+        What errors call the values.
+
+    Returns
+    -------
+    Clustered
+        `variance` (...) is by linearization and multi-way clustering (Cameron, Gelbach & Miller 2011,
+        doi:10.1198/jbes.2010.07136): of contexts and items, V_context + V_item - V_(context and item), a V being the
+        sum over groups of (sum of x - mean)^2 / n^2; of more factors, by inclusion and exclusion over all subsets. With
+        one factor it is Kish's (1965), and without groups s^2 / n. All V get the factor G / (G - 1) of the factor with
+        the fewest groups G (Cameron & Miller 2015, doi:10.3368/jhr.50.2.317). Each with its own, the variance would be
+        too small by a G-th where the groups of one factor agree, such as five draws of heads that all do no harm.
+        Where the sum is below the variance of a factor alone, the largest of these is taken, which is conservative.
+
+        `df` (...) is by Satterthwaite (1946, doi:10.2307/3002019) from the variances of the factors alone, and at
+        least G - 1: few draws cost precision as far as draws differ. They should be five at least: with three that
+        differ much, 95 % intervals hold the truth 92 % of the time.
+
+    Raises
+    ------
+    ValueError
+        There are fewer than 2 samples or groups, values are not finite, or there is not one label a sample.
+    """
+    values = _checked_values(values, name)
+    factors = _factors(groups, len(values), name)
+    counts = [codes.max() + 1 for codes in factors]
+    fewest = min(counts)
+    # seen from the first sample: equal values then have no variance at all, whatever the rounding of their mean
+    deviations = values - values[0]
+    mean = values[0] + deviations.mean(0)
+    deviations -= deviations.mean(0)
+    # what two samples share is counted once for every factor that they share: taken off again, as often as too much
+    crossed = sum(
+        (-1) ** (size + 1) * _between(deviations, chosen)
+        for size in range(1, len(factors) + 1)
+        for chosen in combinations(factors, size)
+    )
+    alone = np.array([_between(deviations, [c]) * n / (n - 1) for c, n in zip(factors, counts)])
+    variance = np.maximum(crossed * fewest / (fewest - 1), alone.max(0))
+    uncertainty = sum(v**2 / (n - 1) for v, n in zip(alone, counts))
+    df = np.full_like(variance, fewest - 1)
+    np.divide(variance**2, uncertainty, out=df, where=uncertainty > 0)
+    return Clustered(mean, variance, np.maximum(df, fewest - 1), fewest)
+
+
+def _between(deviations: np.ndarray, factors: list[np.ndarray]) -> np.ndarray:
+    """Variance (...) of the mean between the groups of samples that share a group in each of the factors."""
+    joint = np.ravel_multi_index(factors, [codes.max() + 1 for codes in factors])
+    sums = _sums(deviations, pd.factorize(joint)[0])
+    return (sums**2).sum(0) / len(deviations) ** 2
+
+
+def design_effect(values, groups) -> np.ndarray:
+    """How many times the variance of the mean is what it would be were the samples independent (Kish 1965).
+
+    Parameters
+    ----------
+    values : array, shape (n, ...)
+        Finite.
+    groups : array, shape (n,), or list of such arrays
+        Labels of one factor, or of several crossed ones.
+
+    Returns
+    -------
+    float or ndarray, shape (...)
+        The variance of `clustered_mean` over s^2 / n. About 1 without correlation inside groups, exactly 1 for groups
+        of one, about the size of groups whose samples are all equal; NaN where all values are equal.
+
+    Raises
+    ------
+    ValueError
+        There are fewer than 2 samples or groups, values are not finite, or there is not one label a sample.
+    """
+    variance = clustered_mean(values, groups).variance
+    values = np.asarray(values, float)
+    independent = values.var(0, ddof=1) / len(values)
+    equal = (values == values[0]).all(0)
+    return np.where(equal, np.nan, variance / np.where(equal, 1, independent))[()]
 
 
 # --- resampling
@@ -77,7 +180,8 @@ def resample_means(
     size : int, optional
         Groups a resample, from 1 to their number; None takes as many as there are.
     groups : array, shape (n,), optional
-        Labels, such as contexts; without them each sample is a group of its own.
+        Labels, such as contexts; without them each sample is a group of its own. One kind of group only: the bootstrap
+        is for what is no mean, such as rankings; means of crossed groups have `mean_interval`.
 
     Returns
     -------
@@ -88,7 +192,8 @@ def resample_means(
     ValueError
         There are fewer than 2 samples or groups, values are not finite, or the size is out of range.
     """
-    values, codes = checked_samples(values, groups)
+    values = _checked_values(values)
+    codes = np.arange(len(values)) if groups is None else _codes(groups, len(values))
     sizes = np.bincount(codes)
     n = len(sizes)
     size = n if size is None else size
@@ -100,10 +205,9 @@ def resample_means(
     # by counting how often each group was drawn, all resamples of all heads are one matrix product
     drawn += n * np.arange(resamples)[:, None]
     counts = np.bincount(drawn.ravel(), minlength=resamples * n).reshape(resamples, n)
-    sums = np.zeros((n, *values.shape[1:]))
-    np.add.at(sums, codes, values)
+    sums = _sums(values, codes).reshape(n, -1)
     # (resamples, n) @ (n, ...): groups differ in size, so that the number of samples depends on the draw too
-    means = counts @ sums.reshape(n, -1) / (counts @ sizes)[:, None]
+    means = counts @ sums / (counts @ sizes)[:, None]
     return means.reshape(resamples, *values.shape[1:])
 
 
@@ -130,7 +234,7 @@ def split_halves(
     ValueError
         There are fewer than 2 samples, scores are not finite, or the size is out of range.
     """
-    values, _ = checked_samples(values)
+    values = _checked_values(values)
     n = len(values)
     size = n // 2 if size is None else size
     if not 1 <= size <= n // 2:
@@ -149,47 +253,63 @@ def split_halves(
 # --- intervals
 
 
-def proportion_interval(hits: int, n: int) -> tuple[float, float]:
-    """Wilson's interval of a proportion (doi:10.1080/01621459.1927.10502953), `hits` of `n`."""
-    # has a width even where all are right, or none, as testbeds often have it; mean +- 1.96 se has none there
-    low, high = binomtest(hits, n).proportion_ci(method="wilson")
-    return float(low), float(high)
-
-
-def mean_interval(
-    values, resamples: int = 1000, seed: int = 0, groups=None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Percentile bootstrap interval of the mean over the first axis (samples).
+def proportion_interval(share, n) -> tuple[np.ndarray, np.ndarray]:
+    """Wilson's interval of a proportion (doi:10.1080/01621459.1927.10502953).
 
     Parameters
     ----------
-    values : array of float, shape (n, ...)
-        Finite, n at least 2.
-    resamples, seed : int
-        Of the bootstrap.
-    groups : array, shape (n,), optional
-        Labels; whole groups are drawn (the cluster bootstrap of Davison & Hinkley 1997, section 3.8).
+    share : float or array
+        Hits over samples, in [0, 1].
+    n : float or array
+        Samples; effective ones need not be whole.
+
+    Returns
+    -------
+    low, high : float or ndarray
+    """
+    # has a width even where all are right, or none, as testbeds often have it; mean +- 1.96 se has none there
+    z = norm.ppf(0.975)
+    middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    return np.maximum(middle - half, 0), np.minimum(middle + half, 1)
+
+
+def mean_interval(values, groups=None) -> tuple[np.ndarray, np.ndarray]:
+    """Interval of the mean over the first axis (samples).
+
+    Parameters
+    ----------
+    values : array, shape (n, ...)
+        Finite, n at least 2. Bool, or nothing but 0 and 1, they are proportions.
+    groups : array, shape (n,), or list of such arrays, optional
+        Labels of one factor, or of several crossed ones; without them each sample is a group.
 
     Returns
     -------
     low, high : ndarray, shape (...)
-        Both the mean where all samples are equal.
+        Of a mean, mean +- quantile of t times the standard error, from `clustered_mean`.
+        Of a proportion, Wilson's at the effective sample size of Korn & Graubard (1998, Survey Methodology 24): n over
+        the design effect, times (quantile of t with n - 1 degrees of freedom / with those of the mean)^2, and at most
+        n. Where all answers are equal, they do not show how alike a group's answers are, and the fewest groups of a
+        factor count as the sample size.
 
     Raises
     ------
     ValueError
         There are fewer than 2 samples or groups, values are not finite, or there is not one label a sample.
     """
-    means = resample_means(values, resamples, seed, groups=groups)
-    return _percentiles(np.asarray(values, float), means)
-
-
-def _percentiles(values: np.ndarray, means: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Interval of the mean of values (n, ...) from those of resamples (resamples, ...)."""
-    bounds = np.quantile(means, [0.025, 0.975], axis=0)
-    # the means of equal samples differ by rounding alone
-    low, high = np.where((values == values[0]).all(0), values.mean(0), bounds)
-    return low[()], high[()]
+    values = np.asarray(values)
+    found = clustered_mean(values, groups)
+    quantile = t.ppf(0.975, found.df)
+    if not np.isin(values, (0, 1)).all():
+        half = quantile * np.sqrt(found.variance)
+        return found.mean - half, found.mean + half
+    n = len(values)
+    # groups that balance out exactly have no variance between them
+    with np.errstate(divide="ignore"):
+        effective = n / design_effect(values, groups) * (t.ppf(0.975, n - 1) / quantile) ** 2
+    effective = np.where(np.isnan(effective), found.fewest, np.minimum(effective, n))
+    return proportion_interval(found.mean, effective)
 
 
 def heads_for_share(values, share: float = 0.5) -> float | np.ndarray:
@@ -229,7 +349,7 @@ def rho_interval(
     share : float
         Part of the mass, in (0, 1].
     resamples, seed, groups
-        As in `mean_interval`.
+        As in `resample_means`.
 
     Returns
     -------
@@ -254,28 +374,27 @@ class Paired(NamedTuple):
     effect: float
 
 
-def paired(a, b, groups=None, resamples: int = 10_000, seed: int = 0) -> Paired:
+def paired(a, b, groups=None) -> Paired:
     """Compare a and b on the same samples.
 
     Parameters
     ----------
     a, b : array, shape (n,)
         Finite, in the same order of samples; two arrays of bool (right or wrong) are compared as proportions.
-    groups : array, shape (n,), optional
-        Labels; the bootstrap draws whole groups.
-    resamples, seed : int
-        Of the bootstrap.
+    groups : array, shape (n,), or list of such arrays, optional
+        Labels of one factor, or of several crossed ones; without them each sample is a group.
 
     Returns
     -------
     Paired
-        `difference`, `low` and `high` are those of the mean of a - b, by percentile bootstrap.
-        For bool, `p` is McNemar's exact test (doi:10.1007/BF02295996): binomial, on the samples where a and b differ.
-        It takes samples as independent whatever the groups; compare as float to go by groups. `effect` is Cohen's g
-        (1988, chapter 5), the part of these samples that a has right, less 0.5; NaN where there are none.
-        Else `p` is a bootstrap test: the part of the resamples of the centred differences whose mean is at least as
-        far from 0 as `difference`, with 1 added to both counts (Davison & Hinkley 1997, chapter 4). `effect` is
-        Cohen's d_z, the mean of a - b over its standard deviation; NaN where all differences are equal.
+        `difference`, `low`, `high` and `p` are those of the mean of a - b by a t-test, its variance and degrees of
+        freedom from `clustered_mean`. McNemar's test has no place here, for bool either: it counts every sample where a
+        and b differ as independent evidence, and samples that share a digit or a picture are not. `effect` is Cohen's
+        d_z, the mean of a - b over its standard deviation; NaN where all differences are equal.
+
+        Where all differences are equal, p is 1 if they are zero, and else 2^(1 - G), the sign test's of the fewest
+        groups G of a factor. The interval has no width then, but for bool: its half is how often, at most, as many
+        groups may differ of which none did (Wilson's upper limit).
 
     Raises
     ------
@@ -287,27 +406,31 @@ def paired(a, b, groups=None, resamples: int = 10_000, seed: int = 0) -> Paired:
         raise ValueError(
             f"a has shape {a.shape} and b {b.shape}: give both (n,), one number a sample, in one order"
         )
-    values, codes = checked_samples(a.astype(float) - b.astype(float), groups, "a - b")
-    difference = values.mean()
-    means = resample_means(values, resamples, seed, groups=codes)
-    low, high = _percentiles(values, means)
+    values = a.astype(float) - b.astype(float)
+    found = clustered_mean(values, groups, "a - b")
+    low, high, p = _t_test(*found)
     if a.dtype == b.dtype == bool:
-        p, effect = _mcnemar(better=(a & ~b).sum(), worse=(b & ~a).sum())
-    else:
-        # centred, the resamples are what chance gives where there is no difference; ties count, whatever the rounding
-        extreme = np.abs(means - difference) >= np.abs(difference) * (1 - 1e-12)
-        # with the observed one among them, p is never 0
-        p = (extreme.sum() + 1) / (resamples + 1)
-        effect = difference / values.std(ddof=1) if np.ptp(values) else np.nan
-    return Paired(*map(float, (difference, low, high, p, effect)))
+        unseen = _unseen(values, found.fewest)
+        low = max(low - unseen, -1)
+        high = min(high + unseen, 1)
+    effect = found.mean / values.std(ddof=1) if np.ptp(values) else np.nan
+    return Paired(*map(float, (found.mean, low, high, p, effect)))
 
 
-def _mcnemar(better: int, worse: int) -> tuple[float, float]:
-    """McNemar's exact p and Cohen's g: what both have right, or both wrong, does not count."""
-    differ = better + worse
-    if differ == 0:
-        return 1.0, np.nan
-    return binomtest(better, differ).pvalue, better / differ - 0.5
+def _t_test(
+    difference: float, variance: float, df: float, fewest: int
+) -> tuple[float, float, float]:
+    """Interval, and p of no difference."""
+    if variance == 0:
+        return difference, difference, 2.0 ** (1 - fewest) if difference else 1.0
+    error = np.sqrt(variance)
+    half = t.ppf(0.975, df) * error
+    return difference - half, difference + half, 2 * t.sf(np.abs(difference) / error, df)
+
+
+def _unseen(differences: np.ndarray, fewest: int) -> float:
+    """How often, at most, answers may differ otherwise than all of them did; 0 where they vary, as variance tells."""
+    return 0.0 if np.ptp(differences) else proportion_interval(0.0, fewest)[1]
 
 
 def correct(p) -> tuple[np.ndarray, np.ndarray]:
@@ -351,117 +474,79 @@ class Contrast(NamedTuple):
 def contrast(first, second, first_groups=None, second_groups=None) -> Contrast:
     """Compare the means of two tasks on different samples: is the damage to one greater than to the other?
 
-    The unit is the group: Welch's t-test (doi:10.1093/biomet/34.1-2.28) on the means of groups, each counted once.
+    Welch's t-test (doi:10.1093/biomet/34.1-2.28) with the variances and degrees of freedom of `clustered_mean`. The two
+    sides are taken as independent: they share no context, item or draw.
 
     Parameters
     ----------
     first, second : array of float, shapes (n,) and (m,)
         Finite.
-    first_groups, second_groups : array, shapes (n,) and (m,), optional
-        Labels; without them each sample is a group.
+    first_groups, second_groups : array, shapes (n,) and (m,), or lists of such arrays, optional
+        Labels of one factor, or of several crossed ones; without them each sample is a group.
 
     Returns
     -------
     Contrast
         Of first - second. Where neither side varies the interval is the difference itself, and p is 1 where that is
-        zero and else 0, the limit of the test.
+        zero and else 2^(1 - G), with G the fewest groups of a factor: no less than a permutation test's.
 
     Raises
     ------
     ValueError
         There are fewer than 2 samples or groups on a side, values are not finite, or there is not one label a sample.
     """
-    x = _group_means(first, first_groups, "first")
-    y = _group_means(second, second_groups, "second")
-    difference = x.mean() - y.mean()
-    # means over groups of different sizes differ by rounding
-    if np.allclose(x, x[0], rtol=1e-12, atol=0) and np.allclose(y, y[0], rtol=1e-12, atol=0):
-        if np.isclose(x[0], y[0], rtol=1e-12, atol=0):
-            return Contrast(0.0, 0.0, 0.0, 1.0)
-        return Contrast(float(difference), float(difference), float(difference), 0.0)
+    sides = []
+    for name, values, groups in (
+        ("first", first, first_groups),
+        ("second", second, second_groups),
+    ):
+        if np.ndim(values) != 1:
+            raise ValueError(f"{name} has shape {np.shape(values)}: give one number a sample, (n,)")
+        sides.append(clustered_mean(values, groups, name))
+    x, y = sides
+    difference = x.mean - y.mean
+    variance = x.variance + y.variance
     # Welch's: nothing says that two tasks vary alike
-    test = ttest_ind(x, y, equal_var=False)
-    low, high = test.confidence_interval()
-    return Contrast(*map(float, (difference, low, high, test.pvalue)))
-
-
-def design_effect(values, groups) -> float:
-    """How many times the variance of the mean is what it would be were the samples independent (Kish 1965).
-
-    Parameters
-    ----------
-    values : array of float, shape (n,)
-        Finite.
-    groups : array, shape (n,)
-        Labels.
-
-    Returns
-    -------
-    float
-        The variance of the mean by linearization between groups, (G / (G - 1)) sum over groups of
-        (sum of x - mean)^2 / n^2, over s^2 / n. About 1 without correlation inside groups, exactly 1 for groups of one,
-        about the size of groups whose samples are all equal; NaN where all values are equal.
-
-    Raises
-    ------
-    ValueError
-        There are fewer than 2 samples or groups, values are not finite, or there is not one label a sample.
-    """
-    values, sums, sizes = _group_sums(values, groups, "values")
-    if (values == values[0]).all():
-        return np.nan
-    n = len(values)
-    n_groups = len(sizes)
-    between = n_groups / (n_groups - 1) * ((sums - sizes * values.mean()) ** 2).sum() / n**2
-    return float(between / (values.var(ddof=1) / n))
-
-
-def _group_sums(values, groups, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Checked values (n,), and the sum and the number of samples of every group."""
-    values, codes = checked_samples(values, groups, name)
-    if values.ndim != 1:
-        raise ValueError(f"{name} has shape {values.shape}: give one number a sample, (n,)")
-    return values, np.bincount(codes, values), np.bincount(codes)
-
-
-def _group_means(values, groups, name: str) -> np.ndarray:
-    _, sums, sizes = _group_sums(values, groups, name)
-    return sums / sizes
+    uncertainty = x.variance**2 / x.df + y.variance**2 / y.df
+    df = variance**2 / uncertainty if uncertainty else np.nan
+    test = _t_test(difference, variance, df, min(x.fewest, y.fewest))
+    return Contrast(*map(float, (difference, *test)))
 
 
 # --- tables of answers
 
 
-def accuracy(answers: pd.DataFrame, by: str | list[str]) -> pd.DataFrame:
-    """Accuracy with Wilson's interval for each group of rows.
+def groups_of(answers: pd.DataFrame, draws: Iterable[str] = ("draw",)) -> list[pd.Series]:
+    """What the rows of a table share: the crossed factors, for `groups`.
 
     Parameters
     ----------
     answers : DataFrame
-        From `evaluate`; of its columns ``correct`` counts.
-    by : str or list of str
-        Columns that tell the groups apart.
+        From `evaluate`, or a part of one.
+    draws : iterable of str
+        Columns of random draws.
 
     Returns
     -------
-    DataFrame
-        Indexed by `by`, in the order of the answers: n, accuracy, low, high.
+    list of Series
+        Contexts; items, where the table has a column ``item`` (a sample that has none is its own); and random draws of
+        heads, where there are several.
     """
-    table = answers.groupby(by, sort=False)["correct"].agg(n="size", accuracy="mean", hits="sum")
-    hits = table.pop("hits").astype(int)
-    table[["low", "high"]] = [proportion_interval(*row) for row in zip(hits, table.n)]
-    return table
+    found = [answers["context"]]
+    if "item" in answers:
+        found.append(answers["item"].where(answers["item"].notna(), answers["sample"]))
+    return found + [answers[d] for d in draws if d in answers and answers[d].nunique() > 1]
 
 
 def summary(
     answers: pd.DataFrame, by: str | list[str], metrics: Iterable[str] = METRICS
 ) -> pd.DataFrame:
-    """Means with bootstrap intervals, resampling contexts, for each group of rows.
+    """Means with intervals for each group of rows.
 
     Parameters
     ----------
     answers : DataFrame
-        From `evaluate`; of its columns ``context`` and the metrics count.
+        From `evaluate`; of its columns ``context``, ``item`` and ``draw`` (see `groups_of`) and the metrics count.
     by : str or list of str
         Columns that tell the groups apart.
     metrics : iterable of str
@@ -470,26 +555,106 @@ def summary(
     Returns
     -------
     DataFrame
-        Indexed by `by`, in the order of the answers: n and, for each metric, its mean, ``metric_low`` and
-        ``metric_high``.
+        Indexed by `by`, in the order of the answers: n (rows) and, for each metric, its mean, ``metric_low`` and
+        ``metric_high`` by `mean_interval`.
 
     Raises
     ------
     ValueError
-        A group has fewer than 2 contexts, or values that are not finite.
+        A group has fewer than 2 contexts or items, or values that are not finite.
     """
     metrics = list(metrics)
 
     def summarize(group: pd.DataFrame) -> pd.Series:
-        values = group[metrics].to_numpy(float)
-        low, high = mean_interval(values, groups=group["context"])
         row = {"n": len(group)}
-        for i, metric in enumerate(metrics):
-            row |= {metric: values[:, i].mean(), f"{metric}_low": low[i], f"{metric}_high": high[i]}
+        for metric in metrics:
+            values = group[metric].to_numpy()
+            low, high = mean_interval(values, groups_of(group))
+            row |= {metric: values.mean(), f"{metric}_low": low, f"{metric}_high": high}
         return pd.Series(row)
 
-    table = answers.groupby(by, sort=False)[[*metrics, "context"]].apply(summarize)
-    return table.astype({"n": np.int64})
+    return _by_group(answers, by, summarize)
+
+
+def _by_group(answers: pd.DataFrame, by: str | list[str], row) -> pd.DataFrame:
+    """A row, as `row` makes it of a part of the answers, for each of the groups."""
+    # columns by name: versions of pandas differ in whether those of `by` are among a group's
+    groups = answers.groupby(by, sort=False)[list(answers.columns)]
+    return groups.apply(row).astype({"n": np.int64})
+
+
+def normalised_damage(
+    answers: pd.DataFrame,
+    by: str | list[str],
+    chance: float | Mapping[str, float] | None = None,
+    intact: str = "intact",
+) -> pd.DataFrame:
+    """Accuracy lost, as a part of what there is to lose: (intact - accuracy) / (intact - chance level).
+
+    Parameters
+    ----------
+    answers : DataFrame
+        From `evaluate`. Conditions are told apart by the column ``condition``, or where there is none by ``heads``;
+        one of them is the intact model, on the same samples.
+    by : str or list of str
+        Columns that tell groups of rows apart.
+    chance : float or mapping of str to float, optional
+        Chance level of all, or of each ``domain``. None takes, of each domain, how often its commonest answer is right.
+    intact : str
+        The condition that the others are compared with.
+
+    Returns
+    -------
+    DataFrame
+        Indexed by `by`, in the order of the answers, without the intact condition: n (rows), damage, damage_low and
+        damage_high. 0 is no damage and 1 chance level; NaN where the intact model is not above it. Over several domains
+        it is the mean loss over the mean of what there is to lose.
+
+        The interval is that of a ratio of means by linearization (Woodruff 1971): with R the ratio, that of the mean
+        of (lost - R * what there is to lose) over what there is to lose, the chance level taken as given. Where all
+        answers changed alike it is as wide as in `paired`.
+
+    Raises
+    ------
+    ValueError
+        A sample lacks an answer of the intact model, or has several; a domain has no chance level; a group has fewer
+        than 2 contexts or items.
+    """
+    label = _label(answers)
+    before = answers[answers[label] == intact]
+    again = before["sample"][before["sample"].duplicated()]
+    if len(again):
+        raise ValueError(f"sample {again.iloc[0]!r} has several answers under {intact!r}: keep one")
+    if chance is None:
+        shares = before.groupby("domain")["answer"].value_counts(normalize=True)
+        chance = shares.groupby("domain").max()
+    table = answers[answers[label] != intact]
+    _check_answered(table["sample"], before["sample"], intact)
+    right = table["sample"].map(before.set_index("sample")["correct"]).astype(float)
+    level = chance if np.isscalar(chance) else table["domain"].map(chance)
+    table = table.assign(lost=right - table["correct"], to_lose=right - level)
+    unknown = table[table["to_lose"].isna()]
+    if len(unknown):
+        raise ValueError(
+            f"no chance level for domain {unknown['domain'].iloc[0]!r}: add it to chance="
+        )
+    return _by_group(table, by, _damage)
+
+
+def _damage(group: pd.DataFrame) -> pd.Series:
+    """A row of `normalised_damage`."""
+    lost = group["lost"].to_numpy()
+    to_lose = group["to_lose"].to_numpy()
+    scale = to_lose.mean()
+    if scale <= 0:
+        scale = np.nan
+    damage = lost.mean() / scale
+    # a ratio of means varies, to first order, as the mean of these
+    found = clustered_mean(lost - np.nan_to_num(damage) * to_lose, groups_of(group))
+    half = t.ppf(0.975, found.df) * np.sqrt(found.variance) + _unseen(lost, found.fewest)
+    half /= scale
+    bounds = {"damage_low": damage - half, "damage_high": damage + half}
+    return pd.Series({"n": len(group), "damage": damage} | bounds)
 
 
 def compare(
@@ -501,7 +666,8 @@ def compare(
     ----------
     answers : DataFrame
         From `evaluate`. Conditions are told apart by the column ``condition``, or where there is none by ``heads``.
-        Rows that differ in ``draw`` are draws of one control, and are averaged for each sample before it is paired.
+        Rows that differ in ``draw`` are draws of one condition: each is compared with each of the other side, and draws
+        are a factor of their own, crossed with contexts and items (see `groups_of`).
     condition : str
         The condition of interest.
     against : iterable of str
@@ -517,12 +683,11 @@ def compare(
         n
             Number of samples.
         accuracy_difference, accuracy_low, accuracy_high, accuracy_p, accuracy_effect
-            Of condition - control, negative where the condition is worse, from `paired` with contexts as groups:
-            McNemar's exact p and Cohen's g; where a sample has several draws, the bootstrap's p and d_z.
+            Of condition - control, negative where the condition is worse, from `paired`: t-test and Cohen's d_z.
         logprob_difference, logprob_low, logprob_high, logprob_p, logprob_effect
-            Likewise in nats, with the bootstrap's p and d_z.
+            Likewise in nats.
         design_effect
-            Of the difference in accuracy; McNemar's test knows nothing of contexts, and this says how far off that is.
+            Of the difference in accuracy.
         accuracy_holm, accuracy_bonferroni, logprob_holm, logprob_bonferroni
             p corrected over the family of all tests in the table.
 
@@ -531,14 +696,13 @@ def compare(
     ValueError
         A sample lacks an answer under one of the conditions, or has more than one that no column tells apart.
     """
-    label = "condition" if "condition" in answers else "heads"
     by = [by] if isinstance(by, str) else list(by)
     groups = answers.groupby(by, sort=False) if by else [((), answers)]
     rows = []
     for group, part in groups:
         for control in against:
             row = dict(zip(by, group)) | {"control": control}
-            rows.append(row | _compare_pair(part, label, condition, control))
+            rows.append(row | _compare_pair(part, condition, control))
     table = pd.DataFrame(rows).set_index([*by, "control"])
     # both measures are one family: whoever reads the table looks for the smallest p in it
     holm, bonferroni = correct(table[["accuracy_p", "logprob_p"]])
@@ -547,34 +711,38 @@ def compare(
     return table
 
 
-def _compare_pair(
-    answers: pd.DataFrame, label: str, condition: str, control: str
-) -> dict[str, float]:
+def _compare_pair(answers: pd.DataFrame, condition: str, control: str) -> dict[str, float]:
     """A row of `compare`, but for what is corrected."""
-    names = [condition, control]
-    answers = answers[answers[label].isin(names)]
-    _check_draws(answers, label)
-    # several draws are one control: averaged first, or they would count as samples of their own
-    means = answers.groupby(["context", "sample", label])[["correct", "logprob"]].mean().unstack()
-    # a condition without a single row becomes a column of NaN, and is named below
-    right = means["correct"].reindex(columns=names)
-    logprob = means["logprob"].reindex(columns=names)
-    for name in names:
-        lacking = right.index[right[name].isna()]
-        if len(lacking):
-            raise ValueError(
-                f"sample {lacking[0][1]!r} has no answer under {name!r}: evaluate both on the same samples"
-            )
-    contexts = right.index.get_level_values("context")
-    design = design_effect(right[condition] - right[control], contexts)
-    # one answer each is right or wrong, for McNemar's test; a mean over draws is neither
-    if len(answers) == right.size:
-        right = right.astype(bool)
-    row = {"n": len(right)}
-    for measure, sides in (("accuracy", right), ("logprob", logprob)):
-        test = paired(sides[condition], sides[control], contexts)
+    label = _label(answers)
+    sides = [answers[answers[label] == name] for name in (condition, control)]
+    for side in sides:
+        _check_draws(side, label)
+    first, second = sides
+    _check_answered(second["sample"], first["sample"], condition)
+    _check_answered(first["sample"], second["sample"], control)
+    # every draw of the one with every draw of the other; a single answer each is one pair
+    pairs = first.merge(second, on="sample", suffixes=("", "_control"))
+    groups = groups_of(pairs, draws=("draw", "draw_control"))
+    row = {"n": pairs["sample"].nunique()}
+    for measure, column in (("accuracy", "correct"), ("logprob", "logprob")):
+        test = paired(pairs[column], pairs[f"{column}_control"], groups)
         row |= {f"{measure}_{field}": value for field, value in test._asdict().items()}
-    return row | {"design_effect": design}
+    lost = pairs["correct"].astype(float) - pairs["correct_control"]
+    return row | {"design_effect": design_effect(lost, groups)}
+
+
+def _label(answers: pd.DataFrame) -> str:
+    """The column that tells conditions apart."""
+    return "condition" if "condition" in answers else "heads"
+
+
+def _check_answered(samples: pd.Series, answered: pd.Series, name: str) -> None:
+    """Raise ValueError where one of the samples is not among those that were answered under a condition."""
+    lacking = samples[~samples.isin(answered)]
+    if len(lacking):
+        raise ValueError(
+            f"sample {lacking.iloc[0]!r} has no answer under {name!r}: evaluate both on the same samples"
+        )
 
 
 def _check_draws(answers: pd.DataFrame, label: str) -> None:

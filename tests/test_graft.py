@@ -90,6 +90,7 @@ def test_the_target_is_where_the_next_name_stands(grafted, task):
         said = s.question.split()
         [place] = tagged.evidence
         assert len(said) == 6 and s.answer.strip() not in said
+        assert s.meta["item"] == s.answer.strip()
         if task == "copy_text":
             assert tagged.ids[place] == tagged.ids[tagged.answer][0]
             before = grafted.tokenizer.decode(tagged.ids[place - 6 : place]).split()
@@ -186,6 +187,9 @@ def test_facts_are_split_and_say_nothing_of_their_answer():
         == "Go on: " + plain.messages[0]["content"][0]["text"]
     )
     assert plain.answer == " " + chat.answer
+    # a fact that is asked in two ways is one item
+    assert plain.meta["item"] == chat.meta["item"] == chat.answer
+    assert len({s.meta["item"] for s in parts["test"]}) < 40
     with pytest.raises(ValueError, match="n=500"):
         samples("facts", n=500)
 

@@ -134,6 +134,21 @@ def test_pictures_may_be_larger_than_their_cells():
         samples("document", cells=7, side=3)
 
 
+def test_items_are_what_answers_are_read_from():
+    for domain in ("image", "document", "video"):
+        asked = [s for seed in (0, 1) for s in samples(domain, n=60, questions=3, seed=seed)]
+        glyphs = [int(s.meta["item"].removeprefix("glyph ")) for s in asked]
+        assert [str(digits()[1][glyph]) for glyph in glyphs] == [s.answer for s in asked]
+        # pictures of any seed share them
+        assert set(glyphs[:60]) & set(glyphs[60:]) and len(set(glyphs)) < 120
+    for sample in samples("text", n=20, questions=4):
+        assert sample.meta["item"] == sample.evidence[0].text
+    for sample in samples("text_only", n=20):
+        assert sample.meta["item"] == sample.question
+    for domain in ("majority", "count"):
+        assert all(s.meta["item"] == s.id for s in samples(domain, n=20, questions=2))
+
+
 def test_splits_share_no_handwriting():
     used = {split: set(range(*bounds)) for split, bounds in SPLITS.items()}
     assert (

@@ -149,6 +149,7 @@ def samples(
     Returns
     -------
     list of Sample
+        Their meta: domain, item (the name or fact to say, which other samples may share) and, but for facts, scene.
 
     Raises
     ------
@@ -193,7 +194,8 @@ def samples(
             end = start + repeat  # the name to say, and where it stands the evidence
             question = "".join(words[start:end])
             messages = [{"role": "user", "content": [*context, _text(question)]}]
-            meta = {"domain": task, "scene": scene}
+            # 35 names come back in all samples; those of the same handwritten digit have the same name
+            meta = {"domain": task, "scene": scene, "item": NAMES[names[end]]}
             found.append(
                 Sample(f"{prefix}-{scene}-{i}", messages, [where[end]], words[end], question, meta)
             )
@@ -214,10 +216,10 @@ def _facts(rng: np.random.Generator, split: str, n: int, seed: int, ask: str) ->
     for i in rng.permutation(part)[:n]:
         prompt, answer = known[i]
         messages = [{"role": "user", "content": [_text(ask + prompt)]}]
+        # a fact is known or not however it is asked, and no two have the same answer
+        meta = {"domain": "facts", "item": answer}
         answer = answer if ask else f" {answer}"
-        found.append(
-            Sample(f"facts-{split}-{seed}-{i}", messages, [], answer, meta={"domain": "facts"})
-        )
+        found.append(Sample(f"facts-{split}-{seed}-{i}", messages, [], answer, meta=meta))
     return found
 
 
