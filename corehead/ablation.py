@@ -61,7 +61,9 @@ class Reference:
         self.donor_of = dict(donor_of or {})
         unknown = set(self.donor_of.values()) - set(self.names)
         if unknown:
-            raise ValueError(f"donor {min(unknown)!r} is not one of the samples: give it as well")
+            raise ValueError(
+                f"donor {min(unknown)!r} is not one of the samples: give it as well"
+            )
         # by layer and phase, computed when asked for
         self._outputs: dict[tuple[int, str], list[torch.Tensor]] = {}
         self._rows: dict[str, list[torch.Tensor]] = {}
@@ -92,7 +94,9 @@ class Reference:
         """(L, H, D) float32, mean output of every head over all tokens of all samples."""
         # only sums are kept: outputs of all tokens in all layers might not fit
         sums = self._run(range(self.mllm.n_layers), "both", _sum_over_tokens)
-        total = sum(torch.stack([part.sum(0) for part in layers.values()]) for layers in sums)
+        total = sum(
+            torch.stack([part.sum(0) for part in layers.values()]) for layers in sums
+        )
         return total / sum(len(t.ids) for t in self.tagged)
 
     def outputs(self, layers: Iterable[int], phase: str) -> dict[int, list[torch.Tensor]]:
@@ -172,9 +176,13 @@ class Ablation:
 
     def __post_init__(self):
         if self.mode not in MODES:
-            raise ValueError(f"mode={self.mode!r}: take one of {', '.join(map(repr, MODES))}")
+            raise ValueError(
+                f"mode={self.mode!r}: take one of {', '.join(map(repr, MODES))}"
+            )
         if self.phase not in PHASES:
-            raise ValueError(f"phase={self.phase!r}: take one of {', '.join(map(repr, PHASES))}")
+            raise ValueError(
+                f"phase={self.phase!r}: take one of {', '.join(map(repr, PHASES))}"
+            )
         # of two, one is another sample than the one that runs
         least = {"mean": 1, "resample": 2, "patch": 1}.get(self.mode, 0)
         if least and not isinstance(self.reference, Reference):
@@ -182,7 +190,9 @@ class Ablation:
                 f"mode={self.mode!r} needs reference=, a Reference to take the heads' outputs from"
             )
         if least and len(self.reference.tagged) < least:
-            raise ValueError(f"mode={self.mode!r} needs a reference of at least {least} samples")
+            raise ValueError(
+                f"mode={self.mode!r} needs a reference of at least {least} samples"
+            )
         if self.mode == "patch" and not self.reference.donor_of:
             raise ValueError(
                 "mode='patch' needs a reference with donor_of=, which says whose outputs go where"
@@ -196,7 +206,12 @@ class Ablation:
     def key(self) -> str:
         """What tells this ablation from others in a store."""
         return digest(
-            [list(self.heads), self.mode, self.phase, self.reference.key if self.reference else ""]
+            [
+                list(self.heads),
+                self.mode,
+                self.phase,
+                self.reference.key if self.reference else "",
+            ]
         )
 
     @property
@@ -231,11 +246,14 @@ class Ablation:
         # layers without an edited head need no hook
         layers = np.flatnonzero(masks.any((0, 2))).tolist()
         if self.reference is not None and self.reference.mllm is None:
-            self.reference.mllm = mllm  # on a worker, which got the reference without its model
+            self.reference.mllm = (
+                mllm  # on a worker, which got the reference without its model
+            )
         if self.needs_own_row:
             self.reference.outputs(layers, self.phase)  # of all layers in one run
         return {
-            layer: [self._hook(mllm, layer, torch.from_numpy(masks[:, layer]))] for layer in layers
+            layer: [self._hook(mllm, layer, torch.from_numpy(masks[:, layer]))]
+            for layer in layers
         }
 
     def _hook(self, mllm: MLLM, layer: int, heads: torch.Tensor) -> Hook:
@@ -313,7 +331,9 @@ class ZeroedEdges(_HeadHook):
         if not len(rows):
             return out
         value = call.value.float()
-        value = value.repeat_interleave(call.query.shape[1] // value.shape[1], 1)  # (B, H, N, D)
+        value = value.repeat_interleave(
+            call.query.shape[1] // value.shape[1], 1
+        )  # (B, H, N, D)
         where = self.where(call).expand(-1, call.rows, -1)
         out = out.clone()
         for part, weights in row_weights(call, torch.from_numpy(rows).to(call.device)):
@@ -361,7 +381,9 @@ class _Donors:
                     f"sample {name!r} has no donor: name one in the reference's donor_of"
                 )
             return self.reference.names.index(self.reference.donor_of[name])
-        others = [i for i, other in enumerate(self.reference.names) if not name or other != name]
+        others = [
+            i for i, other in enumerate(self.reference.names) if not name or other != name
+        ]
         # from the name and not from a generator: a worker, a resumed run and every layer find the same one
         return others[int(digest(name or row), 16) % len(others)]
 

@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 
 NAME = "corehead"
 # what decoders call their cache: "cache" from transformers 5.24 on
-CACHE = "cache" if "cache" in signature(LlamaModel.forward).parameters else "past_key_values"
+CACHE = (
+    "cache" if "cache" in signature(LlamaModel.forward).parameters else "past_key_values"
+)
 # attention weights (float32) held at once while rows are read: what stays in a CPU's cache, what keeps a GPU busy
 WEIGHTS_BLOCK = {"cpu": 2**18, "cuda": 2**26}
 # elements of a KV head's mask that are held at once; SDPA makes floats of them, 64 MiB in float32
@@ -231,7 +233,9 @@ class Call:
     def known_roles(self, purpose: str) -> TokenRoles:
         """The roles of the tokens, or a ValueError that says what must know them."""
         if self.roles is None:
-            raise ValueError(f"{purpose}: pass tagged=, or run corehead's evaluate or score inside")
+            raise ValueError(
+                f"{purpose}: pass tagged=, or run corehead's evaluate or score inside"
+            )
         return self.roles
 
     def in_phase(self, phase: str) -> torch.Tensor:
@@ -239,7 +243,9 @@ class Call:
         if self.roles is None and phase in ("prefill", "decode"):
             # good enough for generate(), which feeds the prompt and then one token at a time
             decoding = self.rows == 1 and self.n > 1
-            return torch.full((1, self.rows), decoding == (phase == "decode"), device=self.device)
+            return torch.full(
+                (1, self.rows), decoding == (phase == "decode"), device=self.device
+            )
         known = self.known_roles(f"phase={phase!r} must know the question")
         roles = known.roles[:, self.first : self.n]  # (B, R)
         of_phase = torch.tensor(PHASES[phase], dtype=roles.dtype)
@@ -247,7 +253,9 @@ class Call:
 
     def query_of(self, rows: torch.Tensor) -> torch.Tensor:
         """(B, R) int64, the evidence set that each of some rows looks for, -1 for none; on the CPU."""
-        return self.known_roles("knockout must know V*").query_of[:, self.first + rows.cpu()]
+        return self.known_roles("knockout must know V*").query_of[
+            :, self.first + rows.cpu()
+        ]
 
     def evidence_of(self, rows: torch.Tensor) -> torch.Tensor:
         """(B, R, N) bool, the evidence that each of some rows looks for; nothing for rows that look for none."""
@@ -354,7 +362,9 @@ def hooks(
     try:
         for layer, (module, outer) in enumerate(zip(modules, before)):
             mine = tuple((by_layer or {}).get(layer, ()))
-            module.corehead = Active(outer.hooks + mine, outer.roles if roles is None else roles)
+            module.corehead = Active(
+                outer.hooks + mine, outer.roles if roles is None else roles
+            )
         yield
     finally:
         config._attn_implementation = implementation
@@ -448,7 +458,9 @@ def full_attention(
     return masked_attention(call, call.all_rows())
 
 
-def masked_attention(call: Call, rows: torch.Tensor, hooks: Sequence[Hook] = ()) -> torch.Tensor:
+def masked_attention(
+    call: Call, rows: torch.Tensor, hooks: Sequence[Hook] = ()
+) -> torch.Tensor:
     """Exact attention of some rows under explicit masks, (B, R, H, D).
 
     No more than MASK_BLOCK elements of a KV head's mask are held at once.
@@ -468,7 +480,9 @@ def masked_attention(call: Call, rows: torch.Tensor, hooks: Sequence[Hook] = ())
         attended = scaled_dot_product_attention(
             query, call.key, call.value, attn_mask=seen, scale=call.scaling
         )
-        attended = attended.unflatten(2, (group, -1)).permute(0, 3, 1, 2, 4)  # (B, r, Hkv, g, D)
+        attended = attended.unflatten(2, (group, -1)).permute(
+            0, 3, 1, 2, 4
+        )  # (B, r, Hkv, g, D)
         out[:, i * block : i * block + len(part)] = attended.flatten(2, 3)  # (B, r, H, D)
     return out
 
@@ -509,7 +523,11 @@ def attention_forward(
 
 
 def _attend(
-    call: Call, hooks: Sequence[Hook], module: torch.nn.Module, dropout: float, options: dict
+    call: Call,
+    hooks: Sequence[Hook],
+    module: torch.nn.Module,
+    dropout: float,
+    options: dict,
 ) -> torch.Tensor:
     """The output under all masks, in front of what `Hook.output` changes."""
     out = None

@@ -82,7 +82,11 @@ def null_sample(sample: Sample, question: str) -> Sample:
     # from the end, since the question may be quoted earlier, too
     for m in reversed(range(len(messages))):
         content = messages[m]["content"]
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
+        parts = (
+            [{"type": "text", "text": content}]
+            if isinstance(content, str)
+            else list(content)
+        )
         for p in reversed(range(len(parts))):
             if question in parts[p].get("text", ""):
                 in_front, _, behind = parts[p]["text"].rpartition(question)
@@ -288,7 +292,9 @@ def _shared_tokens(sequences: list[TaggedSample], to_last: bool) -> int:
     """How many tokens stand in front of every question, the same in all sequences; 0 if a picture stands behind."""
     first = sequences[0]
     # never a token of a question, even if all begin alike: those are the query rows, which a block must hold
-    ends = [t.last if to_last or not len(t.question) else int(t.question[0]) for t in sequences]
+    ends = [
+        t.last if to_last or not len(t.question) else int(t.question[0]) for t in sequences
+    ]
     shared = min(ends)
     for t in sequences[1:]:
         n = min(shared, len(t.ids))
@@ -365,14 +371,18 @@ class Packed:
                 evidence = keys[torch.from_numpy(block.tagged.evidence)]
                 self.roles.evidence[slot.row, 0, evidence] = True
             self.roles.last[slot.row] = keys[block.tagged.last]
-        if len(self.slots) > rows:  # a row has many questions, each with a last token of its own
+        if (
+            len(self.slots) > rows
+        ):  # a row has many questions, each with a last token of its own
             self.roles.last = None
 
     def keys(self, c: int, k: int, tokens: np.ndarray) -> np.ndarray:
         """Positions among the keys, padding and prefix included, of tokens of a block's full sequence."""
         slot = self.slots[c, k]
         shared = self.contexts[c].shared
-        return np.where(tokens < shared, slot.padding + tokens, slot.start + tokens - shared)
+        return np.where(
+            tokens < shared, slot.padding + tokens, slot.start + tokens - shared
+        )
 
     def rows(self, c: int, k: int, tokens: np.ndarray) -> np.ndarray:
         """Rows of `chunk` of tokens behind the prefix."""
@@ -384,7 +394,9 @@ class Packed:
             yield c, k, self.contexts[c].blocks[k]
 
 
-def pack(mllm: MLLM, batch: list[Context], *, alone: bool = False, apart: bool = False) -> Packed:
+def pack(
+    mllm: MLLM, batch: list[Context], *, alone: bool = False, apart: bool = False
+) -> Packed:
     """Make the model's inputs of a batch of contexts, all with a prefix or all without.
 
     Parameters
@@ -421,7 +433,9 @@ def _pack_behind(mllm: MLLM, batch: list[Context], apart: bool) -> Packed:
     # one block's whole sequence tells the positions of the prefix and where those behind it go on
     sequences = [_positions(mllm, c.blocks[0].tagged) for c in batch]
     before = [p[..., : c.shared] for c, p in zip(batch, sequences)]
-    prefix = to_model(prefixes, mllm) | dict(position_ids=_pad_left(before, width).to(mllm.device))
+    prefix = to_model(prefixes, mllm) | dict(
+        position_ids=_pad_left(before, width).to(mllm.device)
+    )
 
     in_rows = [(c, list(range(len(context.blocks)))) for c, context in enumerate(batch)]
     if apart:
@@ -602,7 +616,9 @@ def embedded(mllm: MLLM, inputs: dict[str, Any]) -> dict[str, Any]:
         caught.update({k: v for k, v in kwargs.items() if v is not None})
         raise _Stop
 
-    handle = mllm.family.decoder(mllm.model).register_forward_pre_hook(stop, with_kwargs=True)
+    handle = mllm.family.decoder(mllm.model).register_forward_pre_hook(
+        stop, with_kwargs=True
+    )
     try:
         mllm.model(**inputs, use_cache=False)
     except _Stop:
@@ -693,7 +709,9 @@ class Feed:
         """Tokens of one run, padding included; with intact contexts those are copied, eight in the time of one."""
         before = self.packed.before
         rows = self.n_rows * self.chunk["inputs_embeds"].shape[1]
-        return rows + (self.n_rows * before // 8 if intact else len(self.packed.contexts) * before)
+        return rows + (
+            self.n_rows * before // 8 if intact else len(self.packed.contexts) * before
+        )
 
     def run(
         self, conditions: Sequence[Condition | None] = (None,), wanted: Wanted | None = None
@@ -760,7 +778,9 @@ class Feed:
                 hidden = decode(mllm, step, cache, 1, Wanted.last(times * rows, 1))[0]
         return [written[i * rows : (i + 1) * rows] for i in range(times)]
 
-    def _applied(self, conditions: Sequence[Condition | None], rows: int, roles: TokenRoles):
+    def _applied(
+        self, conditions: Sequence[Condition | None], rows: int, roles: TokenRoles
+    ):
         """The hooks of conditions that have `rows` batch rows each."""
         # the first of a group makes the hooks for all: one hook a layer tells the batch rows apart
         lead = conditions[0]
@@ -895,7 +915,9 @@ def _repeated(feed: dict[str, Any], times: int) -> dict[str, Any]:
     for name, value in feed.items():
         if name == "deepstack_visual_embeds":
             value = [x.repeat(times, 1) for x in value]
-        elif name == "position_ids":  # (B, N) or (3, B, N): the batch does not always come first
+        elif (
+            name == "position_ids"
+        ):  # (B, N) or (3, B, N): the batch does not always come first
             value = value.repeat(*[1] * (value.dim() - 2), times, 1)
         elif torch.is_tensor(value) and value.dim():
             value = value.repeat(times, *[1] * (value.dim() - 1))

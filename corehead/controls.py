@@ -162,7 +162,9 @@ def attribution(
             # padding is on the left, so that answers end together and logits of the last rows are enough
             keep = 1 + max(len(block.answer) for _, block in placed)
             with torch.enable_grad(), hooks(mllm, by_layer, packed.roles):
-                logits = mllm.model(**packed.chunk, use_cache=False, logits_to_keep=keep).logits
+                logits = mllm.model(
+                    **packed.chunk, use_cache=False, logits_to_keep=keep
+                ).logits
             total = torch.zeros((), device=logits.device)
             for row, block in placed:
                 answer = torch.from_numpy(block.answer)

@@ -91,7 +91,9 @@ def on_ray(
         raise ImportError("engine='ray' needs Ray: pip install 'corehead[ray]'") from error
     waiting = []
     for shard in shards(samples, batch_size):
-        given = [x.sample if isinstance(x, TaggedSample) else x for x in shard if x is not None]
+        given = [
+            x.sample if isinstance(x, TaggedSample) else x for x in shard if x is not None
+        ]
         # workers cannot ask the driver what a sample lacks, so that the answer travels along; the first `put` also
         # starts Ray, where it does not run
         waiting.append(ray.put((shard, lacking(sample.id for sample in given))))
@@ -124,7 +126,9 @@ def on_ray(
 def _loader(ray: Any, mllm: MLLM) -> Callable[..., MLLM]:
     """What a worker calls, with its device, to have the model."""
     # the dtype that the driver's model has: on other hardware "auto" may come out as another
-    options = dict(revision=mllm.revision, dtype=str(mllm.model.dtype).removeprefix("torch."))
+    options = dict(
+        revision=mllm.revision, dtype=str(mllm.model.dtype).removeprefix("torch.")
+    )
     folder = Path(mllm.source)
     if mllm.source and folder.is_dir():
         # absolute, since actors may have a working directory of their own
@@ -151,7 +155,9 @@ def _received(reference: Any, device: str) -> MLLM:
 class _Worker:
     """An actor: the model, and what to do with a shard."""
 
-    def __init__(self, loader: Callable[..., MLLM], weights: str, work: Callable, waiting: list):
+    def __init__(
+        self, loader: Callable[..., MLLM], weights: str, work: Callable, waiting: list
+    ):
         self.mllm = loader(device="cuda" if torch.cuda.is_available() else "cpu")
         self.work = work
         self.waiting = waiting

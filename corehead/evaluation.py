@@ -171,7 +171,9 @@ def _work(
     """Answers of every sample under the conditions that it lacks, a list a batch."""
     # without the question's own tokens, blocks are a token or two
     late = all(c is not None and c.leaves_prompt_intact for c in conditions.values())
-    for batch in batches(mllm, samples, batch_size, need_answer=True, to_last=late, fail=fail):
+    for batch in batches(
+        mllm, samples, batch_size, need_answer=True, to_last=late, fail=fail
+    ):
         # of a store that is extended, only the new conditions run
         keys = lacking(t.sample.id for context in batch for t in context.members)
         yield _answers(mllm, batch, {key: conditions[key] for key in keys}, new_tokens)
@@ -179,7 +181,10 @@ def _work(
 
 @torch.inference_mode()
 def _answers(
-    mllm: MLLM, batch: list[Context], conditions: dict[str, Condition | None], new_tokens: int
+    mllm: MLLM,
+    batch: list[Context],
+    conditions: dict[str, Condition | None],
+    new_tokens: int,
 ) -> list[dict]:
     """Answers of a batch of contexts under every condition, a row each; with new_tokens also written freely."""
     rows = []
@@ -209,7 +214,9 @@ def _groups(conditions: dict[str, Condition | None]) -> list[dict[str, Condition
 class _Answering:
     """A batch whose answers are wanted under many conditions: media are read once."""
 
-    def __init__(self, mllm: MLLM, batch: list[Context], alone: bool, apart: bool, new_tokens: int):
+    def __init__(
+        self, mllm: MLLM, batch: list[Context], alone: bool, apart: bool, new_tokens: int
+    ):
         self.mllm = mllm
         self.new_tokens = new_tokens
         packed = pack(mllm, batch, alone=alone, apart=apart)
@@ -293,17 +300,19 @@ class _Answering:
 
     def _against_foil(self, logits: torch.Tensor, block: Block) -> dict:
         """The answer against the sample's foil, at the first token in which the two differ."""
-        foil = self.mllm.tokenizer(block.tagged.sample.foil, add_special_tokens=False)["input_ids"]
+        foil = self.mllm.tokenizer(block.tagged.sample.foil, add_special_tokens=False)[
+            "input_ids"
+        ]
         for place, (own, other) in enumerate(zip(block.answer.tolist(), foil)):
             if own != other:
                 contrast = logits[place, own] - logits[place, other]
                 flipped = int(logits[place].argmax()) == other
                 return {"contrast": float(contrast), "flipped": flipped}
         sample = block.tagged.sample
-        problem = (
-            f"{sample.foil!r} begins as the answer {sample.answer!r} does, or is its beginning"
+        problem = f"{sample.foil!r} begins as the answer {sample.answer!r} does, or is its beginning"
+        raise SampleError(
+            sample.id, "foil", problem, "Give one that differs in some token of both"
         )
-        raise SampleError(sample.id, "foil", problem, "Give one that differs in some token of both")
 
     def _text(self, ids: list[int]) -> str:
         if self.mllm.processor is None:

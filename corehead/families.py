@@ -89,9 +89,13 @@ class Family:
         ids = [getattr(config, f"{kind}_token_id", None) for kind in ("image", "video")]
         return [i for i in ids if i is not None]
 
-    def positions(self, model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    def positions(
+        self, model: PreTrainedModel, inputs: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
         """Position ids of a whole unpadded sequence, (1, L) or (3, 1, L)."""
-        return torch.arange(inputs["input_ids"].shape[1], device=inputs["input_ids"].device)[None]
+        return torch.arange(
+            inputs["input_ids"].shape[1], device=inputs["input_ids"].device
+        )[None]
 
     def views(self, kind, index, size, config, processor, inputs) -> list[np.ndarray]:
         """The pixels that the visual tokens of one image or video look at, in the order of the tokens.
@@ -110,7 +114,9 @@ class Family:
         """
         raise NotImplementedError(f"{self.name} reads no {kind}")
 
-    def block_lengths(self, kind, sizes, total, config, processor, inputs) -> list[list[int]]:
+    def block_lengths(
+        self, kind, sizes, total, config, processor, inputs
+    ) -> list[list[int]]:
         """How the visual tokens of a prompt follow each other in blocks: P_k of eqs. 9-10, 14, 18 and 19.
 
         Parameters
@@ -222,7 +228,9 @@ class InternVL(Family):
         if kind == "video":
             return [[tile] * frames for frames, _, _ in sizes]
         count = processor.image_processor.get_number_of_image_patches
-        tiles = [count(height, width, {"crop_to_patches": True}) for _, height, width in sizes]
+        tiles = [
+            count(height, width, {"crop_to_patches": True}) for _, height, width in sizes
+        ]
         return [[n * tile] for n in tiles]
 
 
@@ -270,7 +278,9 @@ class LlavaOnevision(Family):
             tiles = np.arange(new // side)[:, None, None] * side + patches
             padding = (new - fitted) // 2
             scale_back = old / fitted
-            axes.append(_pixels(tiles.reshape(-1, 2), scale_back, padding * scale_back, old))
+            axes.append(
+                _pixels(tiles.reshape(-1, 2), scale_back, padding * scale_back, old)
+            )
         # the model's own function says how many rows and columns of features it keeps
         features = torch.empty(1, *map(len, axes))
         kept = unpad_image(features, size).shape[1:]

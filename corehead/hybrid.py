@@ -101,9 +101,13 @@ class HybridAttention:
             )
         # the kernels of one pattern would not know the other
         if any(isinstance(hook, StreamingHeads) for hook in hooks_in_force(mllm)):
-            raise ValueError("hybrid attention is in force already: leave that context first")
+            raise ValueError(
+                "hybrid attention is in force already: leave that context first"
+            )
 
-    def hooks(self, mllm: MLLM, beside: Sequence[Any] = (), rows: int = 1) -> dict[int, list[Hook]]:
+    def hooks(
+        self, mllm: MLLM, beside: Sequence[Any] = (), rows: int = 1
+    ) -> dict[int, list[Hook]]:
         """A hook for each layer with streaming heads."""
         # a layer whose heads are all full runs as it always does
         layers = np.flatnonzero(~self.full.mask.all(1)).tolist()
@@ -157,7 +161,9 @@ def hybrid_attention(
         caches.open = False
 
 
-def from_duo_attention(path: str | Path, mllm: MLLM, threshold: float = 0.5) -> HybridAttention:
+def from_duo_attention(
+    path: str | Path, mllm: MLLM, threshold: float = 0.5
+) -> HybridAttention:
     """Read a pattern folder of DuoAttention (arXiv 2410.10819).
 
     Parameters
@@ -252,13 +258,17 @@ class StreamingHeads(Hook):
         row = positions[:, call.first + rows, None]
         key = positions[:, None]
         hidden = (row - key >= self.recent) & (key >= self.sinks)  # (B or 1, R, N)
-        return hidden[:, None] & ~self.full[:, None, None]  # (B or 1, H, R, N): full heads see all
+        return (
+            hidden[:, None] & ~self.full[:, None, None]
+        )  # (B or 1, H, R, N): full heads see all
 
     def attend(self, call: Call) -> torch.Tensor | None:
         if self._masks(call):  # never over a split cache: see _Caches.prepare
             return None
         cache, self.pending = self.pending, None
-        out = call.query.new_empty(call.batch, call.rows, len(self.full), call.value.shape[-1])
+        out = call.query.new_empty(
+            call.batch, call.rows, len(self.full), call.value.shape[-1]
+        )
         for kind, (heads, groups) in self.kinds.items():
             key = call.key[:, groups]
             value = call.value[:, groups]
@@ -363,10 +373,14 @@ class _Caches:
         if active(self.mllm.attentions[0]).roles is not None:
             return True
         others = [
-            hook for hook in hooks_in_force(self.mllm) if not isinstance(hook, StreamingHeads)
+            hook
+            for hook in hooks_in_force(self.mllm)
+            if not isinstance(hook, StreamingHeads)
         ]
         # hooks that only change outputs do not care which keys there are
-        return any(hook.rows is not None or type(hook).mask is not Hook.mask for hook in others)
+        return any(
+            hook.rows is not None or type(hook).mask is not Hook.mask for hook in others
+        )
 
     def _adopt(self, past: Cache, by_layer: dict[int, StreamingHeads]) -> None:
         """Make an empty cache one of these, split in layers that have a hook."""
@@ -454,7 +468,9 @@ class HybridLayer(DynamicLayer):
         self._each(lambda x: x.repeat_interleave(repeats, 0))
 
     def crop(self, *args) -> None:
-        raise ValueError("a split cache cannot be cropped: tokens outside the window are gone")
+        raise ValueError(
+            "a split cache cannot be cropped: tokens outside the window are gone"
+        )
 
 
 class Buffer:
@@ -491,7 +507,9 @@ class Buffer:
             self._make_room(new, end)
             self._write(new, begin)
             return [x[:, :, :end] for x in self.tensors]
-        if end == begin + 1:  # the new key takes the place of the one that falls out of sight
+        if (
+            end == begin + 1
+        ):  # the new key takes the place of the one that falls out of sight
             self._write(new, self.oldest)
             # behind the last slot comes the first one behind the sinks
             self.oldest = max((self.oldest + 1) % self.slots, self.sinks)
@@ -552,7 +570,9 @@ def stream_chunked(call: Call, sinks: int, recent: int) -> torch.Tensor:
     column = torch.arange(block + recent - 1, device=call.device)
     window = (column >= row) & (column < row + recent)  # the same for every block
     seen = torch.cat([window.new_ones(block, sinks), window], 1)
-    before = call.key.shape[2] - call.rows - (recent - 1)  # keys in front of the first row's window
+    before = (
+        call.key.shape[2] - call.rows - (recent - 1)
+    )  # keys in front of the first row's window
     parts = []
     for query in call.query.split(block, 2):
         rows = query.shape[2]
@@ -589,7 +609,9 @@ def _compiled() -> Callable[..., torch.Tensor]:
 
 
 @lru_cache(maxsize=8)
-def blocks(rows: int, keys: int, sinks: int, recent: int, device: torch.device) -> BlockMask:
+def blocks(
+    rows: int, keys: int, sinks: int, recent: int, device: torch.device
+) -> BlockMask:
     """Which blocks of TILE keys the streaming rows see, from their positions alone; all layers share a table.
 
     Rows are the last ones of the keys; the first `sinks` keys are in no row's window.

@@ -129,9 +129,7 @@ class MLLM:
     def __repr__(self) -> str:
         name = self.source or type(self.model).__name__
         heads = f"{self.n_layers} layers x {self.n_heads} heads ({self.n_kv_heads} KV)"
-        return (
-            f"MLLM({name}: {self.family.name}, {heads}, {self.model.num_parameters():,} parameters)"
-        )
+        return f"MLLM({name}: {self.family.name}, {heads}, {self.model.num_parameters():,} parameters)"
 
 
 def device_of(module: torch.nn.Module) -> torch.device:
@@ -141,7 +139,9 @@ def device_of(module: torch.nn.Module) -> torch.device:
         return weight.device
     # accelerate leaves a placeholder on "meta", and its hook loads the weights whenever the module runs
     hooks = (getattr(part, "_hf_hook", None) for part in module.modules())
-    return next((torch.device(h.execution_device) for h in hooks if h is not None), weight.device)
+    return next(
+        (torch.device(h.execution_device) for h in hooks if h is not None), weight.device
+    )
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,10 @@ class Memory:
 
 
 def memory(
-    source: str | Path | PretrainedConfig, dtype: str | torch.dtype = "auto", *, tokens: int = 0
+    source: str | Path | PretrainedConfig,
+    dtype: str | torch.dtype = "auto",
+    *,
+    tokens: int = 0,
 ) -> Memory:
     """What it takes to score a prompt, from the configuration alone: nothing is loaded.
 
@@ -200,7 +203,9 @@ def memory(
     --------
     >>> print(ch.models.memory("Qwen/Qwen3-VL-8B-Instruct", "bfloat16", tokens=131072))
     """
-    config = source if isinstance(source, PretrainedConfig) else _read_config(_find(str(source)))
+    config = (
+        source if isinstance(source, PretrainedConfig) else _read_config(_find(str(source)))
+    )
     dtype = _dtype(config, dtype)
     # on "meta" tensors have shapes and no memory; tied weights are one parameter, and count once
     with torch.device("meta"):
@@ -209,15 +214,21 @@ def memory(
     if not tokens:
         return Memory(weights, 0, 0)
     text = config.get_text_config()
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    head_dim = (
+        getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    )
     keys = text.num_key_value_heads * head_dim * tokens  # of one layer
-    deepstack = getattr(getattr(config, "vision_config", None), "deepstack_visual_indexes", ())
+    deepstack = getattr(
+        getattr(config, "vision_config", None), "deepstack_visual_indexes", ()
+    )
     features = (1 + len(deepstack)) * tokens * text.hidden_size
     heads = text.num_attention_heads * head_dim
     # roughly what one layer holds at once: residual stream and norms, queries and outputs of heads, the MLP's three
     width = 6 * text.hidden_size + 4 * heads + 3 * text.intermediate_size
     layer = min(tokens, PREFILL_CHUNK) * width
-    float32 = 4 * (2 * keys + 4 * 2**26)  # keys and their transpose, blocks of attention rows
+    float32 = 4 * (
+        2 * keys + 4 * 2**26
+    )  # keys and their transpose, blocks of attention rows
     return Memory(
         weights=weights,
         cache=2 * text.num_hidden_layers * keys * dtype.itemsize,
@@ -241,13 +252,17 @@ def _dtype(
 def _free(device: str) -> int:
     """Bytes of free memory on a device; for "auto" on all of them."""
     if device == "auto":  # layers that fit on no GPU stay in the host's memory
-        return sum(_free(f"cuda:{i}") for i in range(torch.cuda.device_count())) + _free("cpu")
+        return sum(_free(f"cuda:{i}") for i in range(torch.cuda.device_count())) + _free(
+            "cpu"
+        )
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return psutil.virtual_memory().available
 
 
-def _require_memory(name: str, config: PretrainedConfig, dtype: torch.dtype, device: str) -> None:
+def _require_memory(
+    name: str, config: PretrainedConfig, dtype: torch.dtype, device: str
+) -> None:
     # before loading, because a process that runs out of memory may be killed without a word
     need = memory(config, dtype).weights
     free = _free(device)
@@ -380,11 +395,15 @@ def load(
         options["device_map"] = device
     try:
         model, info = family.auto_model.from_pretrained(name, **options, **trusted)
-    except Exception as error:  # safetensors and transformers raise many kinds for a bad file
+    except (
+        Exception
+    ) as error:  # safetensors and transformers raise many kinds for a bad file
         problem = f"{name}: the weights cannot be read: {_explain(folder, error)}"
         raise ValueError(problem) from error
     keys = ("missing_keys", "mismatched_keys", "unexpected_keys")
-    misfits = {key: sorted(info[key])[:3] for key in keys if info[key]}  # three of each name it
+    misfits = {
+        key: sorted(info[key])[:3] for key in keys if info[key]
+    }  # three of each name it
     if misfits:
         problem = f"{name}: the weights do not fit the architecture: {misfits}"
         raise ValueError(f"{problem}. Fetch or train it again")

@@ -25,7 +25,12 @@ Pairs = Iterable[tuple[Sample, Sample]]
 
 
 def patch(
-    mllm: MLLM, pairs: Pairs, heads: Mapping[Any, HeadSet], *, phase: str = "last", **options
+    mllm: MLLM,
+    pairs: Pairs,
+    heads: Mapping[Any, HeadSet],
+    *,
+    phase: str = "last",
+    **options,
 ) -> pd.DataFrame:
     """Put sets of heads' outputs on donors into their counterfactuals, one set after the other.
 
@@ -78,7 +83,9 @@ def patch(
             "no pair of which both samples are answered right: patch a model that can do the task"
         )
     reference = Reference(mllm, donors, donor_of)
-    conditions = {name: Ablation(set_, "patch", phase, reference) for name, set_ in heads.items()}
+    conditions = {
+        name: Ablation(set_, "patch", phase, reference) for name, set_ in heads.items()
+    }
     asked = [sample for sample in bases if sample.id in known]
     patched = evaluate(mllm, asked, conditions, **options)
     # the donor's answer is the foil's, so that its contrast counts the other way
@@ -101,10 +108,14 @@ def use(mllm: MLLM, pairs: Pairs, *, phase: str = "last", **options) -> xr.DataA
         Its mean over samples ranks heads by what they do, as that of RAM does by where they look.
     """
     layers, heads = mllm.shape
-    singles = {place: HeadSet.of([place], mllm.shape) for place in np.ndindex(layers, heads)}
+    singles = {
+        place: HeadSet.of([place], mllm.shape) for place in np.ndindex(layers, heads)
+    }
     table = patch(mllm, pairs, singles, phase=phase, **options)
     by_head = table.pivot(index="sample", columns="condition", values="recovered")
     values = by_head[list(singles)].to_numpy().reshape(-1, layers, heads)
     return xr.DataArray(
-        values, dims=("sample", "layer", "head"), coords={"sample": by_head.index.to_numpy()}
+        values,
+        dims=("sample", "layer", "head"),
+        coords={"sample": by_head.index.to_numpy()},
     )

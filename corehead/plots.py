@@ -45,8 +45,15 @@ LINES = {  # colour, marker and line style of names; a benchmark looks like the 
     (PALETTE[4], "D", "-"): "text, copy_text",
 }
 LINES = {name: line for line, names in LINES.items() for name in names.split(", ")}
-LEVELS = {"intact": dict(color="black", ls="--"), "chance level": dict(color="gray", ls=":")}
-LABELS = {"correct": "accuracy", "logprob": "log-probability (nats)", "margin": "margin (logits)"}
+LEVELS = {
+    "intact": dict(color="black", ls="--"),
+    "chance level": dict(color="gray", ls=":"),
+}
+LABELS = {
+    "correct": "accuracy",
+    "logprob": "log-probability (nats)",
+    "margin": "margin (logits)",
+}
 
 # at import, so that no notebook sets a style of its own
 sns.set_theme(
@@ -102,7 +109,9 @@ def _styles(names: list) -> dict:
     return styles
 
 
-def _panels(table: pd.DataFrame, by: str, columns: int, width: float, height: float, **shared):
+def _panels(
+    table: pd.DataFrame, by: str, columns: int, width: float, height: float, **shared
+):
     """A figure with a panel of this size in inches for each value of a column, and (panel, value, rows) of each."""
     groups = list(table.groupby(by, sort=False))
     columns = min(columns, len(groups))
@@ -128,7 +137,10 @@ def _finish(figure: plt.Figure, xlabel: str, ylabel: str = "") -> plt.Figure:
         # as many in a row as fit: a mark and about 0.08 inches a letter
         fitting = int(figure.get_figwidth() / (0.6 + 0.08 * max(map(len, found))))
         figure.legend(
-            found.values(), found, loc="outside upper center", ncols=min(fitting, len(found))
+            found.values(),
+            found,
+            loc="outside upper center",
+            ncols=min(fitting, len(found)),
         )
     return figure
 
@@ -140,7 +152,9 @@ def _token_kinds(tagged: TaggedSample) -> np.ndarray:
     """(L,) index into TOKENS of every token."""
     kinds = np.zeros(len(tagged.ids), int)
     # in the order of TOKENS; V* comes last, as it is also visual, or text
-    for i, tokens in enumerate((tagged.question, tagged.answer, tagged.visual, tagged.evidence), 1):
+    for i, tokens in enumerate(
+        (tagged.question, tagged.answer, tagged.visual, tagged.evidence), 1
+    ):
         kinds[tokens] = i
     return kinds
 
@@ -151,22 +165,34 @@ def _views(tagged: TaggedSample) -> list[tuple[Medium, np.ndarray]]:
     for medium in tagged.media:
         placed = ~np.isnan(medium.boxes[:, 0])  # newline slots look at nothing
         views += [
-            (medium, placed & (medium.view == view)) for view in np.unique(medium.view[placed])
+            (medium, placed & (medium.view == view))
+            for view in np.unique(medium.view[placed])
         ]
     return views
 
 
 def _draw_view(
-    ax: plt.Axes, tagged: TaggedSample, medium: Medium, view: np.ndarray, weight: np.ndarray | None
+    ax: plt.Axes,
+    tagged: TaggedSample,
+    medium: Medium,
+    view: np.ndarray,
+    weight: np.ndarray | None,
 ) -> None:
     """One picture with the cells of its tokens, V* framed: V* lit, or all cells as blue as their weight is large."""
-    contents = [m["content"] for m in tagged.sample.messages if not isinstance(m["content"], str)]
+    contents = [
+        m["content"] for m in tagged.sample.messages if not isinstance(m["content"], str)
+    ]
     media = [
-        part[medium.kind] for content in contents for part in content if part["type"] == medium.kind
+        part[medium.kind]
+        for content in contents
+        for part in content
+        if part["type"] == medium.kind
     ]
     picture = media[medium.index]
     first, end = medium.frames[view][0]
-    if medium.kind == "video":  # of a pair of frames the mean, which is about what its tokens see
+    if (
+        medium.kind == "video"
+    ):  # of a pair of frames the mean, which is about what its tokens see
         picture = np.asarray(picture)[first:end].mean(0).astype(np.uint8)
     _, height, width = medium.size
     shown = to_image(picture, tagged.sample.id, medium.kind)
@@ -179,9 +205,13 @@ def _draw_view(
         face = to_rgba_array(PALETTE[0], 0.8 * weight[tokens].clip(0, 1))
     boxes = medium.boxes[view]
     cells = np.array([Rectangle((x1, y1), x2 - x1, y2 - y1) for x1, y1, x2, y2 in boxes])
-    ax.add_collection(PatchCollection(cells, facecolor=face, edgecolor="#777777", linewidth=0.35))
+    ax.add_collection(
+        PatchCollection(cells, facecolor=face, edgecolor="#777777", linewidth=0.35)
+    )
     # frames of V* come on top, or the next cell's edge would cover them
-    frames = PatchCollection(cells[lit], facecolor="none", edgecolor=EVIDENCE, linewidth=1.5)
+    frames = PatchCollection(
+        cells[lit], facecolor="none", edgecolor=EVIDENCE, linewidth=1.5
+    )
     ax.add_collection(frames)
     ax.set(xticks=[], yticks=[], xlim=(0, width), ylim=(height, 0))
     ax.spines[:].set_visible(False)
@@ -204,7 +234,9 @@ def tags(samples: Mapping[str, TaggedSample], height: float = 2.0) -> plt.Figure
     Figure
     """
     figure = plt.figure(figsize=(9, (height + 1.2) * len(samples)))
-    halves = figure.subfigures(2 * len(samples), 1, height_ratios=[height, 1.2] * len(samples))
+    halves = figure.subfigures(
+        2 * len(samples), 1, height_ratios=[height, 1.2] * len(samples)
+    )
     for above, below, (name, tagged) in zip(halves[::2], halves[1::2], samples.items()):
         views = _views(tagged)
         for ax, view in zip(above.subplots(1, len(views), squeeze=False).flat, views):
@@ -216,7 +248,9 @@ def tags(samples: Mapping[str, TaggedSample], height: float = 2.0) -> plt.Figure
         strip.set(yticks=[], xlabel="token")
         strip.locator_params(axis="x", integer=True)
         counts = zip(TOKENS.items(), np.bincount(kinds))
-        handles = [Patch(color=colour, label=f"{kind} ({n})") for (kind, colour), n in counts if n]
+        handles = [
+            Patch(color=colour, label=f"{kind} ({n})") for (kind, colour), n in counts if n
+        ]
         below.legend(handles=handles, ncols=len(handles), loc="outside upper center")
     return figure
 
@@ -311,7 +345,9 @@ def maps(
             ax=ax,
         )
         for layer, head in heads or ():
-            ax.add_patch(Rectangle((head, layer), 1, 1, fill=False, edgecolor=EVIDENCE, lw=1.6))
+            ax.add_patch(
+                Rectangle((head, layer), 1, 1, fill=False, edgecolor=EVIDENCE, lw=1.6)
+            )
         ax.set_title(title)
         ax.tick_params("y", rotation=0)
         ax.tick_params("x", rotation=90 if isinstance(table.columns[0], str) else 0)
@@ -458,11 +494,15 @@ def bars(table: pd.DataFrame, parts: list[str], value: str) -> plt.Figure:
     Figure
     """
     size = (9, 0.42 * len(table) + 1.2)
-    figure, (left, right) = plt.subplots(1, 2, figsize=size, sharey=True, width_ratios=[2, 1])
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=size, sharey=True, width_ratios=[2, 1]
+    )
     table[parts].plot.barh(stacked=True, color=TOKENS, ax=left, width=0.8, legend=False)
     left.set(xlabel="attention mass", ylabel="", xlim=(0, 1))
     left.invert_yaxis()  # shared with the other panel
-    right.hlines(range(len(table)), table[f"{value}_low"], table[f"{value}_high"], color="black")
+    right.hlines(
+        range(len(table)), table[f"{value}_low"], table[f"{value}_high"], color="black"
+    )
     right.plot(table[value], range(len(table)), "o", color="black")
     right.set(xlabel=value, xlim=(0, None))
     return _finish(figure, "")

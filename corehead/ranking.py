@@ -129,10 +129,14 @@ class HeadSet:
             The set is empty, or of a model of another shape.
         """
         if not self:
-            raise ValueError("no heads: take at least one, such as the top 5 % of a ranking")
+            raise ValueError(
+                "no heads: take at least one, such as the top 5 % of a ranking"
+            )
         _check_shape("heads", self.shape, shape)
 
-    def to_duo_attention(self, path: str | Path, kv_heads: int, *, sinks: int, window: int) -> None:
+    def to_duo_attention(
+        self, path: str | Path, kv_heads: int, *, sinks: int, window: int
+    ) -> None:
         """Write the heads as a pattern that DuoAttention (arXiv 2410.10819) and kvpress read.
 
         Parameters
@@ -329,7 +333,11 @@ def _count(share: float, n: int) -> int:
 
 
 def random_heads(
-    ranking: HeadRanking, like: HeadSet, seed: int = 0, match: str | None = None, group: int = 1
+    ranking: HeadRanking,
+    like: HeadSet,
+    seed: int = 0,
+    match: str | None = None,
+    group: int = 1,
 ) -> HeadSet:
     """As many heads as `like` has, drawn at random from the other heads of the model: a control for `like`.
 
@@ -378,7 +386,9 @@ def random_heads(
     return HeadSet(np.repeat(drawn.mask, group, axis=1))
 
 
-def _matched(layers: np.ndarray, wanted: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _matched(
+    layers: np.ndarray, wanted: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
     """Which heads to take, (n,) bool, from shuffled ones of these layers, so that each layer gives what is wanted."""
     taken = np.zeros(len(layers), bool)
     missing = []  # a layer for each head that it could not give

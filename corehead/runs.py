@@ -56,7 +56,14 @@ def _as_json(value: Any) -> Any:
         return [value.ids, value.evidence]
     # neither meta nor metric, of which the model sees nothing
     if isinstance(value, Sample):
-        return [value.id, value.messages, value.evidence, value.answer, value.question, value.foil]
+        return [
+            value.id,
+            value.messages,
+            value.evidence,
+            value.answer,
+            value.question,
+            value.foil,
+        ]
     if isinstance(value, Image.Image):
         return [value.mode, np.asarray(value)]  # pixels, wherever the picture was read from
     if isinstance(value, np.ndarray):
@@ -106,7 +113,9 @@ def provenance(mllm: MLLM, **options: Any) -> dict:
     model = mllm.model
     processor = mllm.processor
     # object_hook reaches the nested configurations of text and vision as well
-    config = json.loads(model.config.to_json_string(use_diff=False), object_hook=_without_volatile)
+    config = json.loads(
+        model.config.to_json_string(use_diff=False), object_hook=_without_volatile
+    )
     # tokenizers have no such method
     settings = processor.to_json_string() if hasattr(processor, "to_json_string") else "{}"
     return dict(
@@ -155,7 +164,9 @@ class Finished:
     def lacking(self, ids: Iterable[str]) -> list[str]:
         """Keys for which any of these samples has no row yet."""
         ids = list(ids)
-        return [key for key in self.keys if any((name, key) not in self.rows for name in ids)]
+        return [
+            key for key in self.keys if any((name, key) not in self.rows for name in ids)
+        ]
 
     def draw(
         self, samples: Iterable[Sample | TaggedSample], bar: tqdm

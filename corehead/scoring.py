@@ -86,9 +86,13 @@ class HeadScores:
             No such variant or query.
         """
         if variant not in VARIANTS:
-            raise ValueError(f"variant={variant!r}: take one of {', '.join(map(repr, VARIANTS))}")
+            raise ValueError(
+                f"variant={variant!r}: take one of {', '.join(map(repr, VARIANTS))}"
+            )
         if query not in QUERIES:
-            raise ValueError(f"query={query!r}: take one of {', '.join(map(repr, QUERIES))}")
+            raise ValueError(
+                f"query={query!r}: take one of {', '.join(map(repr, QUERIES))}"
+            )
         data = self.data.sel(query=query, drop=True)
         # without V* there is nothing to retrieve: NaN, which means leave out, and not a 0 that would pull them down
         out = data.evidence.where(data.n_evidence > 0)
@@ -144,7 +148,9 @@ class HeadScores:
             raise ValueError(
                 f"no sample has a {variant!r} score for query={query!r}: give evidence (and answers)"
             )
-        return HeadRanking(scores.values, name=f"{variant}/{query}", provenance=self.provenance)
+        return HeadRanking(
+            scores.values, name=f"{variant}/{query}", provenance=self.provenance
+        )
 
 
 def score(
@@ -217,9 +223,13 @@ def score(
         progress=progress,
         description="scoring",
     )
-    rows = [finished.rows[name, ""] for name in finished.samples if (name, "") in finished.rows]
+    rows = [
+        finished.rows[name, ""] for name in finished.samples if (name, "") in finished.rows
+    ]
     if not rows:
-        reason = finished.failures[0]["reason"] if finished.failures else "there are no samples"
+        reason = (
+            finished.failures[0]["reason"] if finished.failures else "there are no samples"
+        )
         raise ValueError(f"no sample could be scored; the first: {reason}")
     failures = pd.DataFrame(finished.failures, columns=["sample", "reason"])
     data = digest([[row["sample"], row["digest"]] for row in rows])
@@ -252,7 +262,11 @@ def attention_map(mllm: MLLM, tagged: TaggedSample, query: str = "last") -> np.n
 
 def query_rows(tagged: TaggedSample) -> dict[str, np.ndarray]:
     """Tokens of every query set Q, in the order of QUERIES."""
-    return {"question": tagged.question, "last": np.array([tagged.last]), "answer": tagged.answer}
+    return {
+        "question": tagged.question,
+        "last": np.array([tagged.last]),
+        "answer": tagged.answer,
+    }
 
 
 class MassReader(Hook):
@@ -278,7 +292,9 @@ class MassReader(Hook):
 
     def read(self, call: Call, rows: torch.Tensor, weights: torch.Tensor) -> None:
         groups = self.groups[:, : call.n].to(call.device)
-        mass = (weights.flatten(1, 2) @ groups).unflatten(1, weights.shape[1:3])  # (B, H, r, G)
+        mass = (weights.flatten(1, 2) @ groups).unflatten(
+            1, weights.shape[1:3]
+        )  # (B, H, r, G)
         entropy = torch.special.entr(weights).sum(-1)  # (B, H, r)
         # rows come in ascending blocks, chunk after chunk; their weights (N numbers a row) are gone after this
         self.sums.setdefault(call.layer, []).append(mass.transpose(1, 2).cpu())
@@ -306,7 +322,9 @@ def _work(
 
 
 @torch.inference_mode()
-def _scored(mllm: MLLM, batch: list[Context], fail: Callable[[SampleError], None]) -> list[dict]:
+def _scored(
+    mllm: MLLM, batch: list[Context], fail: Callable[[SampleError], None]
+) -> list[dict]:
     """Run a batch of contexts: a table row a sample."""
     # inside ablate(mode="resample"): a donor is drawn for the sample of each batch row
     alone = any(hook.needs_own_row for hook in hooks_in_force(mllm))
@@ -319,13 +337,17 @@ def _scored(mllm: MLLM, batch: list[Context], fail: Callable[[SampleError], None
             null_block = context.null_of(owner)
             null = None if null_block is None else found[c, null_block]
             try:
-                rows.append(_table_row(tagged, owner, found[c, context.block_of(owner)], null))
+                rows.append(
+                    _table_row(tagged, owner, found[c, context.block_of(owner)], null)
+                )
             except SampleError as error:
                 fail(error)
     return rows
 
 
-Reading = dict[str, tuple[np.ndarray, np.ndarray]]  # query set -> sums (L, H, G), entropy (L, H)
+Reading = dict[
+    str, tuple[np.ndarray, np.ndarray]
+]  # query set -> sums (L, H, G), entropy (L, H)
 
 
 def _read(mllm: MLLM, packed: Packed) -> dict[tuple[int, int], Reading]:
@@ -345,7 +367,8 @@ def _read(mllm: MLLM, packed: Packed) -> dict[tuple[int, int], Reading]:
         kinds[row, first:, 1] = 1 - kinds[row, first:, 0]
         kinds[row, first] = torch.tensor([0.0, 0.0, 1.0])
         wanted[c, k] = {
-            query: packed.keys(c, k, tokens) for query, tokens in query_rows(block.tagged).items()
+            query: packed.keys(c, k, tokens)
+            for query, tokens in query_rows(block.tagged).items()
         }
     # one union of rows for the whole batch, read in one pass; each set picks its own from it below
     every = [rows for sets in wanted.values() for rows in sets.values()]
@@ -366,7 +389,9 @@ def _read(mllm: MLLM, packed: Packed) -> dict[tuple[int, int], Reading]:
     return out
 
 
-def _table_row(tagged: TaggedSample, evidence_set: int, own: Reading, null: Reading | None) -> dict:
+def _table_row(
+    tagged: TaggedSample, evidence_set: int, own: Reading, null: Reading | None
+) -> dict:
     """One sample's row of the table: arrays (query, layer, head) by name."""
     n_layers, n_heads = own["last"][1].shape  # every prompt has a last token
     n_evidence = len(tagged.evidence)
@@ -401,7 +426,9 @@ def _table_row(tagged: TaggedSample, evidence_set: int, own: Reading, null: Read
         "n_evidence": n_evidence,
         "n_context": tagged.last + 1 - n_visual if on_text else n_visual,
         "on_text": bool(on_text),
-        "depth": float(tagged.evidence.mean() / tagged.last) if n_evidence else float("nan"),
+        "depth": float(tagged.evidence.mean() / tagged.last)
+        if n_evidence
+        else float("nan"),
         "meta": tagged.sample.meta,
         **out,
     }

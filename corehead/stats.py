@@ -27,7 +27,9 @@ def _checked_values(values, name: str = "values") -> np.ndarray:
         raise ValueError(f"{name}: too few samples ({n}), take at least 2")
     bad = (~np.isfinite(values)).reshape(n, -1).any(1).sum()
     if bad:
-        raise ValueError(f"{name}: {bad} of {n} samples have NaN or Inf, drop these samples first")
+        raise ValueError(
+            f"{name}: {bad} of {n} samples have NaN or Inf, drop these samples first"
+        )
     return values
 
 
@@ -35,7 +37,9 @@ def _codes(labels, n: int, name: str = "values") -> np.ndarray:
     """Number of each sample's group, from 0."""
     labels = np.asarray(labels)
     if labels.shape != (n,) or pd.isna(labels).any():
-        raise ValueError(f"groups of {name}: give one label a sample ({n} of them, none missing)")
+        raise ValueError(
+            f"groups of {name}: give one label a sample ({n} of them, none missing)"
+        )
     codes, found = pd.factorize(labels)
     if len(found) < 2:
         raise ValueError(
@@ -49,7 +53,9 @@ def _factors(groups, n: int, name: str) -> list[np.ndarray]:
     if groups is None:
         return [np.arange(n)]
     # a list of labels is one factor, a list of arrays is several
-    several = isinstance(groups, (list, tuple)) and len(groups) > 0 and np.ndim(groups[0]) > 0
+    several = (
+        isinstance(groups, (list, tuple)) and len(groups) > 0 and np.ndim(groups[0]) > 0
+    )
     return [_codes(labels, n, name) for labels in (groups if several else [groups])]
 
 
@@ -118,7 +124,9 @@ def clustered_mean(values, groups=None, name: str = "values") -> Clustered:
         for size in range(1, len(factors) + 1)
         for chosen in combinations(factors, size)
     )
-    alone = np.array([_between(deviations, [c]) * n / (n - 1) for c, n in zip(factors, counts)])
+    alone = np.array(
+        [_between(deviations, [c]) * n / (n - 1) for c, n in zip(factors, counts)]
+    )
     variance = np.maximum(crossed * fewest / (fewest - 1), alone.max(0))
     uncertainty = sum(v**2 / (n - 1) for v, n in zip(alone, counts))
     df = np.full_like(variance, fewest - 1)
@@ -198,7 +206,9 @@ def resample_means(
     n = len(sizes)
     size = n if size is None else size
     if not 1 <= size <= n:
-        raise ValueError(f"size={size}: draw 1 to {n} {'samples' if groups is None else 'groups'}")
+        raise ValueError(
+            f"size={size}: draw 1 to {n} {'samples' if groups is None else 'groups'}"
+        )
     # whole groups: samples on one context tend to be right or wrong together, and drawing them one by one, as if they
     # were independent, would make the interval too narrow
     drawn = np.random.default_rng(seed).integers(0, n, (resamples, size))
@@ -246,7 +256,9 @@ def split_halves(
     first = place < size  # (splits, n)
     second = (place >= size) & (place < 2 * size)
     flat = values.reshape(n, -1)
-    a, b = ((half @ flat / size).reshape(splits, *values.shape[1:]) for half in (first, second))
+    a, b = (
+        (half @ flat / size).reshape(splits, *values.shape[1:]) for half in (first, second)
+    )
     return a, b
 
 
@@ -270,7 +282,8 @@ def proportion_interval(share, n) -> tuple[np.ndarray, np.ndarray]:
     # has a width even where all are right, or none, as testbeds often have it; mean +- 1.96 se has none there
     z = norm.ppf(0.975)
     middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z / (1 + z**2 / n) * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    spread = share * (1 - share) / n + z**2 / (4 * n**2)
+    half = z / (1 + z**2 / n) * np.sqrt(spread)
     return np.maximum(middle - half, 0), np.minimum(middle + half, 1)
 
 
@@ -307,7 +320,9 @@ def mean_interval(values, groups=None) -> tuple[np.ndarray, np.ndarray]:
     n = len(values)
     # groups that balance out exactly have no variance between them
     with np.errstate(divide="ignore"):
-        effective = n / design_effect(values, groups) * (t.ppf(0.975, n - 1) / quantile) ** 2
+        effective = (
+            n / design_effect(values, groups) * (t.ppf(0.975, n - 1) / quantile) ** 2
+        )
     effective = np.where(np.isnan(effective), found.fewest, np.minimum(effective, n))
     return proportion_interval(found.mean, effective)
 
@@ -501,7 +516,9 @@ def contrast(first, second, first_groups=None, second_groups=None) -> Contrast:
         ("second", second, second_groups),
     ):
         if np.ndim(values) != 1:
-            raise ValueError(f"{name} has shape {np.shape(values)}: give one number a sample, (n,)")
+            raise ValueError(
+                f"{name} has shape {np.shape(values)}: give one number a sample, (n,)"
+            )
         sides.append(clustered_mean(values, groups, name))
     x, y = sides
     difference = x.mean - y.mean
@@ -556,7 +573,7 @@ def summary(
     -------
     DataFrame
         Indexed by `by`, in the order of the answers: n (rows) and, for each metric, its mean, ``metric_low`` and
-        ``metric_high`` by `mean_interval`.
+        ``metric_high`` by `mean_interval`; where all answers are equal, random draws are not counted among the groups.
 
     Raises
     ------
@@ -569,7 +586,9 @@ def summary(
         row = {"n": len(group)}
         for metric in metrics:
             values = group[metric].to_numpy()
-            low, high = mean_interval(values, groups_of(group))
+            # draws that all agree say nothing of others; the few of them are no sample size
+            agree = (values == values[0]).all()
+            low, high = mean_interval(values, groups_of(group, () if agree else ("draw",)))
             row |= {metric: values.mean(), f"{metric}_low": low, f"{metric}_high": high}
         return pd.Series(row)
 
@@ -624,7 +643,9 @@ def normalised_damage(
     before = answers[answers[label] == intact]
     again = before["sample"][before["sample"].duplicated()]
     if len(again):
-        raise ValueError(f"sample {again.iloc[0]!r} has several answers under {intact!r}: keep one")
+        raise ValueError(
+            f"sample {again.iloc[0]!r} has several answers under {intact!r}: keep one"
+        )
     if chance is None:
         shares = before.groupby("domain")["answer"].value_counts(normalize=True)
         chance = shares.groupby("domain").max()
@@ -658,7 +679,10 @@ def _damage(group: pd.DataFrame) -> pd.Series:
 
 
 def compare(
-    answers: pd.DataFrame, condition: str, against: Iterable[str], by: str | list[str] = "domain"
+    answers: pd.DataFrame,
+    condition: str,
+    against: Iterable[str],
+    by: str | list[str] = "domain",
 ) -> pd.DataFrame:
     """Is a condition different from its controls, on the same samples?
 

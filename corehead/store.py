@@ -100,7 +100,9 @@ class Store:
                 f"{self.path} holds results: pass resume=True to go on with them, or give another folder"
             )
         old = json.loads(entry[0])
-        differing = sorted(key for key in old | provenance if old.get(key) != provenance.get(key))
+        differing = sorted(
+            key for key in old | provenance if old.get(key) != provenance.get(key)
+        )
         if differing:
             names = ", ".join(differing)
             raise ValueError(
@@ -144,7 +146,9 @@ class Store:
         try:
             yield
         except (sqlite3.Error, OSError) as error:
-            reason = getattr(error, "strerror", str(error))  # errors of SQLite have no strerror
+            reason = getattr(
+                error, "strerror", str(error)
+            )  # errors of SQLite have no strerror
             if "locked" in reason:
                 writer = self.path / "writer"
                 name = writer.read_text() if writer.exists() else "another process"
@@ -153,14 +157,18 @@ class Store:
             fix = "Make room there, or copy the folder to where there is; what is finished is whole: resume=True"
             if "malformed" in reason or "not a database" in reason:
                 fix = "The file is damaged: take a copy of it, or give another folder"
-            number = getattr(error, "errno", errno.ENOSPC if "full" in reason else errno.EIO)
+            number = getattr(
+                error, "errno", errno.ENOSPC if "full" in reason else errno.EIO
+            )
             raise OSError(number, f"store={self.path}: {reason}. {fix}") from error
 
 
 def _encode(rows: list[dict]) -> tuple[str, str, bytes]:
     """Fields as JSON; arrays stacked over the rows: their names, types and shapes as JSON, and their bytes."""
     names = {name for name, value in rows[0].items() if isinstance(value, np.ndarray)}
-    fields = [{name: value for name, value in row.items() if name not in names} for row in rows]
+    fields = [
+        {name: value for name, value in row.items() if name not in names} for row in rows
+    ]
     arrays = {name: np.stack([row[name] for row in rows]) for name in sorted(names)}
     layout = [(name, values.dtype.str, values.shape) for name, values in arrays.items()]
     data = b"".join(values.tobytes() for values in arrays.values())

@@ -75,13 +75,17 @@ class TaggedSample:
         return np.union1d(np.setdiff1d(self.question, self.evidence), behind)
 
 
-def with_text(inputs: dict[str, Any], keep: int, ids: np.ndarray | list[int]) -> dict[str, Any]:
+def with_text(
+    inputs: dict[str, Any], keep: int, ids: np.ndarray | list[int]
+) -> dict[str, Any]:
     """The first `keep` tokens of a processor's output and then text tokens, in every tensor with one entry a token."""
     new = dict(inputs)
     for name in PER_TOKEN:
         if name in inputs:
             # text is of type 0, and never padding
-            fill = ids if name == "input_ids" else [int(name == "attention_mask")] * len(ids)
+            fill = (
+                ids if name == "input_ids" else [int(name == "attention_mask")] * len(ids)
+            )
             fill = torch.tensor(fill, dtype=inputs[name].dtype)[None]
             new[name] = torch.cat([inputs[name][:, :keep], fill], 1)
     return new
@@ -96,12 +100,18 @@ def to_image(value: Any, sample_id: str, where: str) -> Image.Image:
         if not isinstance(value, Image.Image):
             array = np.asarray(value)
             if array.dtype != np.uint8 or array.ndim < 2:
-                raise TypeError(f"{type(value).__name__} of {array.dtype}, shape {array.shape}")
+                raise TypeError(
+                    f"{type(value).__name__} of {array.dtype}, shape {array.shape}"
+                )
             value = Image.fromarray(array)
         return value.convert("RGB")
-    except Exception as error:  # PIL raises many kinds, from a missing file to one that is cut off
+    except (
+        Exception
+    ) as error:  # PIL raises many kinds, from a missing file to one that is cut off
         fix = "Give a PIL image, the path of a whole image file or a uint8 array (H, W, 3)"
-        raise SampleError(sample_id, where, f"cannot be read as an image ({error})", fix) from error
+        raise SampleError(
+            sample_id, where, f"cannot be read as an image ({error})", fix
+        ) from error
 
 
 def same_content(a: Any, b: Any) -> bool:
@@ -218,7 +228,9 @@ class Prompt:
             if isinstance(content, str):
                 content = [{"type": "text", "text": content}]
             if not isinstance(content, list):
-                self._fail(f"messages[{m}]", "has no content", "Give a text, or a list of parts")
+                self._fail(
+                    f"messages[{m}]", "has no content", "Give a text, or a list of parts"
+                )
             for p, part in enumerate(content):
                 where = f"messages[{m}].content[{p}]"
                 kind = part.get("type")
@@ -250,10 +262,16 @@ class Prompt:
 
     def _continues(self, like: Prompt) -> bool:
         """Whether an earlier prompt has the same media behind the same text, so that its preprocessing can be used."""
-        if like.mllm is not self.mllm or not self.parts or len(self.parts) != len(like.parts):
+        if (
+            like.mllm is not self.mllm
+            or not self.parts
+            or len(self.parts) != len(like.parts)
+        ):
             return False
         end = like.replaced[-1]["span"][1]  # of the last placeholder
-        if self.rendered[:end] != like.rendered[:end]:  # quick, where comparing pixels is not
+        if (
+            self.rendered[:end] != like.rendered[:end]
+        ):  # quick, where comparing pixels is not
             return False
         return all(map(_same_part, self.parts, like.parts))
 
@@ -322,9 +340,14 @@ class Prompt:
 
     def encode(self, text: str, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
         """Token ids (L,) of a text, and the characters (L, 2) that they stand for."""
-        options = {"return_offsets_mapping": True, "add_special_tokens": self.add_special_tokens}
+        options = {
+            "return_offsets_mapping": True,
+            "add_special_tokens": self.add_special_tokens,
+        }
         encoded = tokenizer(text, **options)
-        return np.array(encoded["input_ids"]), np.reshape(encoded["offset_mapping"], (-1, 2))
+        return np.array(encoded["input_ids"]), np.reshape(
+            encoded["offset_mapping"], (-1, 2)
+        )
 
     def _tokenise(self) -> None:
         # once more, for the offsets, which the processor's output lacks (`_check` compares the ids)
@@ -355,7 +378,9 @@ class Prompt:
         """Every medium and every visual token must be accounted for."""
         if len(self.media) != len(self.parts):
             problem = f"they hold {len(self.parts)} images and videos, but the model reads {len(self.media)} of them"
-            self._fail("messages", problem, "Give text alone, or take a model that reads them")
+            self._fail(
+                "messages", problem, "Give text alone, or take a model that reads them"
+            )
         held = [len(m.tokens) for m in self.media]
         needed = [len(m.boxes) for m in self.media]
         whole = np.array_equal(self.ids, self.inputs["input_ids"][0])
@@ -379,7 +404,10 @@ class Prompt:
         """Characters of a piece of text in the prompt, where it stands last."""
         count = self.text.count(text) if text else 0
         if count == 0 or (once and count > 1):
-            fix = "Quote a piece of the messages' text, exactly" + ", that stands there once" * once
+            fix = (
+                "Quote a piece of the messages' text, exactly"
+                + ", that stands there once" * once
+            )
             self._fail(where, f"{text!r} stands {count} times in the prompt", fix)
         start = self.text.rindex(text)
         return start, start + len(text)
@@ -408,7 +436,9 @@ class Prompt:
             case Frames(video, frames):
                 tokens = [self._look(where, "video", video, frame) for frame in frames]
             case Tube(video, boxes):
-                tokens = [self._look(where, "video", video, *place) for place in boxes.items()]
+                tokens = [
+                    self._look(where, "video", video, *place) for place in boxes.items()
+                ]
             case _:
                 fix = "Take Region, Pages, Frames, Tube or Span"
                 self._fail(where, f"{type(piece).__name__} is no evidence", fix)
@@ -437,13 +467,17 @@ class Prompt:
             hit &= medium.overlaps(self._read_box(box, medium, where))
         return medium.tokens[hit]
 
-    def _read_box(self, box: Any, medium: Medium, where: str) -> tuple[float, float, float, float]:
+    def _read_box(
+        self, box: Any, medium: Medium, where: str
+    ) -> tuple[float, float, float, float]:
         _, height, width = medium.size
         slack = 0.5  # annotations are rounded
         try:
             x1, y1, x2, y2 = map(float, box)
             # NaN compares as false, so that it is refused as well
-            inside = -slack <= x1 < x2 <= width + slack and -slack <= y1 < y2 <= height + slack
+            inside = (
+                -slack <= x1 < x2 <= width + slack and -slack <= y1 < y2 <= height + slack
+            )
         except (TypeError, ValueError):
             inside = False
         if not inside:
@@ -464,7 +498,9 @@ def _same_part(a: dict, b: dict) -> bool:
 
 def _by_geometry(prompt: Prompt) -> np.ndarray:
     evidence = enumerate(prompt.sample.evidence)
-    return _union([prompt.evidence_tokens(piece, f"evidence[{i}]") for i, piece in evidence])
+    return _union(
+        [prompt.evidence_tokens(piece, f"evidence[{i}]") for i, piece in evidence]
+    )
 
 
 def _by_markers(prompt: Prompt) -> np.ndarray:
@@ -474,7 +510,9 @@ def _by_markers(prompt: Prompt) -> np.ndarray:
     visual token stays the k-th visual token, a text token is found again by its characters.
     """
     _require(prompt, (Pages, Frames, Tube, Span), "markers cannot wrap a Region")
-    images = [replaced["new_span"] for replaced in prompt.replaced if replaced["type"] == "image"]
+    images = [
+        replaced["new_span"] for replaced in prompt.replaced if replaced["type"] == "image"
+    ]
     pictures = []
     spans = []
     for i, piece in enumerate(prompt.sample.evidence):
@@ -499,7 +537,9 @@ def _by_markers(prompt: Prompt) -> np.ndarray:
 
 def _runs_of_frames(prompt: Prompt, video: int, where: str) -> list[tuple[int, int]]:
     """Characters of each run of visual tokens in a video, of which every frame or group of frames must have one."""
-    videos = [replaced["new_span"] for replaced in prompt.replaced if replaced["type"] == "video"]
+    videos = [
+        replaced["new_span"] for replaced in prompt.replaced if replaced["type"] == "video"
+    ]
     begin, end = videos[video]
     characters = prompt.offsets[prompt.visual]
     inside = (characters[:, 0] < end) & (characters[:, 1] > begin)
@@ -572,7 +612,9 @@ def _by_counting(prompt: Prompt) -> np.ndarray:
         if isinstance(piece, Pages):
             blocks += [first_block[page] for page in piece.pages]
         else:
-            blocks += [first_block[piece.video] + group for group in _frame_groups(prompt, piece)]
+            blocks += [
+                first_block[piece.video] + group for group in _frame_groups(prompt, piece)
+            ]
     return _union([prompt.visual[offsets[block] : offsets[block + 1]] for block in blocks])
 
 

@@ -20,7 +20,13 @@ OFFICIAL = {
 
 
 def samples(
-    task: str, split: str = "test", n: int = 100, seed: int = 0, *, questions: int = 1, **layout
+    task: str,
+    split: str = "test",
+    n: int = 100,
+    seed: int = 0,
+    *,
+    questions: int = 1,
+    **layout,
 ) -> list[Sample]:
     """Samples of a task.
 
@@ -82,7 +88,8 @@ def _of_benchmark(
         if task not in OFFICIAL and half != known.index(split):
             continue
         kept += [
-            replace(sample, meta=sample.meta | {"domain": task}) for sample in context[:questions]
+            replace(sample, meta=sample.meta | {"domain": task})
+            for sample in context[:questions]
         ]
         if len(kept) >= n:
             if skipped == seed:
@@ -104,7 +111,9 @@ def _contexts(found: Iterable[Sample]) -> Iterator[list[Sample]]:
     def media(sample: Sample):
         parts = [part for message in sample.messages for part in message["content"]]
         # by identity, as comparing pixels is expensive; a sample without media stands alone
-        return [id(part[part["type"]]) for part in parts if part["type"] != "text"] or sample.id
+        return [
+            id(part[part["type"]]) for part in parts if part["type"] != "text"
+        ] or sample.id
 
     for _, context in groupby(found, media):
         yield list(context)

@@ -31,10 +31,14 @@ def picture(height: int, width: int, seed: int = 0) -> Image.Image:
 
 
 def film(frames: int, height: int, width: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (frames, height, width, 3), dtype=np.uint8)
+    return np.random.default_rng(seed).integers(
+        0, 256, (frames, height, width, 3), dtype=np.uint8
+    )
 
 
-def ask(*content, question="What is it?", id="s0", evidence=(), answer="7", **more) -> ch.Sample:
+def ask(
+    *content, question="What is it?", id="s0", evidence=(), answer="7", **more
+) -> ch.Sample:
     parts = [{"type": "text", "text": c} if isinstance(c, str) else c for c in content]
     messages = [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
     return ch.Sample(id, messages, list(evidence), answer, **more)

@@ -33,9 +33,9 @@ def docstring_lines(tree: ast.AST) -> set[int]:
     """Lines that docstrings take."""
     lines: set[int] = set()
     for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(
-            node, clean=False
-        ):
+        if isinstance(
+            node, (ast.Module, ast.ClassDef, ast.FunctionDef)
+        ) and ast.get_docstring(node, clean=False):
             lines.update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
     return lines
 
@@ -51,7 +51,12 @@ def measure(path: Path) -> dict[str, int]:
             continue
         tokens += 1
         code.update(range(token.start[0], token.end[0] + 1))
-    return {"lines": text.count("\n"), "code": len(code), "tokens": tokens, "comments": comments}
+    return {
+        "lines": text.count("\n"),
+        "code": len(code),
+        "tokens": tokens,
+        "comments": comments,
+    }
 
 
 def complexity(function: ast.AST) -> int:
@@ -77,9 +82,13 @@ def functions(path: Path) -> list[tuple[str, int, int]]:
             elif isinstance(child, ast.FunctionDef):
                 span = range(child.lineno, child.end_lineno + 1)
                 code = [
-                    i for i in span if i not in documentation and lines[i - 1].split("#")[0].strip()
+                    i
+                    for i in span
+                    if i not in documentation and lines[i - 1].split("#")[0].strip()
                 ]
-                found.append((f"{path.stem}.{prefix}{child.name}", len(code), complexity(child)))
+                found.append(
+                    (f"{path.stem}.{prefix}{child.name}", len(code), complexity(child))
+                )
 
     visit(tree, "")
     return found
@@ -88,7 +97,8 @@ def functions(path: Path) -> list[tuple[str, int, int]]:
 def imports(package: Path) -> dict[str, set[str]]:
     """What every module of the package imports of it at module level."""
     modules = {
-        ".".join(p.relative_to(package).with_suffix("").parts): p for p in package.rglob("*.py")
+        ".".join(p.relative_to(package).with_suffix("").parts): p
+        for p in package.rglob("*.py")
     }
     names = {name.removesuffix(".__init__"): path for name, path in modules.items()}
     graph: dict[str, set[str]] = {name: set() for name in names}
@@ -102,17 +112,21 @@ def imports(package: Path) -> dict[str, set[str]]:
             if isinstance(node, ast.ImportFrom):
                 base = here[: len(here) - node.level + 1] if node.level else []
                 base = base + (node.module.split(".") if node.module else [])
-                found = [(".".join([*base, alias.name]), ".".join(base)) for alias in node.names]
+                found = [
+                    (".".join([*base, alias.name]), ".".join(base)) for alias in node.names
+                ]
             elif isinstance(node, ast.Import):
                 found = [(alias.name,) for alias in node.names]
             else:
                 continue
-            for candidates in (
-                found
-            ):  # the longer name goes first: what is imported may be a module or stand in one
-                candidates = [target.removeprefix(f"{package.name}.") for target in candidates]
+            for candidates in found:  # the longer name goes first: what is imported may be a module or stand in one
+                candidates = [
+                    target.removeprefix(f"{package.name}.") for target in candidates
+                ]
                 graph[name] |= set(
-                    [target for target in candidates if target in names and target != name][:1]
+                    [target for target in candidates if target in names and target != name][
+                        :1
+                    ]
                 )
     graph.pop("__init__", None)
     return graph
@@ -143,7 +157,8 @@ def report(package: Path) -> dict[str, dict[str, float]]:
         files = [p for p in sorted(package.rglob("*.py")) if keep(p)]
         counts = [measure(p) for p in files]
         total = {
-            k: sum(count[k] for count in counts) for k in ("lines", "code", "tokens", "comments")
+            k: sum(count[k] for count in counts)
+            for k in ("lines", "code", "tokens", "comments")
         }
         every = [f for p in files for f in functions(p)]
         longest, hardest = max(every, key=lambda f: f[1]), max(every, key=lambda f: f[2])
@@ -162,7 +177,9 @@ def report(package: Path) -> dict[str, dict[str, float]]:
 
 
 if __name__ == "__main__":
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent.parent / "corehead")
+    folder = Path(
+        sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent.parent / "corehead"
+    )
     for name, values in report(folder).items():
         print(f"{name}: " + "; ".join(f"{k} {v}" for k, v in values.items()))
     if "-v" in sys.argv:

@@ -148,7 +148,9 @@ def some(mllm) -> list[ch.Sample]:
 
 
 @pytest.mark.parametrize("family", EVERY)
-@pytest.mark.parametrize("phase", ["both", "prefill", "decode", "context", "question", "last"])
+@pytest.mark.parametrize(
+    "phase", ["both", "prefill", "decode", "context", "question", "last"]
+)
 @pytest.mark.parametrize("mode", MODES)
 def test_equal_to_full_matrices(family, mode, phase):
     """Batched, padded and behind a shared prefix or not: what one sample alone gives by full attention matrices."""
@@ -253,7 +255,10 @@ def test_phases_of_generate(family, phase):
         expected.append(out.logits[0, -1])
         length = out.past_key_values.get_seq_length()
         positions = (
-            mllm.family.positions(mllm.model, tagged.inputs).max() + 1 + length - len(tagged.ids)
+            mllm.family.positions(mllm.model, tagged.inputs).max()
+            + 1
+            + length
+            - len(tagged.ids)
         )
         shape = (3, 1, 1) if family == "qwen3_vl" else (1, 1)
         position_ids = torch.full(shape, int(positions))
@@ -261,8 +266,12 @@ def test_phases_of_generate(family, phase):
             input_ids=token, past_key_values=out.past_key_values, position_ids=position_ids
         )
     with ch.ablate(mllm, HEADS, phase=phase):
-        options = dict(max_new_tokens=4, min_new_tokens=4, do_sample=False, output_logits=True)
-        found = mllm.model.generate(**tagged.inputs, **options, return_dict_in_generate=True)
+        options = dict(
+            max_new_tokens=4, min_new_tokens=4, do_sample=False, output_logits=True
+        )
+        found = mllm.model.generate(
+            **tagged.inputs, **options, return_dict_in_generate=True
+        )
     torch.testing.assert_close(
         torch.stack(found.logits)[:, 0], torch.stack(expected), atol=1e-5, rtol=0
     )
@@ -296,7 +305,8 @@ def test_knockout_in_generate_and_with_a_chunked_prefill(family):
             whole = mllm.model(input_ids=tagged.inputs["input_ids"]).logits
             half = mllm.model(input_ids=tagged.inputs["input_ids"][:, :9], use_cache=True)
             rest = mllm.model(
-                input_ids=tagged.inputs["input_ids"][:, 9:], past_key_values=half.past_key_values
+                input_ids=tagged.inputs["input_ids"][:, 9:],
+                past_key_values=half.past_key_values,
             )
         torch.testing.assert_close(
             torch.cat([half.logits, rest.logits], 1), whole, atol=1e-5, rtol=0
@@ -368,7 +378,9 @@ def test_conditions_inside_an_ablation_act_together(mllm):
     samples = some(mllm)
     one, two = ch.HeadSet.of([(0, 1)], SHAPE), HEADS - ch.HeadSet.of([(0, 1)], SHAPE)
     with ch.ablate(mllm, one):
-        found = ch.evaluate(mllm, samples, {"none": None, "more": Ablation(two)}, progress=False)
+        found = ch.evaluate(
+            mllm, samples, {"none": None, "more": Ablation(two)}, progress=False
+        )
     expected = ch.evaluate(
         mllm, samples, {"none": Ablation(one), "more": Ablation(HEADS)}, progress=False
     )
@@ -420,11 +432,15 @@ def test_many_conditions_are_what_each_is_alone(mllm, monkeypatch):
 
 def test_named_tuples_become_columns_and_equal_sets_run_once(mllm, monkeypatch):
     ranking = ch.HeadRanking(np.random.default_rng(0).random((mllm.n_layers, mllm.n_heads)))
-    conditions = curve(ranking, [0.1, 0.101]) | curve(ranking, [0.1], "random", draws=range(3))
+    conditions = curve(ranking, [0.1, 0.101]) | curve(
+        ranking, [0.1], "random", draws=range(3)
+    )
     seen = []
     original = Feed.run
     monkeypatch.setattr(
-        Feed, "run", lambda self, which, wanted: seen.extend(which) or original(self, which, wanted)
+        Feed,
+        "run",
+        lambda self, which, wanted: seen.extend(which) or original(self, which, wanted),
     )
     table = ch.evaluate(mllm, some(mllm)[:1], conditions, progress=False)
     assert list(table.columns[:3]) == ["heads", "share", "draw"]
@@ -436,13 +452,17 @@ def test_named_tuples_become_columns_and_equal_sets_run_once(mllm, monkeypatch):
 
 def test_vision_runs_once_for_all_conditions(mllm):
     tower = (
-        mllm.model.model.visual if mllm.family.name == "qwen3_vl" else mllm.model.model.vision_tower
+        mllm.model.model.visual
+        if mllm.family.name == "qwen3_vl"
+        else mllm.model.model.vision_tower
     )
     calls = []
     handle = tower.register_forward_hook(lambda *_: calls.append(1))
     ranking = ch.HeadRanking(np.random.default_rng(0).random((mllm.n_layers, mllm.n_heads)))
     try:
-        ch.evaluate(mllm, some(mllm)[:3], curve(ranking, [0.1, 0.2, 0.3, 0.4, 0.5]), progress=False)
+        ch.evaluate(
+            mllm, some(mllm)[:3], curve(ranking, [0.1, 0.2, 0.3, 0.4, 0.5]), progress=False
+        )
     finally:
         handle.remove()
     assert len(calls) == 1  # three questions on one context
@@ -541,7 +561,10 @@ def test_bad_input_is_named(mllm):
     ):
         pass
     tagged = mllm.tag(samples[0])
-    with pytest.raises(ValueError, match="pass tagged="), ch.ablate(mllm, HEADS, "knockout"):
+    with (
+        pytest.raises(ValueError, match="pass tagged="),
+        ch.ablate(mllm, HEADS, "knockout"),
+    ):
         logits_of(mllm, tagged)
     with (
         pytest.raises(ValueError, match="must know the question: pass tagged="),

@@ -10,7 +10,15 @@ import corehead as ch
 from corehead import controls
 from corehead.ablation import Ablation
 from corehead.attention import ANSWER, CONTEXT, LAST, PADDING, QUESTION, TokenRoles
-from corehead.batching import PER_TOKEN, Feed, batches, has_context, pack, same_context, to_model
+from corehead.batching import (
+    PER_TOKEN,
+    Feed,
+    batches,
+    has_context,
+    pack,
+    same_context,
+    to_model,
+)
 
 HEADS = ch.HeadSet.of([(0, 1), (1, 0), (1, 3)], (2, 6))
 
@@ -36,7 +44,9 @@ def test_writing_is_what_generate_writes(family, chunk, monkeypatch):
         expected += [generated(mllm, sample, 5) for sample in samples]
     monkeypatch.setattr("corehead.batching.PREFILL_CHUNK", chunk)
     conditions = {"intact": None, "zero": Ablation(HEADS)}
-    table = ch.evaluate(mllm, samples, conditions, new_tokens=5, batch_size=3, progress=False)
+    table = ch.evaluate(
+        mllm, samples, conditions, new_tokens=5, batch_size=3, progress=False
+    )
     assert list(table.written) == expected
     assert (
         family == "internvl" or len(set(expected)) > 1
@@ -64,13 +74,16 @@ def test_long_contexts_run_in_chunks(family, what, monkeypatch):
         "evaluate": lambda: ch.evaluate(mllm, samples, progress=False).logprob,
         "write": lambda: ch.evaluate(mllm, samples, new_tokens=2, progress=False).logprob,
         "knockout": lambda: (
-            ch.evaluate(mllm, samples, {"k": Ablation(HEADS, "knockout")}, progress=False).logprob
+            ch.evaluate(
+                mllm, samples, {"k": Ablation(HEADS, "knockout")}, progress=False
+            ).logprob
         ),
         "controls": lambda: controls.value_norm(mllm, samples, progress=False),
     }[what]
     whole, fed = run(), []
     count = mllm.attentions[0].register_forward_pre_hook(
-        lambda module, args, given: fed.append(given["hidden_states"].shape[1]), with_kwargs=True
+        lambda module, args, given: fed.append(given["hidden_states"].shape[1]),
+        with_kwargs=True,
     )
     monkeypatch.setattr("corehead.batching.PREFILL_CHUNK", 16)
     try:
@@ -83,8 +96,12 @@ def test_long_contexts_run_in_chunks(family, what, monkeypatch):
 def test_what_is_the_same_context():
     page = picture(40, 50)
     first = ask(image_part(page), "Page 1. ", id="a", question="Where?")
-    assert same_context(first, ask(image_part(page.copy()), "Page 1. ", id="b", question="When?"))
-    assert not same_context(first, ask(image_part(picture(40, 50, seed=1)), "Page 1. ", id="c"))
+    assert same_context(
+        first, ask(image_part(page.copy()), "Page 1. ", id="b", question="When?")
+    )
+    assert not same_context(
+        first, ask(image_part(picture(40, 50, seed=1)), "Page 1. ", id="c")
+    )
     assert not same_context(first, ask(image_part(page), "Page 2. ", id="d"))
     system = ask(image_part(page), "Page 1. ", id="e")
     system.messages.insert(0, {"role": "system", "content": "Be brief."})
@@ -104,7 +121,8 @@ def test_roles_say_what_the_tokens_are(family):
             alone = TokenRoles.of([tagged])
             keys = packed.keys(c, k, np.arange(packed.contexts[c].shared, len(tagged.ids)))
             assert (
-                packed.roles.positions[row, keys] == alone.positions[0, packed.contexts[c].shared :]
+                packed.roles.positions[row, keys]
+                == alone.positions[0, packed.contexts[c].shared :]
             ).all()
             assert (
                 packed.roles.roles[row, keys] == alone.roles[0, packed.contexts[c].shared :]

@@ -98,7 +98,9 @@ def mp4(path, frames, fps=10):
 
 
 def numbered(count=20, height=48, width=64):
-    return np.stack([np.full((height, width, 3), 10 + 10 * i, np.uint8) for i in range(count)])
+    return np.stack(
+        [np.full((height, width, 3), 10 + 10 * i, np.uint8) for i in range(count)]
+    )
 
 
 def vidstg_row(vid="77", **change):
@@ -119,7 +121,9 @@ def vidstg_row(vid="77", **change):
         },
         "temporal_gt": {"begin_fid": 6, "end_fid": 12},
         "captions": [{"description": "a dog chases a ball", "type": "dog", "target_id": 0}],
-        "questions": [{"description": "what does the dog chase?", "type": "ball", "target_id": 1}],
+        "questions": [
+            {"description": "what does the dog chase?", "type": "ball", "target_id": 1}
+        ],
     } | change
 
 
@@ -142,7 +146,12 @@ def tracks(count=20):
         ]
         for f in range(count)
     ]
-    return {"version": "VERSION 1.0", "video_id": "77", "frame_count": count, "trajectories": boxes}
+    return {
+        "version": "VERSION 1.0",
+        "video_id": "77",
+        "frame_count": count,
+        "trajectories": boxes,
+    }
 
 
 def vidstg(folder, rows=None, film=None, boxes=None):
@@ -151,7 +160,9 @@ def vidstg(folder, rows=None, film=None, boxes=None):
         json.dumps([vidstg_row()] if rows is None else rows)
     )
     mp4(folder / "video/0001/77.mp4", numbered() if film is None else film)
-    (folder / "video/0001/77.json").write_text(json.dumps(tracks() if boxes is None else boxes))
+    (folder / "video/0001/77.json").write_text(
+        json.dumps(tracks() if boxes is None else boxes)
+    )
     return folder
 
 
@@ -215,7 +226,9 @@ def doc_row(**change):
 
 
 def longdoc(folder, rows=None, pages=3):
-    parquet(folder / "data/train-00000-of-00001.parquet", [doc_row()] if rows is None else rows)
+    parquet(
+        folder / "data/train-00000-of-00001.parquet", [doc_row()] if rows is None else rows
+    )
     pdf(folder / "documents/x.pdf", pages)
     return folder
 
@@ -248,7 +261,12 @@ def niah_row(**change):
         "needle_image_list": [],
         "question": "What is the needle?",
         "positive_ctxs": [
-            {"type": "text", "text": "The needle is red <image>.", "has_ans": True, "nid": 0}
+            {
+                "type": "text",
+                "text": "The needle is red <image>.",
+                "has_ans": True,
+                "nid": 0,
+            }
         ],
         "answer": "red",
         "category": "retrieval-text",
@@ -357,12 +375,19 @@ def test_refcocog_catches_corners_where_sizes_should_be(tmp_path):
         refcocog(tmp_path, [refcoco_row(bbox=[30.0, 20.0, 50.0, 40.0], segmentation=[])]),
     )
     assert error.where == "bbox" and "not inside its picture" in error.problem
-    error = only_error("refcocog", refcocog(tmp_path, [refcoco_row(bbox=[16.0, 24.0, 8.0, 16.0])]))
+    error = only_error(
+        "refcocog", refcocog(tmp_path, [refcoco_row(bbox=[16.0, 24.0, 8.0, 16.0])])
+    )
     assert error.where == "bbox" and "outline" in error.problem
 
 
 def test_rows_on_one_picture_come_together(tmp_path):
-    rows = [refcoco_row("1", 0), refcoco_row("2", 1), refcoco_row("3", 0), refcoco_row("4", 1)]
+    rows = [
+        refcoco_row("1", 0),
+        refcoco_row("2", 1),
+        refcoco_row("3", 0),
+        refcoco_row("4", 1),
+    ]
     samples = list(load("refcocog", refcocog(tmp_path, rows)))
     assert [s.id.split("-")[2] for s in samples] == list("11332244")
     assert len({id(content(s)[0]["image"]) for s in samples}) == 2
@@ -382,7 +407,9 @@ def test_refcocog_without_pixels_has_corners_and_checks_them(tmp_path):
     }
     [sample] = load("refcocog", refcocog(tmp_path, [row]))
     assert sample.evidence == [ch.Region(0, (8, 16, 24, 40))]
-    error = only_error("refcocog", refcocog(tmp_path, [row | {"bbox": [8.0, 16.0, 16.0, 24.0]}]))
+    error = only_error(
+        "refcocog", refcocog(tmp_path, [row | {"bbox": [8.0, 16.0, 16.0, 24.0]}])
+    )
     assert error.where == "bbox" and "raw_anns" in error.problem
 
 
@@ -398,7 +425,15 @@ def test_vidstg_maps_source_frames_to_sampled_ones(tmp_path):
     [tube], part = samples[0].evidence, content(samples[0])[0]
     # segment [4, 18) at half the rate: 4 6 8 10 12 14 16; of these [6, 12) is true
     shown = [round((frame.mean() - 10) / 10) for frame in part["video"]]
-    assert shown == [4, 6, 8, 10, 12, 14, 16] and part["frames_indices"] == [0, 2, 4, 6, 8, 10, 12]
+    assert shown == [4, 6, 8, 10, 12, 14, 16] and part["frames_indices"] == [
+        0,
+        2,
+        4,
+        6,
+        8,
+        10,
+        12,
+    ]
     assert part["fps"] == 10
     assert tube == ch.Tube(0, {1: (6, 8, 22, 24), 2: (8, 8, 24, 24), 3: (10, 8, 26, 24)})
     assert samples[1].evidence[0].boxes[1] == (40, 8, 64, 40)
@@ -438,7 +473,10 @@ def test_vidstg_rows_on_one_segment_come_together(tmp_path):
 
 def test_vidstg_another_cut_of_the_video_is_an_error(tmp_path):
     for row in (vidstg_row(frame_count=30), vidstg_row(width=128), vidstg_row(vid="78")):
-        assert only_error("vidstg", vidstg(tmp_path, [row])).where in ("vid", "trajectories[6]")
+        assert only_error("vidstg", vidstg(tmp_path, [row])).where in (
+            "vid",
+            "trajectories[6]",
+        )
     error = only_error("vidstg", vidstg(tmp_path, boxes=tracks(8)))
     assert "fewer than 12" in error.problem
 
@@ -459,7 +497,9 @@ def test_vidstg_half_a_video_is_an_error(tmp_path):
 def test_large_frames_are_shrunk_and_boxes_with_them(tmp_path):
     frames = film(4, 48, 1536)
     clip = media.video(mp4(tmp_path / "v.mp4", frames), fps=10, most=9)
-    assert clip.frames.shape == (4, 24, 768, 3) and clip.size == (1536, 48) and clip.total == 4
+    assert (
+        clip.frames.shape == (4, 24, 768, 3) and clip.size == (1536, 48) and clip.total == 4
+    )
     assert clip.scaled((0, 0, 1536, 48)) == (0, 0, 768, 24)
 
 
@@ -468,15 +508,22 @@ def test_large_frames_are_shrunk_and_boxes_with_them(tmp_path):
 
 def test_mmdocir_joins_by_row_counts_from_0_and_scales_layouts(tmp_path):
     samples, errors = read("mmdocir", mmdocir(tmp_path))
-    assert not errors and [s.evidence for s in samples] == [[ch.Pages([1])], [ch.Pages([0, 2])]]
+    assert not errors and [s.evidence for s in samples] == [
+        [ch.Pages([1])],
+        [ch.Pages([0, 2])],
+    ]
     first, second = samples
     shown = [part["image"] for part in content(first)[:-1]]
     assert len(shown) == 3  # page_indices [2, 4] holds its end
     for k, page in enumerate(shown):
         expected = Image.open(io.BytesIO(jpeg(132, 102, seed=10 * ord("b") + k)))
         assert np.array_equal(np.asarray(page), np.asarray(expected))
-    assert all(a["image"] is b["image"] for a, b in zip(content(first)[:-1], content(second)[:-1]))
-    assert first.answer == "2" and second.answer == "1, 3" and first.meta["reply"] == "a tower"
+    assert all(
+        a["image"] is b["image"] for a, b in zip(content(first)[:-1], content(second)[:-1])
+    )
+    assert (
+        first.answer == "2" and second.answer == "1, 3" and first.meta["reply"] == "a tower"
+    )
     assert first.meta["task"] == "Figure, Text"  # a list as Python writes it
     [sample] = load("mmdocir", tmp_path, evidence="layouts", n=1)
     [region] = sample.evidence
@@ -527,19 +574,35 @@ def test_mmdocir_documents_may_come_in_any_order(tmp_path):
         ({"page_id": []}, "page_id"),
         ({"page_id": "[1"}, "page_id"),
         (
-            {"layout_mapping": [{"page": 0, "page_size": [612, 792], "bbox": [0, 0, 9, 9]}]},
+            {
+                "layout_mapping": [
+                    {"page": 0, "page_size": [612, 792], "bbox": [0, 0, 9, 9]}
+                ]
+            },
             "layout_mapping.page",
         ),
         (
-            {"layout_mapping": [{"page": 1, "page_size": [792, 612], "bbox": [0, 0, 9, 9]}]},
+            {
+                "layout_mapping": [
+                    {"page": 1, "page_size": [792, 612], "bbox": [0, 0, 9, 9]}
+                ]
+            },
             "layout_mapping.page_size",
         ),
         (
-            {"layout_mapping": [{"page": 1, "page_size": [612, 792], "bbox": [0, 0, 999, 9]}]},
+            {
+                "layout_mapping": [
+                    {"page": 1, "page_size": [612, 792], "bbox": [0, 0, 999, 9]}
+                ]
+            },
             "layout_mapping.bbox",
         ),
         (
-            {"layout_mapping": [{"page": 1, "page_size": [612, 792], "bbox": [9, 9, 9, 99]}]},
+            {
+                "layout_mapping": [
+                    {"page": 1, "page_size": [612, 792], "bbox": [9, 9, 9, 99]}
+                ]
+            },
             "layout_mapping.bbox",
         ),
         ({"Q": " "}, "Q"),
@@ -548,7 +611,9 @@ def test_mmdocir_documents_may_come_in_any_order(tmp_path):
 def test_mmdocir_names_the_bad_field(tmp_path, change, where):
     samples, errors = read(
         "mmdocir",
-        mmdocir(tmp_path, [docir_row(questions=[docir_question(**change), docir_question()])]),
+        mmdocir(
+            tmp_path, [docir_row(questions=[docir_question(**change), docir_question()])]
+        ),
     )
     assert [s.id for s in samples] == ["mmdocir-b-q1"]
     assert [(e.sample_id, e.where) for e in errors] == [("mmdocir-b-q0", where)]
@@ -579,7 +644,8 @@ def test_longdoc_pages_count_from_1_and_are_rendered_at_144_dpi(tmp_path):
         and samples[0].meta["sources"] == "Chart, Pure-text (Plain-text)"
     )
     assert all(
-        a["image"] is b["image"] for a, b in zip(content(samples[0])[:-1], content(samples[1])[:-1])
+        a["image"] is b["image"]
+        for a, b in zip(content(samples[0])[:-1], content(samples[1])[:-1])
     )
 
 
@@ -597,7 +663,9 @@ def test_longdoc_pages_count_from_1_and_are_rendered_at_144_dpi(tmp_path):
     ],
 )
 def test_longdoc_names_the_bad_field(tmp_path, change, where):
-    samples, errors = read("mmlongbench-doc", longdoc(tmp_path, [doc_row(**change), doc_row()]))
+    samples, errors = read(
+        "mmlongbench-doc", longdoc(tmp_path, [doc_row(**change), doc_row()])
+    )
     assert (
         len(samples) == 1
         and [e.where for e in errors] == [where]
@@ -622,11 +690,19 @@ def test_docqa_finds_pages_by_file_name(tmp_path):
         docqa_row(ans_page_list=[], answer="None", answer_format="None"),
     ]
     samples, errors = read("mmlongbench", mmlongbench(tmp_path, rows))
-    assert not errors and [s.evidence for s in samples] == [[ch.Pages([2])], [ch.Pages([1])], []]
-    images = [[part["image"] for part in content(s) if part["type"] == "image"] for s in samples]
+    assert not errors and [s.evidence for s in samples] == [
+        [ch.Pages([2])],
+        [ch.Pages([1])],
+        [],
+    ]
+    images = [
+        [part["image"] for part in content(s) if part["type"] == "image"] for s in samples
+    ]
     assert all(a is b for a, b in zip(images[0], images[1]))
     assert content(samples[0])[2]["text"] == "\nDocument x (page 3): "
-    error = only_error("mmlongbench", mmlongbench(tmp_path / "cut", [docqa_row(ans_page_list=[8])]))
+    error = only_error(
+        "mmlongbench", mmlongbench(tmp_path / "cut", [docqa_row(ans_page_list=[8])])
+    )
     assert error.where == "ans_page_list" and "not in page_list" in error.problem
 
 
@@ -636,13 +712,16 @@ def test_slides_count_from_1_in_their_file_names(tmp_path):
     [sample] = load("mmlongbench", mmlongbench(tmp_path / "a", [row]))
     assert sample.evidence == [ch.Pages([1])]
     row["page_list"] = ["mmlongdoc/deck/a-deck-0-1024.png"]
-    assert only_error("mmlongbench", mmlongbench(tmp_path / "b", [row])).where == "page_list"
+    assert (
+        only_error("mmlongbench", mmlongbench(tmp_path / "b", [row])).where == "page_list"
+    )
 
 
 def test_docqa_paths_stay_inside(tmp_path):
     for path in ("/etc/x/page7.png", "../../x/page7.png", 7):
         error = only_error(
-            "mmlongbench", mmlongbench(tmp_path / str(path)[-8:], [docqa_row(page_list=[path])])
+            "mmlongbench",
+            mmlongbench(tmp_path / str(path)[-8:], [docqa_row(page_list=[path])]),
         )
         assert error.where == "page_list"
 
@@ -654,7 +733,8 @@ def test_niah_needles_in_text_and_pictures(tmp_path):
         split="niah_retrieval-text_K8",
     )
     assert (
-        text.evidence == [ch.Span("The needle is red")] and text.metric("It is Red.")["sub_em"] == 1
+        text.evidence == [ch.Span("The needle is red")]
+        and text.metric("It is Red.")["sub_em"] == 1
     )
     name = "niah_retrieval-image_K8"
     # all contexts of pictures read alike
@@ -663,10 +743,13 @@ def test_niah_needles_in_text_and_pictures(tmp_path):
     row["choices_image"] = ["mm-niah/niah/2.png", "mm-niah/niah/3.png"]
     [sample] = load("mmlongbench", mmlongbench(tmp_path / "b", [row], name), split=name)
     assert sample.evidence == [ch.Pages([1])] and sample.answer == "B"
-    assert [p["type"] for p in content(sample)].count("image") == 4 and sample.question.startswith(
-        "Which was shown?"
+    assert [p["type"] for p in content(sample)].count(
+        "image"
+    ) == 4 and sample.question.startswith("Which was shown?")
+    assert (
+        sample.metric("Answer: B")["accuracy"] == 1
+        and sample.metric("no idea")["parsed"] == 0
     )
-    assert sample.metric("Answer: B")["accuracy"] == 1 and sample.metric("no idea")["parsed"] == 0
     name = "niah_counting-image_K8"
     row = niah_row(
         ctxs=hay, positive_ctxs=hay, question="How often is <image> shown?", answer=[0, 2]
@@ -692,9 +775,13 @@ def test_niah_needles_in_text_and_pictures(tmp_path):
             == where
         )
     name = "retrieval-image_K8"
-    row = niah_row(ctxs=hay, positive_ctxs=[{"type": "image", "text": "<image>", "image": "9.png"}])
+    row = niah_row(
+        ctxs=hay, positive_ctxs=[{"type": "image", "text": "<image>", "image": "9.png"}]
+    )
     assert (
-        only_error("mmlongbench", mmlongbench(tmp_path / "e", [row], name), split=name).where
+        only_error(
+            "mmlongbench", mmlongbench(tmp_path / "e", [row], name), split=name
+        ).where
         == "positive_ctxs"
     )
 
@@ -709,12 +796,16 @@ def test_haystack_of_pictures(tmp_path):
     }
     name = "vh_single_K8"
     [sample] = load("mmlongbench", mmlongbench(tmp_path, [row], name), split=name)
-    assert sample.evidence == [ch.Pages([1])] and sample.metric("no... yes")["accuracy"] == 1
+    assert (
+        sample.evidence == [ch.Pages([1])] and sample.metric("no... yes")["accuracy"] == 1
+    )
 
 
 def test_a_missing_file_names_those_that_are_there(tmp_path):
     with pytest.raises(FileNotFoundError, match="mmlongdoc_K8"):
-        list(load("mmlongbench", mmlongbench(tmp_path, [docqa_row()]), split="mmlongdoc_K7"))
+        list(
+            load("mmlongbench", mmlongbench(tmp_path, [docqa_row()]), split="mmlongdoc_K7")
+        )
 
 
 # MLVU
@@ -734,12 +825,15 @@ def test_mlvu_has_no_evidence_and_its_prompt_ends_in_a_bracket(tmp_path):
 
 def test_mlvu_an_answer_that_is_no_candidate_is_an_error(tmp_path):
     error = only_error(
-        "mlvu", mlvu(tmp_path, [mlvu_row(answer="flies", question_type="findNeedle")], "2_needle")
+        "mlvu",
+        mlvu(tmp_path, [mlvu_row(answer="flies", question_type="findNeedle")], "2_needle"),
     )
     assert error.where == "answer" and "0 times" in error.problem
     assert (
         "2 times"
-        in only_error("mlvu", mlvu(tmp_path / "b", [mlvu_row(candidates=["eats", "eats"])])).problem
+        in only_error(
+            "mlvu", mlvu(tmp_path / "b", [mlvu_row(candidates=["eats", "eats"])])
+        ).problem
     )
     [sample] = load(
         "mlvu", mlvu(tmp_path / "c", [mlvu_row(question_type="findNeedle")], "2_needle")
@@ -753,7 +847,11 @@ def test_mlvu_an_answer_that_is_no_candidate_is_an_error(tmp_path):
 def test_iou():
     assert metrics.iou((0, 0, 2, 2), (1, 1, 3, 3)) == pytest.approx(1 / 7)
     assert metrics.iou((0, 0, 2, 2), (0, 0, 2, 2)) == 1
-    assert metrics.iou((0, 0, 1, 1), (1, 0, 2, 1)) == metrics.iou((1, 1, 0, 0), (0, 0, 1, 1)) == 0
+    assert (
+        metrics.iou((0, 0, 1, 1), (1, 0, 2, 1))
+        == metrics.iou((1, 1, 0, 0), (0, 0, 1, 1))
+        == 0
+    )
     box = (0.0, 0.0, 0.5, 0.5)
     assert metrics.box_metric("It is [0.0, 0, .5, 0.25].", box) == {
         "parsed": 1,
@@ -767,8 +865,13 @@ def test_iou():
 
 def test_tube_iou():
     box, half = (0, 0, 1, 1), (0, 0, 1, 0.5)
-    assert metrics.tube_iou({1: half, 2: half, 3: half}, {2: box, 3: box, 4: box}) == (0.5, 0.25)
-    assert metrics.tube_iou({}, {1: box}) == (0, 0) and metrics.tube_iou({1: box}, {2: box}) == (
+    assert metrics.tube_iou({1: half, 2: half, 3: half}, {2: box, 3: box, 4: box}) == (
+        0.5,
+        0.25,
+    )
+    assert metrics.tube_iou({}, {1: box}) == (0, 0) and metrics.tube_iou(
+        {1: box}, {2: box}
+    ) == (
         0,
         0,
     )
@@ -800,7 +903,12 @@ def test_recall():
     with pytest.raises(ValueError, match="without true pages"):
         metrics.recall_at([1], [], 1)
     true = [(0, (0, 0, 10, 10)), (1, (0, 0, 10, 10))]
-    ranked = [(0, (0, 0, 5, 10)), (0, (0, 0, 5, 10)), (0, (4, 0, 20, 5)), (1, (20, 20, 30, 30))]
+    ranked = [
+        (0, (0, 0, 5, 10)),
+        (0, (0, 0, 5, 10)),
+        (0, (4, 0, 20, 5)),
+        (1, (20, 20, 30, 30)),
+    ]
     assert metrics.layout_recall_at(ranked, true, 1) == 0.25
     assert metrics.layout_recall_at(ranked, true, 2) == 0.25  # covered twice counts once
     assert metrics.layout_recall_at(ranked, true, 4) == pytest.approx((50 + 25) / 200)
@@ -881,7 +989,9 @@ def test_docqa_rule(text, gold, kind, score):
 def test_text_metrics():
     assert metrics.sub_em("Answer: The Red, tower!", ["blue", "red tower"])["sub_em"] == 1
     assert metrics.sub_em("", ["the"]) == {"parsed": 0, "sub_em": 0}
-    assert metrics.sub_em("anything", ["!"])["sub_em"] == 0  # an empty text would stand in any
+    assert (
+        metrics.sub_em("anything", ["!"])["sub_em"] == 0
+    )  # an empty text would stand in any
     assert metrics.soft_acc("[1, 2] no: [2, 2]", [4])["soft_acc"] == 1
     assert metrics.soft_acc("none", [0]) == {"parsed": 0, "soft_acc": 0}
     assert metrics.yes_no("", "no") == {"parsed": 0, "accuracy": 0}
@@ -913,7 +1023,13 @@ def test_letters(text, found):
 
 
 def test_tables_count_what_could_not_be_read():
-    rows = [("needle", "C"), ("needle", "?"), ("count", "B"), ("count", "B"), ("count", "C")]
+    rows = [
+        ("needle", "C"),
+        ("needle", "?"),
+        ("count", "B"),
+        ("count", "B"),
+        ("count", "C"),
+    ]
     options = dict(options=["a", "b", "c"], right=2)
     results = pd.DataFrame(
         [
@@ -941,7 +1057,12 @@ def test_no_text_breaks_a_metric_and_none_unread_is_right(text):
         ),
         *(
             metrics.doc_qa(text, gold, kind)
-            for gold, kind in [("7", "Integer"), ("7", "Float"), ("x", "String"), ("[1]", "List")]
+            for gold, kind in [
+                ("7", "Integer"),
+                ("7", "Float"),
+                ("x", "String"),
+                ("[1]", "List"),
+            ]
         ),
         metrics.sub_em(text, ["x"]),
         metrics.soft_acc(text, [0]),
@@ -1002,7 +1123,10 @@ def test_zip_archives_cannot_either(tmp_path, name, kind):
         archive.writestr("good", b"fine")
         archive.writestr(entry, b"/etc/passwd")
     folder = media.unpack(tmp_path / "x.zip")
-    assert folder == tmp_path / "x" and {p.name for p in tmp_path.iterdir()} == {"x", "x.zip"}
+    assert folder == tmp_path / "x" and {p.name for p in tmp_path.iterdir()} == {
+        "x",
+        "x.zip",
+    }
     # what would lie outside is left out; a link is a file with a path in it
     assert (
         [p.name for p in folder.iterdir()] == ["good"]
@@ -1105,7 +1229,9 @@ def test_errors_raise_or_are_skipped_and_n_is_kept(tmp_path):
 
 def test_rows_are_streamed(tmp_path, monkeypatch):
     """The first samples come before the last rows are read."""
-    folder = refcocog(tmp_path, [refcoco_row(str(i), i % 3) for i in range(400)], row_group_size=16)
+    folder = refcocog(
+        tmp_path, [refcoco_row(str(i), i % 3) for i in range(400)], row_group_size=16
+    )
     seen = []
     whole = pq.ParquetFile.iter_batches
 
@@ -1128,15 +1254,22 @@ def test_check_reports_and_exits_by_what_it_finds(name, tmp_path, capsys):
 
 
 def test_check_names_bad_rows(tmp_path, capsys):
-    refcocog(tmp_path, [refcoco_row("1"), *(refcoco_row(str(i), bbox=[1.0]) for i in range(2, 14))])
+    refcocog(
+        tmp_path,
+        [refcoco_row("1"), *(refcoco_row(str(i), bbox=[1.0]) for i in range(2, 14))],
+    )
     assert main(["refcocog", "--check", str(tmp_path), "--split", "val"]) == 1
     out = capsys.readouterr().out
-    assert "2 samples, 12 bad rows" in out and "and 2 more" in out and out.count("bbox: ") == 10
+    assert (
+        "2 samples, 12 bad rows" in out
+        and "and 2 more" in out
+        and out.count("bbox: ") == 10
+    )
     assert "refcocog-val-2-1" in out and "evidence: boxes: 1 (1 to 1)" in out
     [sample, *_] = load("refcocog", tmp_path, n=1)
-    assert describe(sample)["evidence: share of the picture's area in a box"] == pytest.approx(
-        16 * 24 / (64 * 48)
-    )
+    assert describe(sample)[
+        "evidence: share of the picture's area in a box"
+    ] == pytest.approx(16 * 24 / (64 * 48))
 
 
 # Broken rows and media
@@ -1172,7 +1305,10 @@ def test_a_field_of_another_type_says_what_it_should_be_and_what_it_is(
     tmp_path, change, where, problem
 ):
     error = only_error("mlvu", mlvu(tmp_path, [mlvu_row(**change)]))
-    assert (error.sample_id, error.where) == ("mlvu-1_plotQA-0", where) and problem in error.problem
+    assert (error.sample_id, error.where) == (
+        "mlvu-1_plotQA-0",
+        where,
+    ) and problem in error.problem
     assert repr(str(change[where]))[1:-1] in error.problem and "Download" in error.fix
     row = mlvu_row()
     del row[where]
@@ -1308,7 +1444,9 @@ def test_broken_files_are_named_and_the_others_read(tmp_path):
     samples, errors = read("mmdocir", tmp_path / "docs")
     assert not samples and [e.where for e in errors] == ["row", "file", "page_indices"]
     mlvu(tmp_path / "mlvu")
-    (tmp_path / "mlvu/MLVU/json/9_summary.json").write_text("{")  # an open-ended task is not read
+    (tmp_path / "mlvu/MLVU/json/9_summary.json").write_text(
+        "{"
+    )  # an open-ended task is not read
     (tmp_path / "mlvu/MLVU/json/2_needle.json").write_text("{")
     samples, errors = read("mlvu", tmp_path / "mlvu")
     assert len(samples) == 1 and errors[0].sample_id == "2_needle.json"
@@ -1357,7 +1495,9 @@ def test_a_region_and_a_tube_become_the_right_tokens(family, tmp_path):
     }
     step = 2 if family == "qwen3_vl" else 1  # frames of a token
     assert frames == {
-        f for true in (1, 2, 3) for f in range(true // step * step, (true // step + 1) * step)
+        f
+        for true in (1, 2, 3)
+        for f in range(true // step * step, (true // step + 1) * step)
     }
 
 
@@ -1369,7 +1509,9 @@ def test_scores_and_answers_of_a_benchmark(family, tmp_path):
     ram = scores.per_sample("ram")
     assert ram.shape == (2, mllm.n_layers, mllm.n_heads) and bool((ram > 0).all())
     cut = {"intact": None, "cut": Ablation(ch.HeadSet.of([(0, 1), (1, 2)], mllm.shape))}
-    results = ch.evaluate(mllm, load("refcocog", tmp_path), cut, new_tokens=5, progress=False)
+    results = ch.evaluate(
+        mllm, load("refcocog", tmp_path), cut, new_tokens=5, progress=False
+    )
     assert list(results.columns[-3:]) == ["parsed", "iou", "acc@0.5"] and len(results) == 4
     assert results.context.nunique() == 1  # both sentences on one prefill
     whole = metrics.table(results, "condition")
@@ -1397,7 +1539,8 @@ def test_scores_and_answers_of_a_benchmark(family, tmp_path):
 def test_a_store_keeps_what_was_written(tmp_path):
     mllm = tiny("qwen3_vl")
     sample = ask(
-        image_part(picture(40, 40)), metric=lambda text: {"parsed": 1.0, "length": float(len(text))}
+        image_part(picture(40, 40)),
+        metric=lambda text: {"parsed": 1.0, "length": float(len(text))},
     )
     options = dict(store=tmp_path / "run", new_tokens=3, progress=False)
     first = ch.evaluate(mllm, [sample], **options)

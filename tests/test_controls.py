@@ -17,16 +17,20 @@ def seen(mllm, tagged):
     """Matrices (L, H, N, N), values (L, N, Hkv, D) and inputs of o_proj (L, N, H, D), the eager way."""
     values, outputs, handles = [], [], []
     for module in mllm.attentions:
-        handles.append(module.v_proj.register_forward_hook(lambda m, a, out: values.append(out[0])))
         handles.append(
-            module.o_proj.register_forward_pre_hook(lambda m, args: outputs.append(args[0][0]))
+            module.v_proj.register_forward_hook(lambda m, a, out: values.append(out[0]))
+        )
+        handles.append(
+            module.o_proj.register_forward_pre_hook(
+                lambda m, args: outputs.append(args[0][0])
+            )
         )
     before = mllm.text_config._attn_implementation
     mllm.text_config._attn_implementation = "eager"
     try:
-        attention = torch.stack(mllm.model(**tagged.inputs, output_attentions=True).attentions)[
-            :, 0
-        ]
+        attention = torch.stack(
+            mllm.model(**tagged.inputs, output_attentions=True).attentions
+        )[:, 0]
     finally:
         mllm.text_config._attn_implementation = before
         for handle in handles:
@@ -49,18 +53,27 @@ def expected(mllm, tagged) -> dict[str, np.ndarray]:
         for name in ("output", "value", "copy", "hits")
     }
     on_text = not np.isin(tagged.evidence, tagged.visual).any()
-    among = np.setdiff1d(np.arange(len(tagged.ids)), tagged.visual) if on_text else tagged.visual
+    among = (
+        np.setdiff1d(np.arange(len(tagged.ids)), tagged.visual)
+        if on_text
+        else tagged.visual
+    )
     for layer, module in enumerate(mllm.attentions):
         for h in range(mllm.n_heads):
-            w = module.o_proj.weight[:, h * mllm.head_dim : (h + 1) * mllm.head_dim]  # (hidden, D)
-            norms = (values[layer, :, h * mllm.n_kv_heads // mllm.n_heads] @ w.T).norm(dim=-1)
+            w = module.o_proj.weight[
+                :, h * mllm.head_dim : (h + 1) * mllm.head_dim
+            ]  # (hidden, D)
+            norms = (values[layer, :, h * mllm.n_kv_heads // mllm.n_heads] @ w.T).norm(
+                dim=-1
+            )
             for i, row in enumerate(rows):
                 a = attention[layer, h, row]
                 top, best = int(a.argmax()), among[int(a[among].argmax())]
                 found["output"][layer, h] += float((w @ outputs[layer, row, h]).norm())
                 found["value"][layer, h] += float(a @ norms)
                 found["copy"][layer, h] += (
-                    top in tagged.evidence and tagged.ids[top] == tagged.ids[tagged.answer[i]]
+                    top in tagged.evidence
+                    and tagged.ids[top] == tagged.ids[tagged.answer[i]]
                 )
                 found["hits"][layer, h] += best in tagged.evidence
     return {name: total / len(rows) for name, total in found.items()}
@@ -85,7 +98,10 @@ def test_equal_to_brute_force(family):
     for sample in samples:
         for name, values in expected(mllm, mllm.tag(sample)).items():
             np.testing.assert_allclose(
-                found[name].sel(sample=sample.id), values, atol=2e-5, err_msg=f"{sample.id} {name}"
+                found[name].sel(sample=sample.id),
+                values,
+                atol=2e-5,
+                err_msg=f"{sample.id} {name}",
             )
             total[name] += values.sum()
     assert total["hits"] > 0 and (total["copy"] > 0 or mllm.family.name != "text")
@@ -129,7 +145,9 @@ def test_what_scores_already_hold(mllm):
     )
     with pytest.raises(ValueError, match="text-only"):
         controls.text_entropy(scores)
-    plain = ch.score(mllm, [ask("two and two", id="plain", question="are?")], progress=False)
+    plain = ch.score(
+        mllm, [ask("two and two", id="plain", question="are?")], progress=False
+    )
     np.testing.assert_array_equal(
         controls.text_entropy(plain), -plain.data.entropy.sel(query="last")
     )
@@ -139,7 +157,9 @@ def test_rankings_without_samples():
     near = ch.HeadRanking(controls.layer_index((5, 4), first=1, seed=3))
     layers = near.order[:, 0]
     assert (
-        list(layers[:4]) == [1] * 4 and set(layers[4:12]) == {0, 2} and list(layers[-4:]) == [4] * 4
+        list(layers[:4]) == [1] * 4
+        and set(layers[4:12]) == {0, 2}
+        and list(layers[-4:]) == [4] * 4
     )
     other = ch.HeadRanking(controls.layer_index((5, 4), first=1, seed=4))
     assert not np.array_equal(near.order, other.order)

@@ -48,7 +48,11 @@ def test_a_prefill_has_the_flops_that_pytorch_counts():
 
 def test_costs_add_up():
     one, two = (cost(contexts=n, questions=8 * n, views=4, tokens=256) for n in (1, 2))
-    assert two.flops == 2 * one.flops and two.prefill_tokens == 2048 and one.chunk_tokens == 640
+    assert (
+        two.flops == 2 * one.flops
+        and two.prefill_tokens == 2048
+        and one.chunk_tokens == 640
+    )
     alone = cost(contexts=8, questions=8, views=4, tokens=256)
     assert alone.flops > 3 * one.flops  # questions that share a context are cheap
     assert gpu_hours(989e12 * 3600, mfu=0.5) == pytest.approx(2)

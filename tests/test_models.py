@@ -64,7 +64,9 @@ def test_float16_checkpoints_are_float32_on_a_cpu(saved, tmp_path, family, monke
     for name, weight in half.named_parameters():
         assert torch.equal(mllm.model.get_parameter(name), weight.float())
     assert dtypes(ch.load(tmp_path, dtype="float16")) == {torch.float16}
-    assert memory(tmp_path).weights < 0.6 * memory(tmp_path, "float32").weights  # as it is on disk
+    assert (
+        memory(tmp_path).weights < 0.6 * memory(tmp_path, "float32").weights
+    )  # as it is on disk
     with monkeypatch.context() as patch:  # there must be room for what it becomes
         patch.setattr(
             models.psutil,
@@ -143,7 +145,9 @@ def hub(tmp_path, monkeypatch):
     """An offline cache of the hub with a tiny checkpoint of each family; gives the commits."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    return {family: testbed.save(tiny(family), tmp_path, name) for family, name in HUB.items()}
+    return {
+        family: testbed.save(tiny(family), tmp_path, name) for family, name in HUB.items()
+    }
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -175,7 +179,10 @@ def test_an_offline_hub_cache_loads_by_id_at_its_commit(hub, family):
 def test_a_piece_that_is_missing_or_cut_is_named(saved, tmp_path):
     source = testbed.save(tiny("qwen3_vl"), tmp_path / "whole")
     piece = sorted(source.glob("*.safetensors"))[1].name
-    for damage in ("", " is damaged or cut off"):  # transformers names a file that is missing
+    for damage in (
+        "",
+        " is damaged or cut off",
+    ):  # transformers names a file that is missing
         folder = tmp_path / f"copy{damage}"
         shutil.copytree(source, folder)
         if not damage:
@@ -187,9 +194,12 @@ def test_a_piece_that_is_missing_or_cut_is_named(saved, tmp_path):
     (tmp_path / "pickled").mkdir()
     for file in (saved / "qwen3_vl").glob("*.json"):
         shutil.copy(file, tmp_path / "pickled")
-    torch.save(tiny("qwen3_vl").model.state_dict(), tmp_path / "pickled" / "pytorch_model.bin")
+    torch.save(
+        tiny("qwen3_vl").model.state_dict(), tmp_path / "pickled" / "pytorch_model.bin"
+    )
     with pytest.raises(
-        ValueError, match=r"pickled weights alone \(pytorch_model.bin\).*use_safetensors=False"
+        ValueError,
+        match=r"pickled weights alone \(pytorch_model.bin\).*use_safetensors=False",
     ):
         ch.load(tmp_path / "pickled")
 
@@ -246,7 +256,9 @@ for name, revision in ("org/gated", None), ("org/known", "v9"), ("org/nobody", N
 
 
 def test_what_the_hub_refuses_names_the_fix(tmp_path):
-    done = subprocess.run([sys.executable, "-c", SERVED, tmp_path], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", SERVED, tmp_path], capture_output=True, text=True
+    )
     gated, revision, nobody = done.stdout.splitlines()
     assert (
         "hf auth login" in gated
@@ -261,7 +273,11 @@ def test_what_the_hub_refuses_names_the_fix(tmp_path):
 def test_memory_is_counted_from_the_configuration_alone(saved, family):
     mllm = tiny(family)
     own = sum(x.nbytes for x in (*mllm.model.parameters(), *mllm.model.buffers()))
-    assert memory(saved / family).weights == own == memory(mllm.model.config, "float32").weights
+    assert (
+        memory(saved / family).weights
+        == own
+        == memory(mllm.model.config, "float32").weights
+    )
     assert abs(memory(saved / family, "bfloat16").weights / own - 0.5) < 0.01
     counted = memory(saved / family, tokens=1000)
     assert (
@@ -273,7 +289,9 @@ def test_memory_is_counted_from_the_configuration_alone(saved, family):
 
 
 def test_weights_that_cannot_fit_are_refused_before_they_load(saved, monkeypatch):
-    monkeypatch.setattr(models.psutil, "virtual_memory", lambda: SimpleNamespace(available=10_000))
+    monkeypatch.setattr(
+        models.psutil, "virtual_memory", lambda: SimpleNamespace(available=10_000)
+    )
     for device in ("cpu", "auto"):
         with pytest.raises(
             MemoryError,
@@ -285,6 +303,8 @@ def test_weights_that_cannot_fit_are_refused_before_they_load(saved, monkeypatch
 def test_an_unsupported_architecture_is_named(saved, tmp_path):
     shutil.copytree(saved / "llama", tmp_path / "gpt2")
     config = json.loads((tmp_path / "gpt2" / "config.json").read_text())
-    (tmp_path / "gpt2" / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
+    (tmp_path / "gpt2" / "config.json").write_text(
+        json.dumps(config | {"model_type": "gpt2"})
+    )
     with pytest.raises(ValueError, match="'gpt2' is not supported"):
         ch.load(tmp_path / "gpt2")

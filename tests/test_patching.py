@@ -45,7 +45,10 @@ def test_pairs_differ_in_the_needle_alone(domain):
             continue
         pixels, others = (
             np.concatenate(
-                [np.asarray(p["image"])[None] if "image" in p else p["video"] for p in parts]
+                [
+                    np.asarray(p["image"])[None] if "image" in p else p["video"]
+                    for p in parts
+                ]
             )
             for parts in (media, other)
         )
@@ -66,7 +69,9 @@ def test_pairs_differ_in_the_needle_alone(domain):
 
 
 def test_pairs_are_drawn_from_their_split_and_seed():
-    first, again, other = (counterfactuals("image", "test", 6, seed, cells=4) for seed in (0, 0, 1))
+    first, again, other = (
+        counterfactuals("image", "test", 6, seed, cells=4) for seed in (0, 0, 1)
+    )
     assert [a.answer for a, _ in first] == [a.answer for a, _ in again]
     assert [np.asarray(a.messages[0]["content"][0]["image"]).sum() for a, _ in first] != [
         np.asarray(a.messages[0]["content"][0]["image"]).sum() for a, _ in other
@@ -98,7 +103,9 @@ def by_hand(mllm, base, donor, heads):
         return hook
 
     tagged, other = mllm.tag(base), mllm.tag(donor)
-    handles = [m.o_proj.register_forward_pre_hook(note(i)) for i, m in enumerate(mllm.attentions)]
+    handles = [
+        m.o_proj.register_forward_pre_hook(note(i)) for i, m in enumerate(mllm.attentions)
+    ]
     mllm.model(**other.inputs)
     for handle in handles:
         handle.remove()
@@ -111,7 +118,9 @@ def by_hand(mllm, base, donor, heads):
         handle.remove()
     plain = mllm.model(**tagged.inputs).logits[0, tagged.last]
     other_logits = mllm.model(**other.inputs).logits[0, other.last]
-    own, foil = (mllm.tokenizer(text)["input_ids"][0] for text in (base.answer, donor.answer))
+    own, foil = (
+        mllm.tokenizer(text)["input_ids"][0] for text in (base.answer, donor.answer)
+    )
     contrast = [float(x[own] - x[foil]) for x in (plain, logits, other_logits)]
     return contrast, int(logits.argmax()) == foil
 
@@ -144,7 +153,9 @@ def test_patching_equals_editing_inputs_of_o_proj(trained, domain):
             moved[name, base.id] = plain - patched
             ways.append(plain - other)
     for place, movement in moved.items():
-        assert found.loc[place].recovered == pytest.approx(movement / np.mean(ways), abs=1e-4)
+        assert found.loc[place].recovered == pytest.approx(
+            movement / np.mean(ways), abs=1e-4
+        )
     # with every head's output of the donor at the row that answers, nothing of the base is left there but its token
     assert found.loc["all"].recovered.mean() == pytest.approx(1, abs=0.05)
 
@@ -153,11 +164,15 @@ def test_use_is_one_head_at_a_time(trained):
     pairs = counterfactuals("image", "validation", 4)
     scores = patching.use(trained, pairs, progress=False)
     assert scores.dims == ("sample", "layer", "head") and scores.shape[1:] == trained.shape
-    single = {place: ch.HeadSet.of([place], trained.shape) for place in ((2, 9), (4, 10), (11, 3))}
+    single = {
+        place: ch.HeadSet.of([place], trained.shape) for place in ((2, 9), (4, 10), (11, 3))
+    }
     table = patching.patch(trained, pairs, single, progress=False)
     for (layer, head), part in table.groupby("condition"):
         np.testing.assert_allclose(
-            scores.sel(sample=part["sample"].to_numpy())[:, layer, head], part.recovered, atol=1e-5
+            scores.sel(sample=part["sample"].to_numpy())[:, layer, head],
+            part.recovered,
+            atol=1e-5,
         )
 
 
@@ -168,7 +183,9 @@ def test_donors_are_recorded_on_the_model_as_it_is_edited(trained):
     gone = ch.HeadSet.of([(2, 9), (2, 8)], mllm.shape)
     heads = ch.HeadSet.of([(2, 10), (4, 5)], mllm.shape)
     with ch.ablate(mllm, gone):
-        inside = patching.patch(mllm, pairs, {"heads": heads}, progress=False).set_index("sample")
+        inside = patching.patch(mllm, pairs, {"heads": heads}, progress=False).set_index(
+            "sample"
+        )
     assert not hooks_in_force(mllm)
     weights = [m.o_proj.weight for m in mllm.attentions]
     width = weights[0].shape[1] // mllm.n_heads
@@ -177,9 +194,9 @@ def test_donors_are_recorded_on_the_model_as_it_is_edited(trained):
         for layer, h in gone:
             weights[layer][:, h * width : (h + 1) * width] = 0
         try:
-            edited = patching.patch(mllm, pairs, {"heads": heads}, progress=False).set_index(
-                "sample"
-            )
+            edited = patching.patch(
+                mllm, pairs, {"heads": heads}, progress=False
+            ).set_index("sample")
         finally:
             for layer, weight in kept.items():
                 weights[layer].copy_(weight)
@@ -232,5 +249,8 @@ def test_bad_input_is_named(trained):
     without = Reference(mllm, [replace(donor, answer=None, foil=None)], {base.id: donor.id})
     with pytest.raises(ValueError, match="no token in phase='decode'"):
         ch.evaluate(
-            mllm, [base], {"p": Ablation(heads["all"], "patch", "decode", without)}, progress=False
+            mllm,
+            [base],
+            {"p": Ablation(heads["all"], "patch", "decode", without)},
+            progress=False,
         )

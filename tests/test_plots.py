@@ -27,12 +27,16 @@ def close():
 
 def lines_of(ax) -> dict:
     """The lines of a panel by name, those without one left out."""
-    return {line.get_label(): line for line in ax.lines if not line.get_label().startswith("_")}
+    return {
+        line.get_label(): line for line in ax.lines if not line.get_label().startswith("_")
+    }
 
 
 def framed(figure) -> int:
     """Cells with the frame of V*."""
-    patches = [c for ax in figure.axes for c in ax.collections if isinstance(c, PatchCollection)]
+    patches = [
+        c for ax in figure.axes for c in ax.collections if isinstance(c, PatchCollection)
+    ]
     return sum(len(c.get_paths()) for c in patches if c.get_linewidth()[0] == 1.5)
 
 
@@ -108,7 +112,9 @@ def test_overlays_show_the_view_that_is_looked_at_most():
 # --- saving
 
 
-def test_a_figure_is_saved_to_the_same_bytes_in_the_folder_of_its_profile(tmp_path, monkeypatch):
+def test_a_figure_is_saved_to_the_same_bytes_in_the_folder_of_its_profile(
+    tmp_path, monkeypatch
+):
     monkeypatch.setenv("COREHEAD_OUTPUT", str(tmp_path))
     mllm = tiny("llama")
     tagged = mllm.tag(ask("alpha is 5. ", evidence=[ch.Span("alpha")]))
@@ -148,7 +154,12 @@ def test_256_colours_cannot_be_told_from_all(tmp_path, monkeypatch):
 def test_tables_are_rounded_as_they_are_reported(tmp_path, monkeypatch):
     monkeypatch.setenv("COREHEAD_OUTPUT", str(tmp_path))
     table = pd.DataFrame(
-        {"domain": ["image"], "correct": [0.123456], "accuracy_p": [1.23456e-9], "depth": [0.98764]}
+        {
+            "domain": ["image"],
+            "correct": [0.123456],
+            "accuracy_p": [1.23456e-9],
+            "depth": [0.98764],
+        }
     )
     rounded = results.save(table.set_index("domain"), "test", "other")
     assert rounded.to_dict("list") == {
@@ -157,7 +168,9 @@ def test_tables_are_rounded_as_they_are_reported(tmp_path, monkeypatch):
         "accuracy_p": [1.23e-9],
         "depth": [0.9876],
     }
-    pd.testing.assert_frame_equal(rounded, pd.read_csv(tmp_path / "data/results/other/test.csv"))
+    pd.testing.assert_frame_equal(
+        rounded, pd.read_csv(tmp_path / "data/results/other/test.csv")
+    )
     twice = results.save(pd.concat([table, table]), "again")
     assert twice.index.tolist() == [0, 1] and "index" not in twice
 
@@ -167,16 +180,23 @@ def test_tables_are_rounded_as_they_are_reported(tmp_path, monkeypatch):
 
 def test_maps_frame_heads_and_have_one_scale():
     low, high = (
-        pd.DataFrame(np.full((3, 4), value)).rename_axis(index="layer") for value in (0.1, 0.5)
+        pd.DataFrame(np.full((3, 4), value)).rename_axis(index="layer")
+        for value in (0.1, 0.5)
     )
     heads = ch.HeadSet(np.eye(3, 4, dtype=bool))
     figure = plots.maps({"low": low, "high": high}, heads)
     for ax, title in zip(figure.axes, ("low", "high")):
         assert (
-            len(ax.patches) == len(heads) and ax.get_title() == title and ax.get_ylabel() == "layer"
+            len(ax.patches) == len(heads)
+            and ax.get_title() == title
+            and ax.get_ylabel() == "layer"
         )
         assert ax.collections[0].get_clim() == (0, 0.5)
-    assert [tuple(patch.get_xy()) for patch in figure.axes[0].patches] == [(0, 0), (1, 1), (2, 2)]
+    assert [tuple(patch.get_xy()) for patch in figure.axes[0].patches] == [
+        (0, 0),
+        (1, 1),
+        (2, 2),
+    ]
     assert not figure.axes[0].texts
 
 
@@ -209,8 +229,13 @@ def test_curves_show_lines_intervals_and_levels():
         lines["top"].get_color() == plots.EVIDENCE
         and lines["top"].get_marker() != lines["bottom"].get_marker()
     )
-    assert lines["intact"].get_ydata()[0] == 0.97 and lines["chance level"].get_ydata()[0] == 0.1
-    assert np.isnan(lines_of(right)["chance level"].get_ydata()).all()  # known for one of them
+    assert (
+        lines["intact"].get_ydata()[0] == 0.97
+        and lines["chance level"].get_ydata()[0] == 0.1
+    )
+    assert np.isnan(
+        lines_of(right)["chance level"].get_ydata()
+    ).all()  # known for one of them
     [collection] = [c for c in left.collections if isinstance(c, LineCollection)][:1]
     bars = collection.get_segments()
     np.testing.assert_allclose([bar[:, 1] for bar in bars], [[0.0, 0.2], [0.1, 0.3]])
@@ -227,17 +252,30 @@ def test_curves_show_lines_intervals_and_levels():
 
 def test_panels_with_one_scale_fit_the_highest_of_them():
     table = points(
-        domain=["image", "image", "text"], size=[4, 9, 4], heads="top", score=[0.2, 0.3, 1.5]
+        domain=["image", "image", "text"],
+        size=[4, 9, 4],
+        heads="top",
+        score=[0.2, 0.3, 1.5],
     )
-    figure = plots.curves(table, "size", "score", ylim=(0, None), ticks={4: "four", 9: "nine"})
-    assert [ax.get_ylim()[1] > 1.5 and ax.get_ylim()[0] == 0 for ax in figure.axes] == [True, True]
-    assert [text.get_text() for text in figure.axes[0].get_xticklabels()] == ["four", "nine"]
+    figure = plots.curves(
+        table, "size", "score", ylim=(0, None), ticks={4: "four", 9: "nine"}
+    )
+    assert [ax.get_ylim()[1] > 1.5 and ax.get_ylim()[0] == 0 for ax in figure.axes] == [
+        True,
+        True,
+    ]
+    assert [text.get_text() for text in figure.axes[0].get_xticklabels()] == [
+        "four",
+        "nine",
+    ]
     apart = plots.curves(table, "size", "score", ylim=(0, None), share_y=False)
     assert apart.axes[0].get_ylim()[1] < 0.6
 
 
 def test_five_panels_take_two_rows_and_many_points_no_markers():
-    long = pd.DataFrame({"x": range(60), "y": np.arange(60) / 60, "heads": "top", "domain": "a"})
+    long = pd.DataFrame(
+        {"x": range(60), "y": np.arange(60) / 60, "heads": "top", "domain": "a"}
+    )
     table = pd.concat([long, *(long[:2].assign(domain=name) for name in "bcde")])
     figure = plots.curves(table, "x", "y")
     assert len(figure.axes) == 5 and figure.axes[4].get_subplotspec().rowspan.start == 1
@@ -255,7 +293,10 @@ def test_dots_show_every_row_and_leave_gaps():
         heads=["intact", "top 5%", "top 5%"],
     )
     [ax] = plots.dots(table, "correct", rows="model").axes
-    assert [text.get_text() for text in ax.get_yticklabels()] == ["a", "b"] and ax.yaxis_inverted()
+    assert [text.get_text() for text in ax.get_yticklabels()] == [
+        "a",
+        "b",
+    ] and ax.yaxis_inverted()
     lines = lines_of(ax)
     np.testing.assert_allclose(lines["intact"].get_xdata(), [0.9, np.nan])
     np.testing.assert_allclose(lines["top 5%"].get_xdata(), [0.1, 0.8])
@@ -263,7 +304,9 @@ def test_dots_show_every_row_and_leave_gaps():
 
 
 def test_a_name_has_one_look_and_what_it_begins_with_is_paler():
-    styles = plots._styles(["top 5%", "random", "top 10%", "unheard of", "refcocog", "image"])
+    styles = plots._styles(
+        ["top 5%", "random", "top 10%", "unheard of", "refcocog", "image"]
+    )
     assert styles["top 5%"]["color"] == styles["top 10%"]["color"] == plots.EVIDENCE
     assert styles["top 5%"]["alpha"] == 1 > styles["top 10%"]["alpha"]
     assert styles["refcocog"]["color"] == styles["image"]["color"]
@@ -294,4 +337,6 @@ def test_bars_stack_to_the_whole():
     assert to_hex(left.patches[0].get_facecolor()) == plots.EVIDENCE
     np.testing.assert_allclose(right.lines[0].get_xdata(), [1.0, 3.0])
     segments = right.collections[0].get_segments()
-    np.testing.assert_allclose([segment[:, 0] for segment in segments], [[0.9, 1.2], [2.9, 3.1]])
+    np.testing.assert_allclose(
+        [segment[:, 0] for segment in segments], [[0.9, 1.2], [2.9, 3.1]]
+    )

@@ -85,7 +85,9 @@ def data(tmp_path_factory) -> dict[str, Path]:
             for k in range(2)
         ]  # fmt: skip
         asked = [
-            docir_question(page_id=[0], layout_mapping=docir_question()["layout_mapping"][:0]),
+            docir_question(
+                page_id=[0], layout_mapping=docir_question()["layout_mapping"][:0]
+            ),
             docir_question(),
         ]
         asked[0]["layout_mapping"] = [
@@ -125,7 +127,8 @@ def checkpoints(tmp_path_factory) -> dict[str, str]:
     small = dict(num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=4)
     folder = tmp_path_factory.mktemp("checkpoints")
     return {
-        family: str(save(tiny(family, text=small), folder / family)) for family in PROFILES.values()
+        family: str(save(tiny(family, text=small), folder / family))
+        for family in PROFILES.values()
     }
 
 
@@ -151,12 +154,18 @@ def test_a_notebook_runs_on_a_checkpoint_of_the_family(
 ):
     files = [PARAMS / f"benchmarks/{name}.yaml" for name in ("shared", profile)]
     values = {
-        name: value for file in files for name, value in yaml.safe_load(file.read_text()).items()
+        name: value
+        for file in files
+        for name, value in yaml.safe_load(file.read_text()).items()
     }
     # what the real profile sets of its tasks must be what is made smaller here
     assert set(values["tasks"]) <= set(TASKS)
     source = checkpoints[PROFILES[profile]]
-    values |= {"model": {"source": source}, "tasks": with_sources(TASKS, data), "sweep": SWEEP}
+    values |= {
+        "model": {"source": source},
+        "tasks": with_sources(TASKS, data),
+        "sweep": SWEEP,
+    }
     results = tmp_path / "data/results" / profile
     results.mkdir(parents=True)
     (results / "threshold.json").write_text('{"p": 0.1}')  # of notebook 4, for notebook 5
@@ -167,7 +176,9 @@ def test_a_notebook_runs_on_a_checkpoint_of_the_family(
     assert scope["profile"] == profile and scope["mllm"].source == source
     assert {file.stem for file in results.glob("*.csv")} == saved(path, "results")
     figures = {file.stem for file in (tmp_path / "figures" / profile).iterdir()}
-    assert saved(path, "plots") - figures <= {"01_span"}  # no benchmark of the profile is text
+    assert saved(path, "plots") - figures <= {
+        "01_span"
+    }  # no benchmark of the profile is text
     assert {file.name for file in tmp_path.iterdir()} == {"data", "figures"}
 
 
@@ -183,7 +194,10 @@ def test_splits_and_seeds_of_a_benchmark_share_no_context(data):
                 pages[0] is pages[1] and pages[1] is not pages[2]
             )  # two questions on one document
             for s in found:
-                assert taken.setdefault(s.id.rsplit("-", 1)[0], (split, seed)) == (split, seed)
+                assert taken.setdefault(s.id.rsplit("-", 1)[0], (split, seed)) == (
+                    split,
+                    seed,
+                )
     assert [s.id for s in samples("mmdocir", n=3, **folder)] == [
         s.id for s in samples("mmdocir", n=3, **folder)
     ]
@@ -192,7 +206,9 @@ def test_splits_and_seeds_of_a_benchmark_share_no_context(data):
         for split in ("validation", "test")
         for s in samples("refcocog", split, 8, source=data["refcocog"])
     }
-    assert len(official) == 16 and all(("-val-" in name) or ("-test-" in name) for name in official)
+    assert len(official) == 16 and all(
+        ("-val-" in name) or ("-test-" in name) for name in official
+    )
 
 
 def test_a_benchmark_that_is_too_small_says_so(data):

@@ -25,7 +25,7 @@ else:
 # The core of the package, as tests/shape.py counts it
 MAX_FUNCTION_LINES = 60
 MAX_COMPLEXITY = 15
-MAX_TOKENS_A_LINE = 10.5
+MAX_TOKENS_A_LINE = 10
 # A cell of a notebook, its parameters aside
 MAX_CELL_LINES = 12
 MAX_PARAMETERS = 6
@@ -47,7 +47,11 @@ every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem
 
 
 def code_cells(path: Path) -> list[dict]:
-    return [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+    return [
+        cell
+        for cell in json.loads(path.read_text())["cells"]
+        if cell["cell_type"] == "code"
+    ]
 
 
 def tags(cell: dict) -> list[str]:
@@ -81,7 +85,9 @@ def tracked() -> list[Path]:
     listed = subprocess.run(
         ["git", "-C", ROOT, "ls-files", "-z"], capture_output=True, text=True, check=True
     )
-    return [ROOT / name for name in listed.stdout.split("\0") if name and (ROOT / name).exists()]
+    return [
+        ROOT / name for name in listed.stdout.split("\0") if name and (ROOT / name).exists()
+    ]
 
 
 # --- notebooks
@@ -92,7 +98,9 @@ def test_every_code_cell_was_executed_in_order(path):
     code = [cell for cell in code_cells(path) if cell["source"]]
     assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
     outputs = [output for cell in code for output in cell["outputs"]]
-    assert not [o for o in outputs if o["output_type"] == "error" or o.get("name") == "stderr"]
+    assert not [
+        o for o in outputs if o["output_type"] == "error" or o.get("name") == "stderr"
+    ]
 
 
 @every_notebook
@@ -154,7 +162,9 @@ def test_every_key_of_a_profile_is_a_parameter_somewhere(profile):
 
 def saved(path: Path, module: str) -> set[str]:
     """Names under which a notebook saves its figures or tables: plots.save(figure, NAME, profile)."""
-    calls = [node for node in ast.walk(ast.parse(source(path))) if isinstance(node, ast.Call)]
+    calls = [
+        node for node in ast.walk(ast.parse(source(path))) if isinstance(node, ast.Call)
+    ]
     return {
         ast.literal_eval(call.args[1])
         for call in calls
@@ -184,7 +194,9 @@ def test_tables_that_notebooks_write_are_committed_and_no_others():
         for path in NOTEBOOKS
         for name in re.findall(r'results\(profile\) / "([\w.]+)"', source(path))
     }
-    assert {path.name for path in (ROOT / "data/results/testbed").iterdir()} == tables | others
+    assert {
+        path.name for path in (ROOT / "data/results/testbed").iterdir()
+    } == tables | others
     rule = json.loads((ROOT / "data/results/testbed/threshold.json").read_text())
     assert 0 < rule["p"] <= 0.5 and len(rule["heads"]) == round(rule["p"] * 192)
 
@@ -203,8 +215,12 @@ def core_functions() -> list[tuple[str, int, int]]:
 
 def test_functions_of_the_core_are_short_and_simple():
     functions = core_functions()
-    assert [(name, lines) for name, lines, _ in functions if lines > MAX_FUNCTION_LINES] == []
-    assert [(name, branches) for name, _, branches in functions if branches > MAX_COMPLEXITY] == []
+    assert [
+        (name, lines) for name, lines, _ in functions if lines > MAX_FUNCTION_LINES
+    ] == []
+    assert [
+        (name, branches) for name, _, branches in functions if branches > MAX_COMPLEXITY
+    ] == []
 
 
 def test_code_of_the_core_is_not_dense():
@@ -218,7 +234,8 @@ def test_imports_go_one_way_and_the_core_needs_nothing_outside_it():
         (name, target)
         for name, targets in graph.items()
         for target in targets
-        if name.split(".")[0] not in shape.NOT_CORE and target.split(".")[0] in shape.NOT_CORE
+        if name.split(".")[0] not in shape.NOT_CORE
+        and target.split(".")[0] in shape.NOT_CORE
     }
     assert outside == set()
 
@@ -230,7 +247,9 @@ def test_slow_tests_say_why_they_must_be():
     for path in (ROOT / "tests").glob("*.py"):
         tree = ast.parse(path.read_text())
         reasons = {
-            id(node.func): node.args for node in ast.walk(tree) if isinstance(node, ast.Call)
+            id(node.func): node.args
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Call)
         }
         for node in ast.walk(tree):
             if isinstance(node, ast.Attribute) and ast.unparse(node) == "pytest.mark.slow":
@@ -298,9 +317,13 @@ def clone(tmp_path):
 
 
 def make(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith("MAKE") and k != "MFLAGS"}
+    inherited = {
+        k: v for k, v in os.environ.items() if not k.startswith("MAKE") and k != "MFLAGS"
+    }
     command = ["make", "-C", str(folder), *arguments]
-    return subprocess.run(command, env=inherited | environment, capture_output=True, text=True)
+    return subprocess.run(
+        command, env=inherited | environment, capture_output=True, text=True
+    )
 
 
 def touch(path: Path) -> None:
@@ -387,7 +410,10 @@ def test_make_says_what_is_wrong_in_one_line(clone):
     assert told.returncode != 0 and "PROFILE is one of testbed quick" in told.stderr
     shutil.rmtree(clone / ".venv")
     told = make(clone, "setup", "PYTHON=false")
-    assert told.returncode != 0 and "needs Python 3.10 or later, and false is not" in told.stderr
+    assert (
+        told.returncode != 0
+        and "needs Python 3.10 or later, and false is not" in told.stderr
+    )
     told = make(clone, "setup", "PYTHON=./python")
     assert told.returncode != 0 and "is there a network" in told.stderr
     assert (
@@ -413,14 +439,20 @@ def run(tmp_path, monkeypatch):
         ]
         cells[0].metadata.tags = ["parameters"]
         kernel = {
-            "kernelspec": {"name": "python3", "language": "python", "display_name": "Python 3"}
+            "kernelspec": {
+                "name": "python3",
+                "language": "python",
+                "display_name": "Python 3",
+            }
         }
         nbformat.write(
             nbformat.v4.new_notebook(cells=cells, metadata=kernel), tmp_path / "one.ipynb"
         )
         result = tmp_path / "out/one.ipynb"
         monkeypatch.setattr(
-            sys, "argv", ["run.py", str(tmp_path / "one.ipynb"), str(result), "-f", str(values)]
+            sys,
+            "argv",
+            ["run.py", str(tmp_path / "one.ipynb"), str(result), "-f", str(values)],
         )
         main()
         return result

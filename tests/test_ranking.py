@@ -76,7 +76,9 @@ def test_a_head_set_does_not_change():
         heads.mask[0, 0] = True
 
 
-@pytest.mark.parametrize("bad", [[(0, 1), (1, 2)], np.eye(2), [True, False], [[[True]]], []])
+@pytest.mark.parametrize(
+    "bad", [[(0, 1), (1, 2)], np.eye(2), [True, False], [[[True]]], []]
+)
 def test_only_a_mask_makes_a_head_set(bad):
     with pytest.raises(ValueError, match=r"for pairs use HeadSet\.of\(pairs, shape\)"):
         ch.HeadSet(bad)
@@ -85,7 +87,8 @@ def test_only_a_mask_makes_a_head_set(bad):
 @pytest.mark.parametrize("head", [(2, 0), (0, 3), (-1, 0), (0, -1)])
 def test_heads_outside_the_shape(head):
     with pytest.raises(
-        ValueError, match=rf"head \({head[0]}, {head[1]}\) is outside a model with 2 x 3 heads"
+        ValueError,
+        match=rf"head \({head[0]}, {head[1]}\) is outside a model with 2 x 3 heads",
     ):
         ch.HeadSet.of([(0, 0), head], (2, 3))
 
@@ -104,7 +107,9 @@ def test_check():
 def test_sets_of_two_models_do_not_combine():
     a, b = ch.HeadSet.of([(0, 0)], (2, 3)), ch.HeadSet.of([(0, 0)], (3, 3))
     for combine in (a.__and__, a.__or__, a.__sub__):
-        with pytest.raises(ValueError, match="a model with 3 x 3 heads, but this one has 2 x 3"):
+        with pytest.raises(
+            ValueError, match="a model with 3 x 3 heads, but this one has 2 x 3"
+        ):
             combine(b)
 
 
@@ -144,7 +149,11 @@ def test_top_and_bottom(layers, heads, seed, share):
 def test_bad_shares_and_scores():
     ranking = ch.HeadRanking(np.eye(3))
     for share in (0, -0.1, 1.1, float("nan")):
-        for use in (ranking.top, lambda s: agreement(ranking, ranking, s), lambda s: chance(9, s)):
+        for use in (
+            ranking.top,
+            lambda s: agreement(ranking, ranking, s),
+            lambda s: chance(9, s),
+        ):
             with pytest.raises(ValueError, match=r"\(0, 1\]"):
                 use(share)
     for values in (np.ones(3), np.full((2, 2), np.nan)):
@@ -190,7 +199,9 @@ def test_bad_groups():
 def test_a_saved_ranking_comes_back(tmp_path):
     values = np.random.default_rng(0).normal(size=(4, 6)) / 3
     ranking = ch.HeadRanking(
-        values, "ram/question", {"model": "org/some-vl", "weights": "ab12", "options": {"n": 3}}
+        values,
+        "ram/question",
+        {"model": "org/some-vl", "weights": "ab12", "options": {"n": 3}},
     )
     ranking.save(tmp_path / "heads.json")
     back = ch.HeadRanking.load(tmp_path / "heads.json")
@@ -265,7 +276,9 @@ def test_random_heads_are_others_and_as_many(heads, seed, match):
     choice = room.sum() > len(like)
     if match == "layer":
         choice = (wanted <= room).all() and ((wanted > 0) & (wanted < room)).any()
-    if choice:  # there are at least two ways to draw: 60 equal draws have a chance of at most 2^-59
+    if (
+        choice
+    ):  # there are at least two ways to draw: 60 equal draws have a chance of at most 2^-59
         assert len({random_heads(ranking, like, s, match) for s in range(60)}) > 1
 
 
@@ -274,7 +287,9 @@ def test_what_a_layer_cannot_give_comes_from_the_nearest():
 
     def layers(like, seed):
         return (
-            random_heads(ranking, ch.HeadSet.of(like, (6, 4)), seed, "layer").mask.sum(1).tolist()
+            random_heads(ranking, ch.HeadSet.of(like, (6, 4)), seed, "layer")
+            .mask.sum(1)
+            .tolist()
         )
 
     full = list(itertools.product([2], range(4)))
@@ -287,16 +302,22 @@ def test_what_a_layer_cannot_give_comes_from_the_nearest():
 
 
 def test_random_heads_are_uniform():
-    ranking, like = ch.HeadRanking(np.zeros((3, 4))), ch.HeadSet.of([(0, 0), (1, 1)], (3, 4))
+    ranking, like = (
+        ch.HeadRanking(np.zeros((3, 4))),
+        ch.HeadSet.of([(0, 0), (1, 1)], (3, 4)),
+    )
     for match, expected in (
         (None, np.full((3, 4), 2 / 10)),
         ("layer", np.array([[1 / 3], [1 / 3], [0]]) * np.ones(4)),
     ):
         expected[0, 0] = expected[1, 1] = 0
         counts = sum(
-            random_heads(ranking, like, seed, match).mask.astype(int) for seed in range(2000)
+            random_heads(ranking, like, seed, match).mask.astype(int)
+            for seed in range(2000)
         )
-        assert (np.abs(counts / 2000 - expected) < 0.05).all() and not counts[expected == 0].any()
+        assert (np.abs(counts / 2000 - expected) < 0.05).all() and not counts[
+            expected == 0
+        ].any()
 
 
 def test_random_heads_are_the_same_draws_as_ever():
@@ -316,7 +337,9 @@ def test_random_heads_are_the_same_draws_as_ever():
         (3, 3),
         (4, 2),
     ]
-    edge = ch.HeadSet.of([*itertools.product([2], range(4)), (1, 0), (1, 1), (1, 2)], (6, 4))
+    edge = ch.HeadSet.of(
+        [*itertools.product([2], range(4)), (1, 0), (1, 1), (1, 2)], (6, 4)
+    )
     assert list(random_heads(ranking, edge, 5, "layer")) == [
         (0, 1),
         (0, 3),
@@ -336,7 +359,11 @@ def test_random_groups_are_whole_and_others(match):
     for seed in range(20):
         drawn = random_heads(ranking, like, seed, match, group=3)
         whole = drawn.mask.reshape(4, 4, 3)
-        assert (whole.any(2) == whole.all(2)).all() and not drawn & like and len(drawn) == len(like)
+        assert (
+            (whole.any(2) == whole.all(2)).all()
+            and not drawn & like
+            and len(drawn) == len(like)
+        )
         seen.add(drawn)
     assert len(seen) > 1
     single = ch.HeadSet.of([(0, 0), (0, 5)], (4, 12))  # in two groups
@@ -350,7 +377,9 @@ def test_bad_random_heads():
         random_heads(ranking, none((2, 3)))
     with pytest.raises(ValueError, match="8 x 16 heads, but this one has 2 x 3"):
         random_heads(ranking, ch.HeadSet.of([(0, 0)], (8, 16)))
-    with pytest.raises(ValueError, match="4 of 6 heads leave 2 to draw from: take at most half"):
+    with pytest.raises(
+        ValueError, match="4 of 6 heads leave 2 to draw from: take at most half"
+    ):
         random_heads(ranking, all_but)
     with pytest.raises(ValueError, match="match='layers': take None or 'layer'"):
         random_heads(ranking, ch.HeadSet.of([(0, 0)], (2, 3)), match="layers")
@@ -383,8 +412,12 @@ def test_agreement_is_what_pairs_of_rankings_give(ties):
         ranks = ch.HeadRanking(x), ch.HeadRanking(y)
         tops = [r.top(0.2) for r in ranks]
         k, common = 6, len(tops[0] & tops[1])
-        assert out["spearman"][i, j] == pytest.approx(spearmanr(x.ravel(), y.ravel()).statistic)
-        assert out["kendall"][i, j] == pytest.approx(kendalltau(x.ravel(), y.ravel()).statistic)
+        assert out["spearman"][i, j] == pytest.approx(
+            spearmanr(x.ravel(), y.ravel()).statistic
+        )
+        assert out["kendall"][i, j] == pytest.approx(
+            kendalltau(x.ravel(), y.ravel()).statistic
+        )
         assert out["overlap"][i, j] == common / k
         assert out["jaccard"][i, j] == pytest.approx(common / len(tops[0] | tops[1]))
         assert out["corrected"][i, j] == pytest.approx((common / k - 0.2) / 0.8)
@@ -392,7 +425,8 @@ def test_agreement_is_what_pairs_of_rankings_give(ties):
         assert out["rbo"][i, j] == pytest.approx(literal_rbo(*orders, p=1 - 1 / k))
         single = agreement(*ranks, share=0.2)
         assert all(
-            np.ndim(v) == 0 and v == pytest.approx(out[name][i, j]) for name, v in single.items()
+            np.ndim(v) == 0 and v == pytest.approx(out[name][i, j])
+            for name, v in single.items()
         )
         assert agreement(x, xr.DataArray(y), 0.2) == single
 
@@ -401,10 +435,17 @@ def test_agreement_is_what_pairs_of_rankings_give(ties):
 @settings(deadline=None, max_examples=50)
 def test_agreement_of_a_ranking_with_itself_and_its_reverse(layers, heads, seed, share):
     values = np.random.default_rng(seed).permutation(layers * heads).reshape(layers, heads)
-    same, other = agreement(values, 3.0 * values + 1, share), agreement(values, -values, share)
+    same, other = (
+        agreement(values, 3.0 * values + 1, share),
+        agreement(values, -values, share),
+    )
     corrects = ch.HeadRanking(values).count(share) < layers * heads
     for name, value in same.items():
-        assert value == pytest.approx(1) if corrects or name != "corrected" else np.isnan(value)
+        assert (
+            value == pytest.approx(1)
+            if corrects or name != "corrected"
+            else np.isnan(value)
+        )
     assert other["spearman"] == pytest.approx(-1) and other["kendall"] == pytest.approx(-1)
     assert 0 < other["rbo"] < 1 and other["overlap"] <= 1
 
@@ -426,7 +467,9 @@ def test_constant_scores_have_no_correlation():
 def test_bad_agreement():
     good = np.arange(6.0).reshape(2, 3)
     for bad in (good[0], np.where(good == 0, np.nan, good)):
-        with pytest.raises(ValueError, match=r"finite scores of shape \(\.\.\., layers, heads\)"):
+        with pytest.raises(
+            ValueError, match=r"finite scores of shape \(\.\.\., layers, heads\)"
+        ):
             agreement(good, bad)
     with pytest.raises(ValueError, match="3 x 2 heads, but this one has 2 x 3"):
         agreement(good, good.T)
@@ -451,7 +494,9 @@ def test_chance_by_counting():
     for share in (0.25, 0.5, 0.75):
         found, expected = agreement(one, every, share), chance(4, share)
         assert {k: v.mean() for k, v in found.items()} == pytest.approx(expected, abs=1e-12)
-    assert np.isnan(chance(4, 1)["corrected"]) and chance(4, 1)["jaccard"] == pytest.approx(1)
+    assert np.isnan(chance(4, 1)["corrected"]) and chance(4, 1)["jaccard"] == pytest.approx(
+        1
+    )
 
 
 # --- universal heads
@@ -485,7 +530,8 @@ def test_universal_counts_domains(seed, domains, share):
         head: sum(head in top for top in tops) for head in set().union(*tops)
     }
     assert list(map(tuple, table[["domains", "layer", "head"]].values)) == sorted(
-        map(tuple, table[["domains", "layer", "head"]].values), key=lambda r: (-r[0], r[1], r[2])
+        map(tuple, table[["domains", "layer", "head"]].values),
+        key=lambda r: (-r[0], r[1], r[2]),
     )
 
 

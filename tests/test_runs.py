@@ -71,12 +71,16 @@ class Toy:
         keys = lacking(sample.id for sample in samples)
         self.batches.append(([sample.id for sample in samples], keys))
         return [
-            {"sample": s.id, "key": key, "value": f"{s.id}/{key}"} for s in samples for key in keys
+            {"sample": s.id, "key": key, "value": f"{s.id}/{key}"}
+            for s in samples
+            for key in keys
         ]
 
 
 def go(samples, work=None, **options) -> runs.Finished:
-    return run(None, samples, work or Toy(), **{"provenance": CARD, "progress": False} | options)
+    return run(
+        None, samples, work or Toy(), **{"provenance": CARD, "progress": False} | options
+    )
 
 
 def until(samples, stop: int):
@@ -124,7 +128,8 @@ def test_a_run_brings_a_row_for_every_sample_and_key(bars):
         (s.id, key): f"{s.id}/{key}" for s in samples for key in "ab"
     }
     assert all(
-        row["digest"] == digest(samples[int(name[1:])]) for (name, _), row in finished.rows.items()
+        row["digest"] == digest(samples[int(name[1:])])
+        for (name, _), row in finished.rows.items()
     )
     assert [s.meta for s in finished.samples.values()] == [s.meta for s in samples]
     assert not any(s.messages for s in finished.samples.values()) and all(
@@ -159,7 +164,9 @@ def test_samples_that_are_tagged_already_have_their_index_for_a_name():
 
     finished = run(mllm, tagged, work, provenance=CARD, progress=False)
     assert list(finished.rows) == [("s0", ""), ("1", "")]
-    assert all(isinstance(item, ch.TaggedSample) for item in seen) and tagged[1].sample is None
+    assert (
+        all(isinstance(item, ch.TaggedSample) for item in seen) and tagged[1].sample is None
+    )
     assert finished.digests["s0"] == finished.digests["1"] or not np.array_equal(
         tagged[0].ids, tagged[1].ids
     )
@@ -179,10 +186,13 @@ def test_a_run_that_was_stopped_goes_on_with_what_is_left(tmp_path, appended, ba
     appended.clear()
     again = go(samples, left, store=tmp_path, resume=True)
     assert again.rows == expected.rows and list(again.samples) == list(expected.samples)
-    assert left.batches == whole.batches[2:] and appended == [names for names, _ in left.batches]
+    assert left.batches == whole.batches[2:] and appended == [
+        names for names, _ in left.batches
+    ]
     third = Toy()
     assert (
-        go(samples, third, store=tmp_path, resume=True).rows == expected.rows and not third.batches
+        go(samples, third, store=tmp_path, resume=True).rows == expected.rows
+        and not third.batches
     )
     assert [bar.n for bar in bars] == [9, 4, 9, 9]
 
@@ -251,9 +261,14 @@ def test_what_fails_is_recorded_and_the_run_goes_on(tmp_path, bars):
 
 def test_an_error_stops_the_run_and_what_was_finished_is_kept(tmp_path):
     samples, work = toys(8), Toy(2, bad=("s5",))
-    with pytest.raises(ch.SampleError, match=r"sample 's5', question: is bad\. Ask another"):
+    with pytest.raises(
+        ch.SampleError, match=r"sample 's5', question: is bad\. Ask another"
+    ):
         go(samples, work, store=tmp_path)
-    assert work.closed and [names for names, _ in work.batches] == [["s0", "s1"], ["s2", "s3"]]
+    assert work.closed and [names for names, _ in work.batches] == [
+        ["s0", "s1"],
+        ["s2", "s3"],
+    ]
     with Store(tmp_path, CARD, resume=True) as store:
         assert [row["sample"] for row in store.rows] == ["s0", "s1", "s2", "s3"]
 
@@ -265,7 +280,10 @@ def test_a_picture_that_is_cut_off_is_one_sample_that_fails():
     samples = [ask(image_part(cut_off), id="bad"), *questions(mllm, 3)]
     scores = ch.score(mllm, samples, progress=False)
     assert list(scores.data.sample.values) == ["s0", "s1", "s2"]
-    assert list(scores.failures["sample"]) == ["bad"] and "truncated" in scores.failures.reason[0]
+    assert (
+        list(scores.failures["sample"]) == ["bad"]
+        and "truncated" in scores.failures.reason[0]
+    )
 
 
 def test_a_store_that_fails_ends_the_work(tmp_path, monkeypatch):
@@ -284,9 +302,15 @@ def test_bad_options_are_named(tmp_path):
         (dict(on_error="ignore"), "on_error='ignore': take 'record' or 'raise'"),
         (dict(batch_size=0), "batch_size=0: take at least 1"),
         (dict(engine="rays"), "engine='rays': take one of 'local', 'ray'"),
-        (dict(workers=2), "workers=2 with engine='local': take at least 1, with engine='ray'"),
+        (
+            dict(workers=2),
+            "workers=2 with engine='local': take at least 1, with engine='ray'",
+        ),
         (dict(engine="ray", workers=0), "workers=0 with engine='ray': take at least 1"),
-        (dict(edited=True, store=tmp_path), r"inside ablate\(\) there is neither a store nor"),
+        (
+            dict(edited=True, store=tmp_path),
+            r"inside ablate\(\) there is neither a store nor",
+        ),
         (
             dict(edited=True, engine="ray"),
             r"inside ablate\(\) there is neither a store nor engine='ray'",
@@ -339,7 +363,9 @@ def test_digests_tell_contents_apart():
 
 def test_provenance_is_the_model_and_not_the_place(tmp_path):
     mllm = tiny("qwen3_vl")
-    a, b = (provenance(ch.load(testbed.save(mllm, tmp_path / name)), n=1) for name in ("a", "b"))
+    a, b = (
+        provenance(ch.load(testbed.save(mllm, tmp_path / name)), n=1) for name in ("a", "b")
+    )
     assert {k for k in a if a[k] != b[k]} == {"model"} and a["options"] == {"n": 1}
     assert str(tmp_path) not in json.dumps(a | {"model": ""})
     changed = testbed.tiny("qwen3_vl")
@@ -365,7 +391,11 @@ def test_two_runs_give_the_same_bits():
             | curve(ranking, [0.2])
         )
         tables.append(
-            (scores, ranking, ch.evaluate(mllm, samples, conditions, batch_size=2, progress=False))
+            (
+                scores,
+                ranking,
+                ch.evaluate(mllm, samples, conditions, batch_size=2, progress=False),
+            )
         )
     (scores, ranking, answers), (scores2, ranking2, answers2) = tables
     assert scores.data.identical(scores2.data)
@@ -438,7 +468,9 @@ def killed_somewhere(folder: Path, kills: int) -> None:
     print(died, started)
 
 
-@pytest.mark.slow("twenty processes are killed, and each imports torch and transformers anew")
+@pytest.mark.slow(
+    "twenty processes are killed, and each imports torch and transformers anew"
+)
 def test_kill_minus_nine_twenty_times(tmp_path):
     """Nothing is lost, nothing is there twice, and the table has the bits of a run that nobody stopped."""
     code = "import sys; from pathlib import Path; import test_runs as t; t.killed_somewhere(Path(sys.argv[1]), 20)"

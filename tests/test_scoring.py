@@ -88,8 +88,12 @@ def brute_force(
         mllm.text_config._attn_implementation = before
     a = torch.stack(out.attentions)[:, 0].double().numpy()  # (layer, head, N, N)
     text = np.setdiff1d(np.arange(1, a.shape[-1]), tagged.visual)
-    keys = dict(evidence=tagged.evidence, visual=tagged.visual, text=text, sink=np.array([0]))
-    rows = dict(question=tagged.question, last=np.array([tagged.last]), answer=tagged.answer)
+    keys = dict(
+        evidence=tagged.evidence, visual=tagged.visual, text=text, sink=np.array([0])
+    )
+    rows = dict(
+        question=tagged.question, last=np.array([tagged.last]), answer=tagged.answer
+    )
 
     def over_rows(
         per_row,
@@ -108,7 +112,9 @@ def brute_force(
 def test_equal_to_brute_force(family, batch_size):
     mllm = tiny(family)
     samples = samples_for(mllm)
-    scores = ch.score(mllm, samples, batch_size=batch_size, on_error="raise", progress=False)
+    scores = ch.score(
+        mllm, samples, batch_size=batch_size, on_error="raise", progress=False
+    )
     assert list(scores.data.sample.values) == [s.id for s in samples]
     for i, sample in enumerate(samples):
         row = scores.data.isel(sample=i)
@@ -156,8 +162,12 @@ def test_rows_in_blocks_are_the_same_rows(monkeypatch):
         for part, weights in row_weights(call, rows):
             reader.read(call, part, weights)
         sums, entropy = map(torch.from_numpy, reader.result())
-        torch.testing.assert_close(sums[0], torch.einsum("bhrn,bng->brhg", expected, groups))
-        torch.testing.assert_close(entropy[0], torch.special.entr(expected).sum(-1).transpose(1, 2))
+        torch.testing.assert_close(
+            sums[0], torch.einsum("bhrn,bng->brhg", expected, groups)
+        )
+        torch.testing.assert_close(
+            entropy[0], torch.special.entr(expected).sum(-1).transpose(1, 2)
+        )
 
 
 def in_chunks(monkeypatch, rows: int, elements: int):
@@ -199,7 +209,9 @@ def test_chunked_prefill_is_the_whole_one(family, rows, monkeypatch):
 
 def test_batches_end_where_their_contexts_have_many_tokens(monkeypatch):
     mllm = tiny("llama")
-    samples = [ask(f"record {i}: ", "alpha is 5. " * 9, id=f"s{i}", evidence=[]) for i in range(6)]
+    samples = [
+        ask(f"record {i}: ", "alpha is 5. " * 9, id=f"s{i}", evidence=[]) for i in range(6)
+    ]
     [whole] = batches(mllm, samples, 16)
     monkeypatch.setattr("corehead.batching.MAX_TOKENS", 2 * len(whole[0].members[0].ids))
     assert [len(batch) for batch in batches(mllm, samples, 16)] == [2, 2, 2]
@@ -210,7 +222,9 @@ def peak_bytes(function) -> int:
     with torch.autograd.profiler.profile(profile_memory=True) as profile:
         function()
     events = [e for e in profile.kineto_results.events() if e.name() == "[memory]"]
-    return int(np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]).max())
+    return int(
+        np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]).max()
+    )
 
 
 def test_memory_grows_by_keys_values_and_embeddings_alone(monkeypatch):
@@ -218,7 +232,9 @@ def test_memory_grows_by_keys_values_and_embeddings_alone(monkeypatch):
     in_chunks(monkeypatch, 128, 2**17)
     monkeypatch.setattr("corehead.models.PREFILL_CHUNK", 128)
     monkeypatch.setitem(WEIGHTS_BLOCK, "cpu", 2**12)
-    text = dict(hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=8)
+    text = dict(
+        hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=8
+    )
     mllm = testbed.tiny("qwen3_vl", text=text | dict(num_key_value_heads=4, head_dim=32))
 
     def run(n: int) -> tuple[int, int]:
@@ -263,16 +279,24 @@ def test_prompts_behind_a_cache_are_causal_without_a_mask():
             with hooks(mllm):
                 for i, j in ((0, 7), (7, 8), (8, 40)):
                     seen = None if mask is None else mask[:, :j]
-                    places = None if mask is None else (mask.cumsum(1) - 1).clamp(min=0)[:, i:j]
+                    places = (
+                        None if mask is None else (mask.cumsum(1) - 1).clamp(min=0)[:, i:j]
+                    )
                     more = {CACHE: cache, "position_ids": places}
                     found.append(
-                        mllm.model(input_ids=ids[:, i:j], attention_mask=seen, **more).logits
+                        mllm.model(
+                            input_ids=ids[:, i:j], attention_mask=seen, **more
+                        ).logits
                     )
             if mask is not None:
                 places = (mask.cumsum(1) - 1).clamp(min=0)
-                whole = mllm.model(input_ids=ids, attention_mask=mask, position_ids=places).logits
+                whole = mllm.model(
+                    input_ids=ids, attention_mask=mask, position_ids=places
+                ).logits
             real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-            torch.testing.assert_close(torch.cat(found, 1)[real], whole[real], atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(
+                torch.cat(found, 1)[real], whole[real], atol=1e-4, rtol=1e-4
+            )
 
 
 @pytest.mark.parametrize("copied", [False, True])
@@ -292,7 +316,9 @@ def test_questions_on_equal_media_share_one_prefill(mllm, copied):
     assert len(context.members) == 5 and context.shared > len(context.members[0].visual)
     runs = []
     tower = (
-        mllm.model.model.visual if mllm.family.name == "qwen3_vl" else mllm.model.model.vision_tower
+        mllm.model.model.visual
+        if mllm.family.name == "qwen3_vl"
+        else mllm.model.model.vision_tower
     )
     count = tower.register_forward_hook(lambda *given: runs.append(1))
     try:
@@ -321,12 +347,18 @@ def test_variants_follow_their_formulas():
     scores = ch.score(mllm, samples_for(mllm), progress=False)
     d = scores.data.sel(query="last")
     assert np.allclose(scores.per_sample("ram", "last"), d.evidence)
-    mass = np.where(d.on_text, d.text.transpose(..., "sample"), d.visual.transpose(..., "sample"))
+    mass = np.where(
+        d.on_text, d.text.transpose(..., "sample"), d.visual.transpose(..., "sample")
+    )
     share = d.evidence.transpose(..., "sample").values / mass
     assert np.allclose(scores.per_sample("share", "last").transpose(..., "sample"), share)
     tokens = (d.n_evidence / d.n_context).values
-    assert np.allclose(scores.per_sample("lift", "last").transpose(..., "sample"), share / tokens)
-    assert np.allclose(scores.per_sample("calibrated", "last"), d.evidence - d.null_evidence)
+    assert np.allclose(
+        scores.per_sample("lift", "last").transpose(..., "sample"), share / tokens
+    )
+    assert np.allclose(
+        scores.per_sample("calibrated", "last"), d.evidence - d.null_evidence
+    )
     assert scores.mean("ram").shape == (mllm.n_layers, mllm.n_heads)
     order = scores.rank("ram").order
     assert scores.mean("ram").values[tuple(order[0])] == scores.mean("ram").values.max()
@@ -366,7 +398,8 @@ def test_a_bad_sample_is_recorded_and_the_others_are_done(mllm):
     scores = ch.score(mllm, samples, progress=False)
     assert list(scores.data.sample.values) == [s.id for s in samples if s.id != "bad"]
     assert (
-        list(scores.failures["sample"]) == ["bad"] and "cannot be read" in scores.failures.reason[0]
+        list(scores.failures["sample"]) == ["bad"]
+        and "cannot be read" in scores.failures.reason[0]
     )
     with pytest.raises(ch.SampleError, match="'bad'"):
         ch.score(mllm, samples, on_error="raise", progress=False)
@@ -406,7 +439,11 @@ def test_a_run_that_was_stopped_goes_on(tmp_path):
     whole = ch.score(mllm, samples, progress=False)
     with pytest.raises(KeyboardInterrupt):
         ch.score(
-            mllm, interrupted(samples, 4), batch_size=1, store=tmp_path / "run", progress=False
+            mllm,
+            interrupted(samples, 4),
+            batch_size=1,
+            store=tmp_path / "run",
+            progress=False,
         )
     with pytest.raises(ValueError, match="resume=True"):
         ch.score(mllm, samples, store=tmp_path / "run", progress=False)

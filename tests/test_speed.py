@@ -102,7 +102,9 @@ def test_counted_caches_are_those_that_are_held(small, n, way):
     with attention.running(mllm, way, setting):
         cache = attention.prefill(mllm, attention.hidden_states(mllm, n))
     # buffers have room for more tokens
-    held = [[x[:, :, : min(n, x.shape[2])] for x in tensors(layer)] for layer in cache.layers]
+    held = [
+        [x[:, :, : min(n, x.shape[2])] for x in tensors(layer)] for layer in cache.layers
+    ]
     assert work.cache_bytes(n) == sum(x.nbytes for layer in held for x in layer)
     assert (
         work.cache_bytes(n)
@@ -121,7 +123,10 @@ def test_prompts_have_the_length_asked_for(small):
             len({len(tagged.ids) for tagged in found}) == 1
             and len({sample.id for sample in asked}) == 3
         )
-        assert found[0].visual.size == 2001 // page * page and 0 < len(found[0].evidence) <= page
+        assert (
+            found[0].visual.size == 2001 // page * page
+            and 0 < len(found[0].evidence) <= page
+        )
         assert mllm.tag(models.questions(mllm, 1)[0]).visual.size == 2 * page
 
 
@@ -143,7 +148,16 @@ def test_the_command_runs_with_tiny_shapes(small, device, tmp_path, monkeypatch)
         monkeypatch.setattr(
             command, "build", lambda geometry, device, dtype: build(geometry, "cpu", dtype)
         )
-    given = ["--out", str(tmp_path), "--device", device, "--repeats", "1", "--lengths", "600"]
+    given = [
+        "--out",
+        str(tmp_path),
+        "--device",
+        device,
+        "--repeats",
+        "1",
+        "--lengths",
+        "600",
+    ]
     command.main([*given, "--only", "scoring", "attention", "costs"])
     names = models.RELEASED if device == "cuda" else ["cpu"]
     for part in ("prefill", "decode"):
@@ -156,8 +170,12 @@ def test_the_command_runs_with_tiny_shapes(small, device, tmp_path, monkeypatch)
         ).all()
         card = json.loads((tmp_path / f"acceleration-{device}-{part}.json").read_text())
         assert card["weights"].startswith("random") and card["window"] == 64
-    assert (pd.read_csv(tmp_path / f"acceleration-{device}-prefill.csv")["peak MiB"] >= 0).all()
-    table = pd.read_csv(tmp_path / ("scoring.csv" if device == "cpu" else "scoring-cuda.csv"))
+    assert (
+        pd.read_csv(tmp_path / f"acceleration-{device}-prefill.csv")["peak MiB"] >= 0
+    ).all()
+    table = pd.read_csv(
+        tmp_path / ("scoring.csv" if device == "cpu" else "scoring-cuda.csv")
+    )
     names = models.RELEASED if device == "cuda" else ["small"]
     assert list(table.way) == ["plain", "score 1", "score 8", "eager"] * len(names)
     assert (
@@ -196,7 +214,9 @@ def test_help_names_the_parts_and_the_goals_on_a_gpu(capsys):
 def test_peak_memory_is_that_of_the_call_alone():
     held = np.ones(2**24)  # 128 MiB that were there before
     for _ in range(2):  # what the first call freed is no free gift to the second
-        assert measure.peak_memory(lambda: np.ones(2**23).sum(), "cpu") == pytest.approx(64, abs=4)
+        assert measure.peak_memory(lambda: np.ones(2**23).sum(), "cpu") == pytest.approx(
+            64, abs=4
+        )
     assert held.sum()
 
 
@@ -206,20 +226,27 @@ def test_ways_run_in_turn_and_the_first_round_does_not_count():
     def way(name, numbers):
         return lambda: order.append(name) or {"seconds": numbers.pop(0)}
 
-    results = measure.in_turn({"a": way("a", [99, 1, 4]), "b": way("b", [99, 2, 2])}, repeats=2)
+    results = measure.in_turn(
+        {"a": way("a", [99, 1, 4]), "b": way("b", [99, 2, 2])}, repeats=2
+    )
     assert order == list("ababab") and results["a"].seconds.tolist() == [1, 4]
 
     def too_much():
         raise torch.OutOfMemoryError
 
-    results = measure.in_turn({"fits": lambda: {"seconds": 1.0}, "does not": too_much}, repeats=2)
+    results = measure.in_turn(
+        {"fits": lambda: {"seconds": 1.0}, "does not": too_much}, repeats=2
+    )
     assert results["does not"].seconds.isna().all() and len(results["does not"]) == 2
 
 
 def test_attention_is_clocked_and_the_library_is_left_as_it_was(small):
     mllm, before = models.build("cpu"), dict(attention.ALL_ATTENTION_FUNCTIONS)
     for way in ("dense", "hybrid 50%"):
-        with attention.running(mllm, way, Setting(7, 3)), attention.attention_clock() as spent:
+        with (
+            attention.running(mllm, way, Setting(7, 3)),
+            attention.attention_clock() as spent,
+        ):
             attention.prefill(mllm, attention.hidden_states(mllm, 40))
         assert len(spent) == mllm.n_layers and min(spent) > 0
     assert dict(attention.ALL_ATTENTION_FUNCTIONS) == before
@@ -229,7 +256,9 @@ def test_counted_gains(small):
     rows = pd.DataFrame(attention.counted_rows("qwen3-vl-8b", [1024, 8192], Setting(64, 4)))
     long = rows[rows.tokens == 8192].set_index("way")
     assert (
-        long["prefill speed-up"].loc["streaming"] > long["prefill speed-up"].loc["hybrid 10%"] > 1
+        long["prefill speed-up"].loc["streaming"]
+        > long["prefill speed-up"].loc["hybrid 10%"]
+        > 1
     )
     assert (long.loc["whole", ["prefill speed-up", "decode speed-up", "cache"]] == 1).all()
     assert (
@@ -240,7 +269,9 @@ def test_counted_gains(small):
 
 def test_testbed_documents_are_timed(monkeypatch):
     monkeypatch.setattr(
-        attention, "WAYS", {way: WAYS[way] for way in ("dense", "hybrid 10%", "streaming", "whole")}
+        attention,
+        "WAYS",
+        {way: WAYS[way] for way in ("dense", "hybrid 10%", "streaming", "whole")},
     )
     mllm = ch.load("data/testbed/qwen3vl-s")
     rows, decodes = attention.attention_rows(mllm, 200, Setting(16, 2, repeats=1, steps=0))
@@ -274,5 +305,6 @@ def test_stores_are_timed():
         (t, n) for t in ("answers", "scores") for n in (200, 300)
     ]
     assert all(
-        row["appended / s"] > 0 and row["read / s"] > 0 and row["bytes / row"] > 0 for row in rows
+        row["appended / s"] > 0 and row["read / s"] > 0 and row["bytes / row"] > 0
+        for row in rows
     )

@@ -30,7 +30,14 @@ from corehead.stats import (
 
 
 def crossed(
-    rng, context: float, item: float, simulations: int, groups=None, *, contexts=40, items=199
+    rng,
+    context: float,
+    item: float,
+    simulations: int,
+    groups=None,
+    *,
+    contexts=40,
+    items=199,
 ) -> tuple[np.ndarray, list[np.ndarray]]:
     """Normal values (n, simulations) of mean 0 and variance 1, of which contexts and items have a share, and both.
 
@@ -108,11 +115,15 @@ def with_draws(rng, draws: int, main: float, simulations: int):
     """Values (n * draws, simulations) where each sample stands under several draws of heads, and the three factors."""
     values, groups = crossed(rng, 0.2, 0.5, simulations)
     n = len(values)
-    groups = [np.repeat(labels, draws) for labels in groups] + [np.tile(np.arange(draws), n)]
+    groups = [np.repeat(labels, draws) for labels in groups] + [
+        np.tile(np.arange(draws), n)
+    ]
     # a draw harms all samples alike by `main` of the variance, and each sample besides in its own way
     own = rng.normal(size=(n * draws, simulations))
     harm = rng.normal(size=(draws, simulations))[groups[2]]
-    values = (0.8 - main) ** 0.5 * values.repeat(draws, 0) + 0.2**0.5 * own + main**0.5 * harm
+    values = (
+        (0.8 - main) ** 0.5 * values.repeat(draws, 0) + 0.2**0.5 * own + main**0.5 * harm
+    )
     return values, groups
 
 
@@ -130,7 +141,10 @@ def test_draws_that_do_nothing_cost_nothing():
     """Five times the same answers are as good as the answers, and no better."""
     values, groups = crossed(np.random.default_rng(0), 0.2, 0.4, 300)
     repeated = [labels.repeat(5) for labels in groups] + [np.tile(np.arange(5), 320)]
-    once, often = clustered_mean(values, groups), clustered_mean(values.repeat(5, 0), repeated)
+    once, often = (
+        clustered_mean(values, groups),
+        clustered_mean(values.repeat(5, 0), repeated),
+    )
     # but for the factor of the fewest groups, which is there for bias
     assert np.median(often.variance / once.variance) == pytest.approx(39 / 40, abs=1e-9)
     assert (often.df > 25).all()
@@ -193,7 +207,9 @@ def test_groups_of_different_sizes_weigh_by_their_samples():
     rng = np.random.default_rng(0)
     groups = np.repeat(np.arange(60), rng.integers(1, 9, 60))
     means = np.where(np.bincount(groups) > 4, 1.0, 0.0)  # large groups have larger values
-    truth = np.repeat([1.0, 0.0], [26, 10]).mean()  # sizes 5 + 6 + 7 + 8 against 1 + 2 + 3 + 4
+    truth = np.repeat(
+        [1.0, 0.0], [26, 10]
+    ).mean()  # sizes 5 + 6 + 7 + 8 against 1 + 2 + 3 + 4
     low, high = mean_interval(means[groups], groups=groups)
     assert low < truth < high and low > means.mean()
 
@@ -213,7 +229,11 @@ def test_answers_that_are_all_equal_have_a_width():
     """As many as the fewest groups: nothing shows whether the answers of a group are independent."""
     groups = [np.arange(40).repeat(8), np.arange(320) % 50]
     for share in (0, 1):
-        for answers in (np.full(320, bool(share)), np.full(320, share), np.full(320, float(share))):
+        for answers in (
+            np.full(320, bool(share)),
+            np.full(320, share),
+            np.full(320, float(share)),
+        ):
             assert mean_interval(answers, groups) == proportion_interval(share, 40)
             assert mean_interval(answers, groups[1]) == proportion_interval(share, 50)
             assert mean_interval(answers) == proportion_interval(share, 320)
@@ -236,12 +256,15 @@ def test_bad_samples():
     with pytest.raises(ValueError, match="values: 2 of 3 samples have NaN or Inf, drop"):
         mean_interval(holes)
     with pytest.raises(
-        ValueError, match=r"groups of values: give one label a sample \(3 of them, none missing\)"
+        ValueError,
+        match=r"groups of values: give one label a sample \(3 of them, none missing\)",
     ):
         mean_interval(np.arange(3.0), groups=[0, 1])
     with pytest.raises(ValueError, match="none missing"):
         mean_interval(np.arange(3.0), groups=["a", None, "b"])
-    with pytest.raises(ValueError, match="all 3 samples are in one group, take at least 2 groups"):
+    with pytest.raises(
+        ValueError, match="all 3 samples are in one group, take at least 2 groups"
+    ):
         mean_interval(np.arange(3.0), groups=["a"] * 3)
     with pytest.raises(ValueError, match="all 3 samples are in one group"):
         mean_interval(np.arange(3.0), groups=[np.arange(3), np.zeros(3)])
@@ -273,7 +296,9 @@ def test_rho():
     assert heads_for_share(np.eye(10)[:1].reshape(2, 5)) == 0.1
     assert heads_for_share(np.array([[4.0, 1, 1, -9]])) == 0.25
     assert np.isnan(heads_for_share(np.zeros((2, 2))))
-    assert heads_for_share(np.stack([np.ones((2, 5)), np.eye(10)[:1].reshape(2, 5)])).tolist() == [
+    assert heads_for_share(
+        np.stack([np.ones((2, 5)), np.eye(10)[:1].reshape(2, 5)])
+    ).tolist() == [
         0.5,
         0.1,
     ]
@@ -288,7 +313,11 @@ def test_rho_by_adding_heads_one_by_one(layers, heads, seed, share):
     if not sum(best):
         assert np.isnan(heads_for_share(values, share))
         return
-    n = next(k for k in range(1, len(best) + 1) if sum(best[:k]) >= share * sum(best) * (1 - 1e-9))
+    n = next(
+        k
+        for k in range(1, len(best) + 1)
+        if sum(best[:k]) >= share * sum(best) * (1 - 1e-9)
+    )
     assert heads_for_share(values, share) == pytest.approx(n / len(best))
 
 
@@ -308,9 +337,9 @@ def test_the_interval_of_rho():
     shared = truth + rng.normal(0, 0.5, size=(10, 4, 5))[groups]  # ten samples in truth
     (low, high), (few, many) = rho_interval(shared), rho_interval(shared, groups=groups)
     assert many - few >= high - low > 0
-    assert rho_interval(values, 0.9)[0] > high and rho_interval(values, seed=1) == rho_interval(
+    assert rho_interval(values, 0.9)[0] > high and rho_interval(
         values, seed=1
-    )
+    ) == rho_interval(values, seed=1)
 
 
 # --- paired comparisons
@@ -425,7 +454,9 @@ def test_corrections_hold_the_familywise_error():
     p = np.random.default_rng(0).random((2000, 8))
     for corrected in zip(*(correct(family) for family in p)):
         assert 0.035 < (np.min(corrected, 1) <= 0.05).mean() < 0.065
-    p[:, :4] /= 1000  # half of the effects are real: Holm finds more of the others' neighbours
+    p[:, :4] /= (
+        1000  # half of the effects are real: Holm finds more of the others' neighbours
+    )
     holm, bonferroni = zip(*(correct(family) for family in p))
     assert (np.array(holm)[:, 4:].min(1) <= 0.05).mean() < 0.06
     assert (np.array(holm) <= 0.05).sum() > (np.array(bonferroni) <= 0.05).sum()
@@ -436,8 +467,14 @@ def test_corrections_keep_order_and_shape():
     for family in p:
         holm, bonferroni = correct(family)
         assert holm.shape == bonferroni.shape == family.shape
-        assert (family <= holm).all() and (holm <= bonferroni).all() and (bonferroni <= 1).all()
-        assert (holm < bonferroni).any() and np.allclose(bonferroni, np.minimum(1, family * 12))
+        assert (
+            (family <= holm).all()
+            and (holm <= bonferroni).all()
+            and (bonferroni <= 1).all()
+        )
+        assert (holm < bonferroni).any() and np.allclose(
+            bonferroni, np.minimum(1, family * 12)
+        )
         assert (np.diff(holm.ravel()[family.ravel().argsort()]) >= 0).all()
     assert [x.shape for x in correct([])] == [(0,), (0,)]
     assert [x.item() for x in correct(0.2)] == [0.2, 0.2] and correct(0.2)[0].shape == ()
@@ -481,7 +518,10 @@ def test_contrasts_keep_their_size_cover_and_have_power(shares):
     assert all((f.low < 0 < f.high) == (f.p > 0.05) for f in found)
     # samples as independent
     assert rejects([contrast(v, w).p for v, w in zip(x.T[:300], y.T)]) > 0.12
-    assert rejects([contrast(v + 2, w, groups, others).p for v, w in zip(x.T[:300], y.T)]) > 0.95
+    assert (
+        rejects([contrast(v + 2, w, groups, others).p for v, w in zip(x.T[:300], y.T)])
+        > 0.95
+    )
 
 
 @pytest.mark.filterwarnings("error")
@@ -503,9 +543,13 @@ def test_bad_contrasts():
         contrast([1.0], [1.0, 2.0])
     with pytest.raises(ValueError, match="second: 1 of 2 samples have NaN or Inf"):
         contrast([1.0, 2.0], [1.0, np.nan])
-    with pytest.raises(ValueError, match="groups of second: all 3 samples are in one group"):
+    with pytest.raises(
+        ValueError, match="groups of second: all 3 samples are in one group"
+    ):
         contrast([1.0, 2.0], [1.0, 2.0, 3.0], None, [0, 0, 0])
-    with pytest.raises(ValueError, match=r"first has shape \(3, 2\): give one number a sample"):
+    with pytest.raises(
+        ValueError, match=r"first has shape \(3, 2\): give one number a sample"
+    ):
         contrast(np.eye(3, 2), [1.0, 2.0])
 
 
@@ -516,9 +560,9 @@ def test_design_effect_by_hand():
     values = np.random.default_rng(0).normal(size=12)
     assert design_effect(values, np.arange(12)) == pytest.approx(1)
     # copies of each value: n / G times the variance, but for degrees of freedom
-    assert design_effect(np.repeat(values, 5), np.repeat(np.arange(12), 5)) == pytest.approx(
-        59 / 11
-    )
+    assert design_effect(
+        np.repeat(values, 5), np.repeat(np.arange(12), 5)
+    ) == pytest.approx(59 / 11)
     assert (
         design_effect([0.0, 1.0, 0.0, 1.0], [0, 0, 1, 1]) == 0
     )  # groups that balance out have the same mean
@@ -550,14 +594,16 @@ def test_resample_means_draws_with_replacement():
     for size in (None, 5):
         # each sample marks its own head, so that the means count how often it was drawn
         draws = size or n
-        counts = draws * resample_means(np.eye(n).reshape(n, 3, 4), resamples, 1, size).reshape(
-            resamples, n
-        )
+        counts = draws * resample_means(
+            np.eye(n).reshape(n, 3, 4), resamples, 1, size
+        ).reshape(resamples, n)
         assert np.allclose(counts, counts.round()) and np.allclose(counts.sum(1), draws)
         assert counts.max() > 1.5 and abs(counts.mean(0) - draws / n).max() < 0.3
     values = np.random.default_rng(0).normal(size=(n, 2, 3))
     means = resample_means(values, 4000)
-    assert means.shape == (4000, 2, 3) and np.allclose(means.mean(0), values.mean(0), atol=0.03)
+    assert means.shape == (4000, 2, 3) and np.allclose(
+        means.mean(0), values.mean(0), atol=0.03
+    )
     assert np.allclose(means.std(0), values.std(0) / n**0.5, rtol=0.1)
     assert np.array_equal(means, resample_means(xr.DataArray(values), 4000))
     assert not np.array_equal(means, resample_means(values, 4000, seed=1))
@@ -566,7 +612,9 @@ def test_resample_means_draws_with_replacement():
 def test_resample_means_draws_whole_groups():
     groups = np.array(list("aabcccdaab"))
     n, resamples = len(groups), 200
-    shares = resample_means(np.eye(n)[:, None], resamples, groups=groups)[:, 0]  # (resamples, n)
+    shares = resample_means(np.eye(n)[:, None], resamples, groups=groups)[
+        :, 0
+    ]  # (resamples, n)
     members = [groups == g for g in "abcd"]
     for row in shares:
         assert all(np.ptp(row[m]) < 1e-12 for m in members)
@@ -608,12 +656,16 @@ def test_bad_resampling():
     for use in (resample_means, split_halves):
         with pytest.raises(ValueError, match=r"too few samples \(1\), take at least 2"):
             use(values[:1])
-        with pytest.raises(ValueError, match="2 of 10 samples have NaN or Inf, drop these samples"):
+        with pytest.raises(
+            ValueError, match="2 of 10 samples have NaN or Inf, drop these samples"
+        ):
             use(holes)
     with pytest.raises(ValueError, match="one group, take at least 2 groups"):
         resample_means(values, groups=["a"] * 10)
     for labels in ([0, 1], [0, 1] * 4 + [None, 0]):
-        with pytest.raises(ValueError, match=r"one label a sample \(10 of them, none missing\)"):
+        with pytest.raises(
+            ValueError, match=r"one label a sample \(10 of them, none missing\)"
+        ):
             resample_means(values, groups=labels)
     for size in (0, 11):
         with pytest.raises(ValueError, match=f"size={size}: draw 1 to 10 samples"):
@@ -621,7 +673,8 @@ def test_bad_resampling():
     with pytest.raises(ValueError, match="size=3: draw 1 to 2 groups"):
         resample_means(values, size=3, groups=[0, 1] * 5)
     with pytest.raises(
-        ValueError, match="size=6: two disjoint subsets would take 12 of 10 samples, take 1 to 5"
+        ValueError,
+        match="size=6: two disjoint subsets would take 12 of 10 samples, take 1 to 5",
     ):
         split_halves(values, size=6)
 
@@ -630,7 +683,12 @@ def test_bad_resampling():
 
 
 def answers_of(
-    rng, conditions: dict, domains=("image", "text"), contexts: int = 40, size: int = 3, **more
+    rng,
+    conditions: dict,
+    domains=("image", "text"),
+    contexts: int = 40,
+    size: int = 3,
+    **more,
 ):
     """A table as `evaluate` gives it: condition -> probability to be right; questions on one context agree."""
     rows = []
@@ -641,16 +699,22 @@ def answers_of(
                 name = name if isinstance(name, dict) else {"condition": name}
                 for j in range(size):
                     right = bool(luck[j] < probability)
-                    sample = dict(sample=f"{domain}{i}-{j}", context=f"{domain}{i}", domain=domain)
+                    sample = dict(
+                        sample=f"{domain}{i}-{j}", context=f"{domain}{i}", domain=domain
+                    )
                     answer = dict(
-                        correct=right, logprob=probability + rng.normal(0, 0.3), margin=luck[j]
+                        correct=right,
+                        logprob=probability + rng.normal(0, 0.3),
+                        margin=luck[j],
                     )
                     rows.append(name | sample | answer | more)
     return pd.DataFrame(rows)
 
 
 def test_what_rows_share():
-    answers = pd.DataFrame({"sample": list("abc"), "context": list("xxy"), "draw": [0, 0, 0]})
+    answers = pd.DataFrame(
+        {"sample": list("abc"), "context": list("xxy"), "draw": [0, 0, 0]}
+    )
     assert [list(found) for found in groups_of(answers)] == [list("xxy")]
     answers["item"] = [
         "glyph 7",
@@ -670,7 +734,9 @@ def test_summaries():
     heads = [{"heads": "top", "share": 0.1}, {"heads": "top", "share": 0.2}]
     rows = [
         h
-        | dict(sample=f"{i}", context=f"{i // 8}", item=f"glyph {i % 37}", correct=bool(i % 3))
+        | dict(
+            sample=f"{i}", context=f"{i // 8}", item=f"glyph {i % 37}", correct=bool(i % 3)
+        )
         | dict(logprob=-1.0, margin=rng.normal())
         for h in heads
         for i in range(80)
@@ -696,7 +762,9 @@ def test_summaries_count_draws():
     """Draws that differ widen the interval of "random" alone."""
     rng = np.random.default_rng(0)
     top = answers_of(rng, {"top": 0.4}, ("image",))
-    random = [answers_of(rng, {"random": 0.3 + 0.2 * d}, ("image",), draw=d) for d in range(3)]
+    random = [
+        answers_of(rng, {"random": 0.3 + 0.2 * d}, ("image",), draw=d) for d in range(3)
+    ]
     answers = pd.concat([top.assign(draw=0), *random])
     table = summary(answers, "condition", ["correct"])
     width = table.correct_high - table.correct_low
@@ -706,11 +774,15 @@ def test_summaries_count_draws():
     assert (table.correct_low["random"], table.correct_high["random"]) == (low, high)
 
 
-def simulated_damage(rng, shares, simulations: int, before: float, after: float) -> pd.DataFrame:
+def simulated_damage(
+    rng, shares, simulations: int, before: float, after: float
+) -> pd.DataFrame:
     """A table of intact and damaged answers with the column "seed", one a simulation."""
     intact, damaged, groups = crossed_pair(rng, shares, simulations, 0.6)
     # simulations one after the other
-    table = pd.DataFrame({"seed": np.arange(simulations).repeat(len(intact)), "domain": "image"})
+    table = pd.DataFrame(
+        {"seed": np.arange(simulations).repeat(len(intact)), "domain": "image"}
+    )
     table["sample"] = np.arange(len(table))
     table["context"], table["item"] = (np.tile(labels, simulations) for labels in groups)
     return pd.concat(
@@ -739,7 +811,9 @@ def test_damage_by_hand():
     answers = answers_of(rng, {"intact": 0.9, "top": 0.3, "random": 0.8})
     answers["answer"] = [str(i % 4) for i in range(len(answers))]
     found = normalised_damage(answers, ["condition", "domain"])
-    assert list(found.index) == [(c, d) for d in ("image", "text") for c in ("top", "random")]
+    assert list(found.index) == [
+        (c, d) for d in ("image", "text") for c in ("top", "random")
+    ]
     assert list(found.columns) == ["n", "damage", "damage_low", "damage_high"]
     accuracy = answers.groupby(["condition", "domain"]).correct.mean()
     commonest = {}
@@ -775,7 +849,9 @@ def test_damage_without_spread_or_without_a_scale():
     found = normalised_damage(answers, "condition", chance=0.2)
     margin = proportion_interval(0, 20)[1] / 0.8
     assert found.loc["none"].tolist() == pytest.approx([20, 0, -margin, margin])
-    assert found.loc["all"].tolist() == pytest.approx([20, 1.25, 1.25 - margin, 1.25 + margin])
+    assert found.loc["all"].tolist() == pytest.approx(
+        [20, 1.25, 1.25 - margin, 1.25 + margin]
+    )
     found = normalised_damage(answers, "condition", chance=1.0)
     assert (found.n == 20).all() and found.drop(columns="n").isna().all(axis=None)
 
@@ -784,7 +860,9 @@ def test_bad_damage():
     answers = answers_of(np.random.default_rng(0), {"intact": 0.9, "top": 0.3}, ("image",))
     with pytest.raises(ValueError, match="sample 'image0-0' has no answer under 'whole'"):
         normalised_damage(answers, "condition", 0.1, intact="whole")
-    with pytest.raises(ValueError, match="sample 'image0-0' has several answers under 'intact'"):
+    with pytest.raises(
+        ValueError, match="sample 'image0-0' has several answers under 'intact'"
+    ):
         normalised_damage(pd.concat([answers, answers]), "condition", 0.1)
     with pytest.raises(ValueError, match="no chance level for domain 'image'"):
         normalised_damage(answers, "condition", {"text": 0.1})
@@ -800,7 +878,9 @@ def test_compare_is_paired_over_samples():
     table = compare(
         answers.sample(frac=1, random_state=1), "top", ["random", "intact"], by="domain"
     )
-    assert set(table.index) == {(d, c) for d in ("image", "text") for c in ("random", "intact")}
+    assert set(table.index) == {
+        (d, c) for d in ("image", "text") for c in ("random", "intact")
+    }
     assert table.index.names == ["domain", "control"]
     wide = answers.pivot(index=["domain", "context", "sample"], columns="condition")
     for domain, control in table.index:
@@ -815,7 +895,10 @@ def test_compare_is_paired_over_samples():
             ]
             assert tuple(found) == pytest.approx(paired(one, two, contexts))
         lost = part["correct"]["top"].astype(float) - part["correct"][control]
-        assert row.design_effect == pytest.approx(design_effect(lost, contexts)) and row.n == 120
+        assert (
+            row.design_effect == pytest.approx(design_effect(lost, contexts))
+            and row.n == 120
+        )
     p = table[["accuracy_p", "logprob_p"]].to_numpy()
     for found, expected in zip(("holm", "bonferroni"), correct(p)):
         assert np.array_equal(table[[f"accuracy_{found}", f"logprob_{found}"]], expected)
@@ -824,17 +907,26 @@ def test_compare_is_paired_over_samples():
 
 def test_compare_by_any_columns_or_none():
     rng = np.random.default_rng(0)
-    one, two = (answers_of(rng, {"top": 0.4, "random": 0.9}, model=m) for m in ("small", "large"))
+    one, two = (
+        answers_of(rng, {"top": 0.4, "random": 0.9}, model=m) for m in ("small", "large")
+    )
     answers = pd.concat([one, two])
-    assert list(compare(one, "top", ["random"]).index) == [("image", "random"), ("text", "random")]
+    assert list(compare(one, "top", ["random"]).index) == [
+        ("image", "random"),
+        ("text", "random"),
+    ]
     both = compare(answers, "top", ["random"], by=["model", "domain"])
     assert both.index.names == ["model", "domain", "control"] and len(both) == 4
     single = compare(one, "top", ["random"])
     raw = [c for c in single if not c.endswith(("holm", "bonferroni"))]
-    pd.testing.assert_frame_equal(both.loc["small"][raw], single[raw])  # the family alone is larger
+    pd.testing.assert_frame_equal(
+        both.loc["small"][raw], single[raw]
+    )  # the family alone is larger
     every = compare(one, "top", ["random"], by=[])
     assert list(every.index) == ["random"] and every.n["random"] == 240
-    assert every.accuracy_difference["random"] == pytest.approx(single.accuracy_difference.mean())
+    assert every.accuracy_difference["random"] == pytest.approx(
+        single.accuracy_difference.mean()
+    )
 
 
 def test_compare_counts_items():
@@ -852,17 +944,26 @@ def test_compare_counts_items():
     top, random = (answers[answers.condition == name] for name in ("top", "random"))
     groups = [top.context.to_numpy(), top["item"].to_numpy()]
     expected = paired(top.correct.to_numpy(), random.correct.to_numpy(), groups)
-    assert tuple(row[f"accuracy_{key}"] for key in expected._fields) == pytest.approx(expected)
+    assert tuple(row[f"accuracy_{key}"] for key in expected._fields) == pytest.approx(
+        expected
+    )
 
 
 def test_compare_reads_the_columns_of_a_curve():
     """heads, share and draw in place of condition; each draw of one side is paired with each of the other."""
     rng = np.random.default_rng(0)
     answers = []
-    for name, draws in {"top": [0], "random": [0, 1, 2], "layer": [0, 1], "bottom": [0]}.items():
+    for name, draws in {
+        "top": [0],
+        "random": [0, 1, 2],
+        "layer": [0, 1],
+        "bottom": [0],
+    }.items():
         for draw in draws:
             once = {"once": 0.4 if name == "top" else 0.8}
-            table = answers_of(np.random.default_rng(7), once, ("image",)).drop(columns="condition")
+            table = answers_of(np.random.default_rng(7), once, ("image",)).drop(
+                columns="condition"
+            )
             table["correct"] ^= rng.random(len(table)) < 0.1
             answers.append(table.assign(heads=name, share=0.05, draw=draw))
     answers = pd.concat(answers, ignore_index=True)
@@ -873,7 +974,9 @@ def test_compare_reads_the_columns_of_a_curve():
     one = np.tile(top.correct, 3)
     expected = paired(one, random.correct.to_numpy(), [random.context, random.draw])
     row = found.loc["image", "random"]
-    assert tuple(row[f"accuracy_{key}"] for key in expected._fields) == pytest.approx(expected)
+    assert tuple(row[f"accuracy_{key}"] for key in expected._fields) == pytest.approx(
+        expected
+    )
     nats = np.tile(top.logprob, 3) - random.logprob
     assert row.logprob_difference == pytest.approx(nats.mean())
     bottom = answers[answers["heads"] == "bottom"]
@@ -886,7 +989,9 @@ def test_compare_reads_the_columns_of_a_curve():
         random.correct.mean() - layer.correct.mean()
     )
     assert (
-        compare(answers[answers.draw == 0], "random", ["layer"]).loc["image", "layer"].accuracy_p
+        compare(answers[answers.draw == 0], "random", ["layer"])
+        .loc["image", "layer"]
+        .accuracy_p
         != both.accuracy_p
     )
 
@@ -914,7 +1019,9 @@ def test_compare_of_draws_that_go_with_the_data():
 def test_what_cannot_be_compared():
     rng = np.random.default_rng(0)
     answers = answers_of(rng, {"top": 0.4, "random": 0.9}, ("image",), contexts=4)
-    lacking = answers[~((answers["sample"] == "image2-1") & (answers.condition == "random"))]
+    lacking = answers[
+        ~((answers["sample"] == "image2-1") & (answers.condition == "random"))
+    ]
     with pytest.raises(
         ValueError,
         match=r"sample 'image2-1' has no answer under 'random': evaluate both on the same",
@@ -925,11 +1032,16 @@ def test_what_cannot_be_compared():
     curve = answers.rename(columns={"condition": "heads"})
     shares = pd.concat([curve.assign(share=0.05), curve.assign(share=0.1)])
     with pytest.raises(
-        ValueError, match=r"sample 'image0-0' has several answers under 'top': keep one share"
+        ValueError,
+        match=r"sample 'image0-0' has several answers under 'top': keep one share",
     ):
         compare(shares, "top", ["random"])
     assert len(compare(shares, "top", ["random"], by=["domain", "share"])) == 2
     with pytest.raises(ValueError, match="1 of 12 samples have NaN or Inf"):
-        compare(answers.assign(logprob=answers.logprob.where(answers.index > 0)), "top", ["random"])
+        compare(
+            answers.assign(logprob=answers.logprob.where(answers.index > 0)),
+            "top",
+            ["random"],
+        )
     with pytest.raises(ValueError, match="in one group"):
         compare(answers.assign(context="c"), "top", ["random"])

@@ -20,7 +20,12 @@ from corehead.store import Store
 
 
 def row(i: int) -> dict:
-    return {"sample": f"s{i}", "n": i, "meta": {"i": i}, "mass": np.full((3, 2, 6), i, np.float32)}
+    return {
+        "sample": f"s{i}",
+        "n": i,
+        "meta": {"i": i},
+        "mass": np.full((3, 2, 6), i, np.float32),
+    }
 
 
 def filled(path: Path, n: int) -> Path:
@@ -39,7 +44,9 @@ def in_a_process(code: str, *arguments) -> subprocess.Popen:
     """Python that knows the store alone, so that it starts quickly; it says on its standard output how far it is."""
     begin = f"import sys; sys.path.insert(0, {str(Path(stores.__file__).parent)!r}); from store import Store\n"
     command = [sys.executable, "-u", "-c", begin + code, *map(str, arguments)]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
 
 
 # --- what goes in comes out
@@ -98,7 +105,9 @@ def test_the_file_is_sqlite_for_anybody(tmp_path):
     database = sqlite3.connect(f"file:{tmp_path}/run/results.sqlite?mode=ro", uri=True)
     query = "SELECT json_extract(value, '$.sample') FROM batches, json_each(fields)"
     assert [name for [name] in database.execute(query)] == ["s0", "s1", "s2"]
-    assert [name for [name] in database.execute("SELECT settings FROM provenance")] == ['{"a": 1}']
+    assert [name for [name] in database.execute("SELECT settings FROM provenance")] == [
+        '{"a": 1}'
+    ]
     database.close()
 
 
@@ -151,7 +160,9 @@ def test_a_write_that_the_system_refuses_half_way_leaves_all_or_nothing(tmp_path
     with Store(tmp_path, {"a": 1}, resume=True) as store:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size + 10_000, limits[1]))
         try:
-            with pytest.raises(OSError, match=r"store=.*what is finished is whole: resume=True"):
+            with pytest.raises(
+                OSError, match=r"store=.*what is finished is whole: resume=True"
+            ):
                 store.append([row(i) for i in range(5, 200)])
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -165,7 +176,8 @@ def test_a_folder_that_cannot_be_written_to(tmp_path):
         (tmp_path / "locked full" / "run", "Not a directory"),
     ):
         with pytest.raises(
-            OSError, match=rf"store=.*full.*: {reason}\. .*copy the folder to where there is"
+            OSError,
+            match=rf"store=.*full.*: {reason}\. .*copy the folder to where there is",
         ) as error:
             Store(path, {})
         assert not isinstance(error.value, BlockingIOError) and error.value.errno in (
@@ -186,7 +198,8 @@ def test_a_read_only_folder():
         try:
             for place in (path, Path(folder) / "new"):
                 with pytest.raises(
-                    OSError, match=r"store=.*(readonly|Permission denied).*copy the folder to where"
+                    OSError,
+                    match=r"store=.*(readonly|Permission denied).*copy the folder to where",
                 ):
                     Store(place, {"a": 1}, resume=True)
             database = sqlite3.connect(f"file:{path}/results.sqlite?mode=ro", uri=True)
@@ -203,7 +216,8 @@ def test_a_damaged_file_is_named(tmp_path):
     for damaged in (content[: len(content) // 2], b"no database" * 100):
         file.write_bytes(damaged)
         with pytest.raises(
-            OSError, match=r"store=.*The file is damaged: take a copy of it, or give another folder"
+            OSError,
+            match=r"store=.*The file is damaged: take a copy of it, or give another folder",
         ):
             names(tmp_path)
     file.write_bytes(content)
@@ -214,13 +228,16 @@ def test_a_damaged_file_is_named(tmp_path):
 
 
 def test_the_second_writer_is_told_who_holds_the_store(tmp_path):
-    hold = "store = Store(sys.argv[1], {'a': 1}, resume=True); print('open'); sys.stdin.read()"
+    hold = (
+        "store = Store(sys.argv[1], {'a': 1}, resume=True); print('open'); sys.stdin.read()"
+    )
     for held in (tmp_path / "new", filled(tmp_path / "old", 2)):
         other = in_a_process(hold, held)
         try:
             assert other.stdout.readline() == "open\n"
             with pytest.raises(
-                BlockingIOError, match=rf"store=.*: process {other.pid} on .* writes to it\. Wait"
+                BlockingIOError,
+                match=rf"store=.*: process {other.pid} on .* writes to it\. Wait",
             ):
                 Store(held, {"a": 1}, resume=True)
         finally:

@@ -20,7 +20,10 @@ from corehead.tagging import Prompt
 from corehead.testbed.models import name_tokens
 
 MANY = settings(
-    max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+    max_examples=40,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
 )
 
 
@@ -47,8 +50,12 @@ def changed_tokens(mllm, a: ch.TaggedSample, b: ch.TaggedSample) -> np.ndarray:
     if mllm.family.name == "qwen3_vl":
         out = []
         for n in names:
-            ids = a.ids == (config.video_token_id if "videos" in n else config.image_token_id)
-            out.append(np.flatnonzero(ids)[change[n].amax(1).view(-1, 4).amax(1).numpy() > 0])
+            ids = a.ids == (
+                config.video_token_id if "videos" in n else config.image_token_id
+            )
+            out.append(
+                np.flatnonzero(ids)[change[n].amax(1).view(-1, 4).amax(1).numpy() > 0]
+            )
         return np.concatenate(out)
     top = copy.copy(mllm.model.model)
     top._modules = dict(top._modules)
@@ -58,9 +65,13 @@ def changed_tokens(mllm, a: ch.TaggedSample, b: ch.TaggedSample) -> np.ndarray:
     top._modules["multi_modal_projector"] = torch.nn.Identity()
     out = []
     if internvl:
-        features = top.get_image_features(change["pixel_values"]).pooler_output.flatten(0, 1)
+        features = top.get_image_features(change["pixel_values"]).pooler_output.flatten(
+            0, 1
+        )
         return np.flatnonzero(a.ids == config.image_token_id)[features.amax(-1).numpy() > 0]
-    top._parameters = dict(top._parameters, image_newline=torch.nn.Parameter(torch.zeros(1)))
+    top._parameters = dict(
+        top._parameters, image_newline=torch.nn.Parameter(torch.zeros(1))
+    )
     if "pixel_values" in change:
         sizes, counts = a.inputs["image_sizes"], a.inputs["batch_num_images"]
         features = top.get_image_features(
@@ -72,7 +83,9 @@ def changed_tokens(mllm, a: ch.TaggedSample, b: ch.TaggedSample) -> np.ndarray:
             ]
         )
     if "pixel_values_videos" in change:
-        features = top.get_video_features(change["pixel_values_videos"]).pooler_output.flatten(0, 1)
+        features = top.get_video_features(
+            change["pixel_values_videos"]
+        ).pooler_output.flatten(0, 1)
         tokens = np.flatnonzero(a.ids == config.video_token_id)[
             : len(features)
         ]  # 5.17 adds the newline slot later
@@ -121,9 +134,13 @@ def test_painting_a_region_changes_its_tokens(family, case):
     image = np.asarray(picture(h, w))
     try:
         a = mllm.tag(ask(image_part(image), evidence=[ch.Region(0, box)]))
-    except ch.SampleError as error:  # 4 of 224 px may be the last of a tile, which fills no patch
+    except (
+        ch.SampleError
+    ) as error:  # 4 of 224 px may be the last of a tile, which fills no patch
         assert (
-            "maps to no token" in error.problem and family == "llava_onevision" and max(h, w) >= 224
+            "maps to no token" in error.problem
+            and family == "llava_onevision"
+            and max(h, w) >= 224
         )
         a = mllm.tag(ask(image_part(image)))
     b = mllm.tag(ask(image_part(paint(image, box))))
@@ -148,7 +165,9 @@ def test_several_images(family, case, other, which):
 
     a = mllm.tag(sample(image, [ch.Region(which, box)]))
     changed = set(
-        changed_tokens(mllm, a, mllm.tag(sample(paint(image, box), [ch.Region(which, box)])))
+        changed_tokens(
+            mllm, a, mllm.tag(sample(paint(image, box), [ch.Region(which, box)]))
+        )
     )
     assert set(a.evidence) <= changed <= near(a.media[which], box)
 
@@ -156,12 +175,15 @@ def test_several_images(family, case, other, which):
     whole = mllm.tag(sample(255 - image, [ch.Pages([which])]))
     changed = set(changed_tokens(mllm, page, whole))
     slots = {
-        t for t, b in zip(page.media[which].tokens, page.media[which].boxes) if np.isnan(b).any()
+        t
+        for t, b in zip(page.media[which].tokens, page.media[which].boxes)
+        if np.isnan(b).any()
     }
     assert changed <= set(page.evidence) and set(page.evidence) - changed <= slots
     for construction in ("markers", "counting"):
         assert np.array_equal(
-            mllm.tag(sample(image, [ch.Pages([which])]), construction).evidence, page.evidence
+            mllm.tag(sample(image, [ch.Pages([which])]), construction).evidence,
+            page.evidence,
         )
     both = mllm.tag(sample(image, [ch.Pages([0, 1])]))
     assert np.array_equal(both.evidence, both.visual)
@@ -185,9 +207,13 @@ def test_painting_a_tube_changes_its_tokens(family, case, frames, data):
     b = mllm.tag(ask("At first:", video_part(painted), "\n", evidence=evidence))
     changed = set(changed_tokens(mllm, a, b))
     medium = a.media[0]
-    then = set(medium.tokens[(medium.frames[:, 0] <= frame) & (frame < medium.frames[:, 1])])
+    then = set(
+        medium.tokens[(medium.frames[:, 0] <= frame) & (frame < medium.frames[:, 1])]
+    )
     assert set(a.evidence) <= changed <= near(medium, box) & then
-    whole = mllm.tag(ask("At first:", video_part(video), "\n", evidence=[ch.Frames(0, [frame])]))
+    whole = mllm.tag(
+        ask("At first:", video_part(video), "\n", evidence=[ch.Frames(0, [frame])])
+    )
     assert set(whole.evidence) == then
     for piece in (
         ch.Frames(0, [frame]),
@@ -228,7 +254,9 @@ def test_images_and_videos_in_one_sample(mllm):
     ]
     for order in (parts, parts[::-1]):
         last = [part["video"] for part in order if "video" in part][1]
-        tagged = mllm.tag(ask(*order, evidence=[ch.Frames(1, range(len(last))), ch.Pages([0])]))
+        tagged = mllm.tag(
+            ask(*order, evidence=[ch.Frames(1, range(len(last))), ch.Pages([0])])
+        )
         assert sum(len(m.tokens) for m in tagged.media) == len(tagged.visual)
         kinds = {(m.kind, m.index): m for m in tagged.media}
         expected = np.union1d(
@@ -240,9 +268,13 @@ def test_images_and_videos_in_one_sample(mllm):
 
 def test_qwen_video_timestamps_are_no_visual_tokens():
     mllm = tiny("qwen3_vl")
-    tagged = mllm.tag(ask(video_part(film(5, 64, 96), fps=2.0), evidence=[ch.Frames(0, [4])]))
+    tagged = mllm.tag(
+        ask(video_part(film(5, 64, 96), fps=2.0), evidence=[ch.Frames(0, [4])])
+    )
     text = mllm.tokenizer.decode(tagged.ids)
-    assert text.count("seconds>") == 3 and "<2.0 seconds>" in text  # the odd last frame is repeated
+    assert (
+        text.count("seconds>") == 3 and "<2.0 seconds>" in text
+    )  # the odd last frame is repeated
     runs = np.split(tagged.visual, np.flatnonzero(np.diff(tagged.visual) > 1) + 1)
     assert [len(r) for r in runs] == [6, 6, 6] and np.array_equal(tagged.evidence, runs[2])
 
@@ -252,7 +284,10 @@ def test_text_spans_questions_and_answers(family):
     mllm = tiny(family)
     picture_first = [image_part(picture(60, 80))] if family in FAMILIES else []
     sample = ask(
-        *picture_first, "alpha is 5, beta is 7. ", evidence=[ch.Span("beta is 7")], answer="42"
+        *picture_first,
+        "alpha is 5, beta is 7. ",
+        evidence=[ch.Span("beta is 7")],
+        answer="42",
     )
     tagged = mllm.tag(sample)
     assert mllm.tokenizer.decode(tagged.ids[tagged.evidence]) == "beta is 7"
@@ -293,12 +328,18 @@ def test_media_are_processed_once_for_questions_that_share_them(mllm):
     image, video = picture(60, 90), film(4, 60, 60)
     context = (video_part(video), "first", image_part(image), "then")
     first = Prompt(mllm, ask(*context, question="Why?"))
-    second = ask(*context, question="And where, if at all?", evidence=[ch.Region(0, (0, 0, 9, 9))])
+    second = ask(
+        *context, question="And where, if at all?", evidence=[ch.Region(0, (0, 0, 9, 9))]
+    )
     shared, alone = Prompt(mllm, second, like=first), Prompt(mllm, second)
     assert shared.shares and not alone.shares
-    assert np.array_equal(shared.ids, alone.ids) and np.array_equal(shared.offsets, alone.offsets)
+    assert np.array_equal(shared.ids, alone.ids) and np.array_equal(
+        shared.offsets, alone.offsets
+    )
     assert all(
-        torch.equal(shared.inputs[k], v) for k, v in alone.inputs.items() if torch.is_tensor(v)
+        torch.equal(shared.inputs[k], v)
+        for k, v in alone.inputs.items()
+        if torch.is_tensor(v)
     )
     assert np.array_equal(shared.tag().evidence, alone.tag().evidence)
     equal = ask(
@@ -323,11 +364,15 @@ def test_media_are_processed_once_for_questions_that_share_them(mllm):
         mllm, ask(video_part(video), "FIRST", image_part(image), "then"), like=first
     ).shares
     assert not Prompt(
-        mllm, ask(video_part(video, fps=1.0), "first", image_part(image), "then"), like=first
+        mllm,
+        ask(video_part(video, fps=1.0), "first", image_part(image), "then"),
+        like=first,
     ).shares
     with pytest.raises(ch.SampleError, match="write no placeholder"):
         Prompt(
-            mllm, ask(*context, question=f"Is {mllm.processor.image_token} a token?"), like=first
+            mllm,
+            ask(*context, question=f"Is {mllm.processor.image_token} a token?"),
+            like=first,
         )
 
 
@@ -345,7 +390,11 @@ def test_templates_that_put_images_first(family):
         for kind in ("image", "video", "text")
     )
     mllm.processor.chat_template = template[:start] + "".join(loops) + template[end:]
-    film_of_evidence, page, other = film(4, 60, 60), picture(60, 90), picture(80, 60, seed=3)
+    film_of_evidence, page, other = (
+        film(4, 60, 60),
+        picture(60, 90),
+        picture(80, 60, seed=3),
+    )
     parts = [
         "alpha is 5. ",
         video_part(film_of_evidence),
@@ -377,10 +426,13 @@ def test_the_start_token_stands_once():
         tokenizer = mllm.processor
         tokenizer.bos_token = "<|endoftext|>"
         tokenizer._tokenizer.post_processor = TemplateProcessing(
-            single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", tokenizer.bos_token_id)]
+            single="<|endoftext|> $A",
+            special_tokens=[("<|endoftext|>", tokenizer.bos_token_id)],
         )
         tokenizer.chat_template = written + tokenizer.chat_template
-        tagged = mllm.tag(ask("alpha is 5. ", evidence=[ch.Span("alpha is 5")], answer="42"))
+        tagged = mllm.tag(
+            ask("alpha is 5. ", evidence=[ch.Span("alpha is 5")], answer="42")
+        )
         assert np.flatnonzero(tagged.ids == tokenizer.bos_token_id).tolist() == [0]
         assert tokenizer.decode(tagged.ids[tagged.evidence]) == "alpha is 5"
         assert tokenizer.decode(tagged.ids[tagged.answer]) == "42"
@@ -393,7 +445,9 @@ def test_frame_indices_reach_the_prompt():
         assert "<1.0 seconds>" in mllm.tokenizer.decode(mllm.tag(ask(part)).ids)
         assert "<5.0 seconds>" in mllm.tokenizer.decode(mllm.tag(ask(part)).ids)
     whole = {**video_part(film(4, 60, 60), fps=2.0), "frames_indices": None}
-    assert np.array_equal(mllm.tag(ask(whole)).ids, mllm.tag(ask(video_part(film(4, 60, 60)))).ids)
+    assert np.array_equal(
+        mllm.tag(ask(whole)).ids, mllm.tag(ask(video_part(film(4, 60, 60)))).ids
+    )
 
 
 def test_real_qwen_vocabulary():
@@ -444,7 +498,9 @@ def real_qwen_tokenizer():
             continue
         parts = [token[i : i + 1] for i in range(len(token))]
         while len(parts) > 2:  # merge by lower ranks as far as they go; two parts remain
-            pairs = [ranks.get(parts[i] + parts[i + 1], rank) for i in range(len(parts) - 1)]
+            pairs = [
+                ranks.get(parts[i] + parts[i + 1], rank) for i in range(len(parts) - 1)
+            ]
             i = int(np.argmin(pairs))
             if pairs[i] >= rank:
                 break
@@ -501,7 +557,11 @@ def real_vocabulary(family: str) -> ch.MLLM:
     if family == "internvl":
         parts["image_seq_length"] = old.image_seq_length
     if family == "llava_onevision":
-        names = ("num_image_tokens", "vision_feature_select_strategy", "vision_aspect_ratio")
+        names = (
+            "num_image_tokens",
+            "vision_feature_select_strategy",
+            "vision_aspect_ratio",
+        )
         parts |= {name: getattr(old, name) for name in names}
     processor = type(old)(**parts, chat_template=old.chat_template)
     model, config = mllm.model, mllm.model.config
@@ -536,7 +596,9 @@ def test_released_vocabularies_and_chat_markers(family, words):
     )
     tagged, decode = mllm.tag(sample), mllm.tokenizer.decode
     text = decode(tagged.ids)
-    assert text.startswith("<|im_start|>system\nYou are helpful.<|im_end|>\n<|im_start|>user\n")
+    assert text.startswith(
+        "<|im_start|>system\nYou are helpful.<|im_end|>\n<|im_start|>user\n"
+    )
     assert text.endswith(f"<|im_end|>\n<|im_start|>assistant\n{words}")
     target = tagged.evidence[~np.isin(tagged.evidence, tagged.visual)]
     # merges across a border make a token that holds more than the span; none of the span is outside
@@ -546,13 +608,18 @@ def test_released_vocabularies_and_chat_markers(family, words):
         assert wanted not in decode(tagged.ids[tokens[1:]]) and wanted not in decode(
             tagged.ids[tokens[:-1]]
         )
-    assert decode(tagged.ids[tagged.answer]) == words and tagged.answer[0] == tagged.last + 1
+    assert (
+        decode(tagged.ids[tagged.answer]) == words and tagged.answer[0] == tagged.last + 1
+    )
     start, pad, end = MARKERS_OF[family]
     for medium in tagged.media:
         first, last = medium.tokens[0], medium.tokens[-1]
         assert set(mllm.tokenizer.convert_ids_to_tokens(tagged.ids[medium.tokens])) == {pad}
         if start:
-            assert decode(tagged.ids[first - 1]) == start and decode(tagged.ids[last + 1]) == end
+            assert (
+                decode(tagged.ids[first - 1]) == start
+                and decode(tagged.ids[last + 1]) == end
+            )
     pages = np.intersect1d(tagged.evidence, tagged.visual)
     assert np.array_equal(pages, tagged.media[1].tokens)
     assert np.array_equal(mllm.tag(sample, "markers").evidence, tagged.evidence)
@@ -567,13 +634,17 @@ def test_released_vocabularies_with_an_image_and_a_video(family):
     )  # fmt: skip
     tagged = mllm.tag(sample)
     assert mllm.tokenizer.decode(tagged.ids[tagged.question]) == "What is it?"
-    image, video = (next(m for m in tagged.media if m.kind == kind) for kind in ("image", "video"))
+    image, video = (
+        next(m for m in tagged.media if m.kind == kind) for kind in ("image", "video")
+    )
     assert len(np.intersect1d(tagged.evidence, image.tokens)) and len(
         np.intersect1d(tagged.evidence, video.tokens)
     )
     text = mllm.tokenizer.decode(tagged.ids)
     if family == "qwen3_vl":
-        assert "<0.2 seconds><|vision_start|><|video_pad|>" in text and "<1.2 seconds>" in text
+        assert (
+            "<0.2 seconds><|vision_start|><|video_pad|>" in text and "<1.2 seconds>" in text
+        )
         assert not np.isin(
             tagged.ids[tagged.visual], mllm.tokenizer("<0.2 seconds>")["input_ids"]
         ).any()
@@ -711,7 +782,8 @@ def test_other_bad_samples(mllm):
 def test_overlapping_spans_are_one_piece_of_evidence():
     mllm = tiny("llama")
     sample = ask(
-        "alpha is 5, beta is 7. ", evidence=[ch.Span("alpha is 5, beta"), ch.Span("beta is 7")]
+        "alpha is 5, beta is 7. ",
+        evidence=[ch.Span("alpha is 5, beta"), ch.Span("beta is 7")],
     )
     tagged = mllm.tag(sample)
     assert mllm.tokenizer.decode(tagged.ids[tagged.evidence]) == "alpha is 5, beta is 7"
@@ -721,7 +793,10 @@ def test_overlapping_spans_are_one_piece_of_evidence():
 def test_messages_of_strings_and_base_models_without_a_template():
     whole = "alpha is 5. What is it?"
     sample = ch.Sample(
-        "s", [{"role": "user", "content": whole}], [ch.Span("alpha is 5")], question="What is it?"
+        "s",
+        [{"role": "user", "content": whole}],
+        [ch.Span("alpha is 5")],
+        question="What is it?",
     )
     for family in ("llama", "qwen3"):
         mllm = tiny(family)

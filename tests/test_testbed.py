@@ -53,7 +53,9 @@ def every_layout():
     for family in ("qwen3_vl", "internvl", "llava_onevision"):
         for domain, levels in (LEVELS if family == "qwen3_vl" else TILED_LEVELS).items():
             yield from ((family, domain, layout) for layout in (levels[0], levels[-1]))
-    yield from (("qwen3_vl", domain, LONG_LEVELS[domain][0]) for domain in ("document", "video"))
+    yield from (
+        ("qwen3_vl", domain, LONG_LEVELS[domain][0]) for domain in ("document", "video")
+    )
 
 
 @pytest.mark.parametrize("family,domain,layout", [*every_layout()])
@@ -86,7 +88,9 @@ def test_fast_path_gives_the_same_ids_pixels_and_positions(family, domain, layou
             assert (name in inputs) == (name in tagged.inputs)
             if name in inputs:
                 mine = inputs[name].reshape(2, -1)[b]
-                torch.testing.assert_close(mine, tagged.inputs[name].flatten(), atol=1e-6, rtol=0)
+                torch.testing.assert_close(
+                    mine, tagged.inputs[name].flatten(), atol=1e-6, rtol=0
+                )
 
 
 @pytest.mark.parametrize("family", ["qwen3_vl", "internvl", "llava_onevision"])
@@ -136,7 +140,9 @@ def test_pictures_may_be_larger_than_their_cells():
 
 def test_items_are_what_answers_are_read_from():
     for domain in ("image", "document", "video"):
-        asked = [s for seed in (0, 1) for s in samples(domain, n=60, questions=3, seed=seed)]
+        asked = [
+            s for seed in (0, 1) for s in samples(domain, n=60, questions=3, seed=seed)
+        ]
         glyphs = [int(s.meta["item"].removeprefix("glyph ")) for s in asked]
         assert [str(digits()[1][glyph]) for glyph in glyphs] == [s.answer for s in asked]
         # pictures of any seed share them
@@ -202,9 +208,9 @@ def test_distractors_hold_no_key(domain):
     for b in range(4):
         for q in range(6):
             hit = scenes.evidence[b, q]
-            assert (digits()[1][glyph[b][hit]] == scenes.answer[b, q] - 8).all() and framed[b][
-                hit.any((1, 2))
-            ].all()
+            assert (digits()[1][glyph[b][hit]] == scenes.answer[b, q] - 8).all() and framed[
+                b
+            ][hit.any((1, 2))].all()
     if domain == "document":
         marked = ((glyph >= MARK_GLYPH) & (glyph < BLANK["glyph"])).any((2, 3))
         assert (framed.sum(1) == 8).all() and marked.sum() == 32
@@ -213,14 +219,18 @@ def test_distractors_hold_no_key(domain):
     clutter = glyph[bare]
     assert 0.3 < (clutter < MARK_GLYPH).mean() < 0.7 and bare.mean() > 0.7
     first, last = SPLITS["test"]
-    assert ((clutter[clutter < MARK_GLYPH] >= first) & (clutter[clutter < MARK_GLYPH] < last)).all()
+    assert (
+        (clutter[clutter < MARK_GLYPH] >= first) & (clutter[clutter < MARK_GLYPH] < last)
+    ).all()
 
 
 @pytest.mark.parametrize("side", [4, 6])
 def test_context_tasks_are_right(side):
     scenes = draw("majority", np.random.default_rng(2), 200, side=side)
     framed = scenes.cells["key"] != BLANK["key"]
-    assert (framed.sum((1, 2, 3)) == 16).all() and (scenes.evidence == framed[:, None]).all()
+    assert (framed.sum((1, 2, 3)) == 16).all() and (
+        scenes.evidence == framed[:, None]
+    ).all()
     colour = scenes.cells["key"][framed].reshape(200, -1) % 8
     counts = (colour[..., None] == np.arange(8)).sum(1)
     best = np.sort(counts)[:, ::-1]
@@ -243,14 +253,18 @@ def test_the_evidence_of_a_context_task_is_every_cell_that_is_not_blank(shipped,
         tagged = shipped.tag(sample)
         picture = np.asarray(sample.messages[0]["content"][0]["image"])
         drawn = (picture.reshape(6, 16, 6, 16, 3) < 255).any((1, 3, 4)).ravel()
-        assert drawn.sum() == 16 and np.array_equal(np.isin(tagged.visual, tagged.evidence), drawn)
+        assert drawn.sum() == 16 and np.array_equal(
+            np.isin(tagged.visual, tagged.evidence), drawn
+        )
 
 
 def test_samples_are_seeded_and_bad_requests_are_named():
     again = [digest(samples("document", n=3, seed=s)[2]) for s in (0, 0, 1)]
     assert again[0] == again[1] != again[2]
     assert len({s.id for s in samples("video", n=6, questions=3)}) == 6
-    assert samples("image", n=2, questions=2)[0].messages[0]["content"][0]["image"] is not None
+    assert (
+        samples("image", n=2, questions=2)[0].messages[0]["content"][0]["image"] is not None
+    )
     assert len(data_hash()) == 64
     for bad in (
         dict(domain="images"),
@@ -294,7 +308,9 @@ def test_the_shipped_model_loads_without_corehead(shipped):
         return_tensors="pt",
         add_generation_prompt=True,
     )
-    assert torch.equal(inputs["input_ids"][0], torch.from_numpy(shipped.tag(sample).ids[:-1]))
+    assert torch.equal(
+        inputs["input_ids"][0], torch.from_numpy(shipped.tag(sample).ids[:-1])
+    )
     out = model.generate(**inputs, max_new_tokens=4, do_sample=False)
     assert (
         processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -308,9 +324,13 @@ def test_the_shipped_model_loads_without_corehead(shipped):
 def test_the_shipped_model_has_its_papers(shipped):
     card = json.loads((FOLDER / "training.json").read_text())
     assert card["data_sha256"] == data_hash()
-    assert {"recipe", "steps", "minutes", "torch"} <= card.keys() and "seed" in card["recipe"]
+    assert {"recipe", "steps", "minutes", "torch"} <= card.keys() and "seed" in card[
+        "recipe"
+    ]
     log = pd.read_csv(FOLDER / "training_log.csv")
-    assert card["steps"] - 25 < log.step.iloc[-1] <= card["steps"] and log.loss.iloc[-1] < 0.5
+    assert (
+        card["steps"] - 25 < log.step.iloc[-1] <= card["steps"] and log.loss.iloc[-1] < 0.5
+    )
 
 
 @pytest.mark.parametrize(
@@ -346,7 +366,9 @@ def test_the_long_model_reads_a_thousand_visual_tokens(shipped, domain, distract
 
 def test_evaluation_does_not_depend_on_the_batch(shipped):
     asked = [s for d in ("image", "document", "video", "text") for s in samples(d, n=3)]
-    one, many = (ch.evaluate(shipped, asked, batch_size=size, progress=False) for size in (1, 12))
+    one, many = (
+        ch.evaluate(shipped, asked, batch_size=size, progress=False) for size in (1, 12)
+    )
     np.testing.assert_allclose(one.logprob, many.logprob, atol=1e-4)
     asked[0].answer = None
     with pytest.raises(ch.SampleError, match="answer"):
@@ -424,7 +446,9 @@ def test_a_stage_ends_at_its_own_cap(tmp_path):
     recipe = dict(SMALL, probe_steps=1, final_steps=0)
     train(Recipe(stage_steps=caps, **recipe), tmp_path / "a")
     assert json.loads((tmp_path / "a/training.json").read_text())["steps"] == 8
-    with pytest.raises(ValueError, match="one for each of image, text, video, document, count"):
+    with pytest.raises(
+        ValueError, match="one for each of image, text, video, document, count"
+    ):
         Recipe(stage_steps={"image": 2})
 
 
@@ -450,12 +474,16 @@ def test_every_recipe_trains(recipe, tmp_path):
     mllm = ch.load(tmp_path / "a")
     assert mllm.family.name == given["family"] and mllm.n_layers == given.get("layers", 12)
     on_disk = [
-        t.dtype for file in (tmp_path / "a").glob("*.safetensors") for t in load_file(file).values()
+        t.dtype
+        for file in (tmp_path / "a").glob("*.safetensors")
+        for t in load_file(file).values()
     ]
     assert mllm.model.dtype == torch.float32 and set(on_disk) == {torch.float16}
     assert json.loads((tmp_path / "a/config.json").read_text())["dtype"] == "float16"
     sample = samples(
-        "image", n=1, **json.loads((tmp_path / "a/training.json").read_text())["layouts"]["image"]
+        "image",
+        n=1,
+        **json.loads((tmp_path / "a/training.json").read_text())["layouts"]["image"],
     )
     assert len(ch.evaluate(mllm, sample, progress=False)) == 1
 
@@ -476,7 +504,9 @@ def test_scales_are_what_they_are_said_to_be():
 
 
 def test_a_model_whose_weights_do_not_ship_names_its_recipe():
-    with pytest.raises(FileNotFoundError, match="`make testbed MODELS=qwen3vl-m` trains it"):
+    with pytest.raises(
+        FileNotFoundError, match="`make testbed MODELS=qwen3vl-m` trains it"
+    ):
         ch.load(FOLDER.with_name("qwen3vl-m"))
 
 
@@ -493,10 +523,19 @@ def test_the_survey_replaces_a_model_s_rows_and_keeps_the_others(tmp_path, shipp
     (tmp_path / "testbed/one").symlink_to(FOLDER)
     command = ["--testbeds", str(tmp_path / "testbed"), "--out", str(tmp_path), "--n", "12"]
     survey.main(command)
-    models, first = (pd.read_csv(tmp_path / f"{kind}.csv") for kind in ("models", "answers"))
+    models, first = (
+        pd.read_csv(tmp_path / f"{kind}.csv") for kind in ("models", "answers")
+    )
     heads = pd.read_parquet(tmp_path / "heads.parquet")
     assert len(models) == 1 and len(heads) == 4 * 192
-    assert set(first["heads"]) == {"intact", "top", "bottom", "text entropy", "random", "layer"}
+    assert set(first["heads"]) == {
+        "intact",
+        "top",
+        "bottom",
+        "text entropy",
+        "random",
+        "layer",
+    }
     asked = samples("image", "validation", 12, 0, questions=6, cells=25)
     ram = ch.score(shipped, asked, progress=False).mean("ram").values
     mine = heads[heads.domain == "image"]
@@ -517,9 +556,20 @@ def test_the_survey_replaces_a_model_s_rows_and_keeps_the_others(tmp_path, shipp
 
 def test_the_survey_that_ships_is_whole():
     folder = FOLDER.parent.parent / "results/survey"
-    models, answers = (pd.read_csv(folder / f"{kind}.csv") for kind in ("models", "answers"))
+    models, answers = (
+        pd.read_csv(folder / f"{kind}.csv") for kind in ("models", "answers")
+    )
     heads = pd.read_parquet(folder / "heads.parquet")
-    assert [*heads] == ["model", "step", "domain", "layer", "head", "ram", "ram last", "calibrated"]
+    assert [*heads] == [
+        "model",
+        "step",
+        "domain",
+        "layer",
+        "head",
+        "ram",
+        "ram last",
+        "calibrated",
+    ]
     runs = [set(zip(table.model, table.step)) for table in (models, answers, heads)]
     assert runs[0] == runs[1] == runs[2] and heads.ram.between(0, 1).all()
     assert {(path.parent.name, 0) for path in FOLDER.parent.glob("*/training.json")} - {
@@ -537,7 +587,9 @@ def test_every_model_that_ships_can_read(folder):
     mllm, card = ch.load(folder), json.loads((folder / "training.json").read_text())
     assert card["data_sha256"] == data_hash() and mllm.model.dtype == torch.float32
     if "-s" in folder.name:  # larger ones do not ship
-        assert [file.stat().st_size <= 6 * 2**20 for file in folder.glob("*.safetensors")] == [True]
+        assert [
+            file.stat().st_size <= 6 * 2**20 for file in folder.glob("*.safetensors")
+        ] == [True]
     for domain in survey.RETRIEVAL:
         asked = samples(domain, "validation", 96, questions=6, **card["layouts"][domain])
         assert ch.evaluate(mllm, asked, progress=False).correct.mean() >= 0.8, domain

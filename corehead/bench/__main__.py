@@ -52,8 +52,13 @@ def grid(
 def scoring(options: argparse.Namespace) -> Tables:
     cpu, rows = options.device == "cpu", []
     for geometry, mllm, tokens in grid(options, "small", [2**i for i in range(9, 14)]):
-        repeats = options.repeats or max(3, min(15, 2**15 // tokens))  # short runs are noisy
-        rows += [{"geometry": geometry} | row for row in engine.scoring_rows(mllm, tokens, repeats)]
+        repeats = options.repeats or max(
+            3, min(15, 2**15 // tokens)
+        )  # short runs are noisy
+        rows += [
+            {"geometry": geometry} | row
+            for row in engine.scoring_rows(mllm, tokens, repeats)
+        ]
         # the table so far, after each length
         yield "scoring" if cpu else "scoring-cuda", rows, RANDOM
 
@@ -81,7 +86,11 @@ def store(options: argparse.Namespace) -> Tables:
 
 def counted(options: argparse.Namespace) -> Tables:
     setting = Setting(WINDOW["cuda"], sinks=16)
-    rows = [row for geometry in RELEASED for row in attention.counted_rows(geometry, LONG, setting)]
+    rows = [
+        row
+        for geometry in RELEASED
+        for row in attention.counted_rows(geometry, LONG, setting)
+    ]
     card = dict(machine="none: counted", window=setting.window, sinks=setting.sinks)
     yield "acceleration-counted", rows, card
 
@@ -156,7 +165,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--lengths", type=int, nargs="+", metavar="TOKENS", help="of scoring and attention"
     )
     parser.add_argument(
-        "--repeats", type=int, help="rounds after one that warms up: 3, up to 15 of short ones"
+        "--repeats",
+        type=int,
+        help="rounds after one that warms up: 3, up to 15 of short ones",
     )
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -180,7 +191,9 @@ def main(arguments: list[str] | None = None) -> None:
             for name, rows, more in PARTS[part](options):
                 table = pd.DataFrame(rows).round(5)
                 table.to_csv(options.out / f"{name}.csv", index=False)
-                (options.out / f"{name}.json").write_text(json.dumps(card | more, indent=1) + "\n")
+                (options.out / f"{name}.json").write_text(
+                    json.dumps(card | more, indent=1) + "\n"
+                )
                 print(name, table.to_string(index=False), sep="\n", flush=True)
     finally:
         gc.unfreeze()

@@ -101,7 +101,9 @@ def decode(mllm: MLLM, cache: Cache, steps: int) -> list[float]:
 def cache_bytes(cache: Cache) -> int:
     """Bytes of keys and values that a cache holds; layers that keep no plain `keys` have `nbytes`."""
     return sum(
-        layer.nbytes if hasattr(layer, "nbytes") else layer.keys.nbytes + layer.values.nbytes
+        layer.nbytes
+        if hasattr(layer, "nbytes")
+        else layer.keys.nbytes + layer.values.nbytes
         for layer in cache.layers
     )
 
@@ -146,7 +148,9 @@ def rates(mllm: MLLM) -> tuple[float, float]:
     """
     options = dict(device=mllm.device, dtype=mllm.model.dtype)
     # large enough for the device to be busy, and `long` for no cache to hold it
-    rows, width, tall = (2048, 2048, 2**15) if mllm.device.type == "cpu" else (16384, 8192, 2**16)
+    rows, width, tall = (
+        (2048, 2048, 2**15) if mllm.device.type == "cpu" else (16384, 8192, 2**16)
+    )
     x, square, long = (torch.randn(n, width, **options) for n in (rows, width, tall))
 
     def best(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -160,7 +164,9 @@ def rates(mllm: MLLM) -> tuple[float, float]:
     return 2 * rows * width * width / best(x, square), long.nbytes / best(x[:1], long)
 
 
-def measured(mllm: MLLM, prompt: torch.Tensor, way: str, setting: Setting) -> dict[str, float]:
+def measured(
+    mllm: MLLM, prompt: torch.Tensor, way: str, setting: Setting
+) -> dict[str, float]:
     """One run of a way: prefill, attention's part of it, and decoding behind it."""
     with running(mllm, way, setting):
         with attention_clock() as spent:
@@ -172,7 +178,11 @@ def measured(mllm: MLLM, prompt: torch.Tensor, way: str, setting: Setting) -> di
             begin = timer()
             cache = prefill(mllm, prompt)
             taken = timer() - begin
-        numbers = {"seconds": taken, "attention": sum(spent), "cache": cache_bytes(cache) / MIB}
+        numbers = {
+            "seconds": taken,
+            "attention": sum(spent),
+            "cache": cache_bytes(cache) / MIB,
+        }
         if setting.steps:
             # the median: single steps are late for many reasons
             numbers["step"] = float(np.median(decode(mllm, cache, setting.steps)))
@@ -184,7 +194,9 @@ def _peak(mllm: MLLM, prompt: torch.Tensor, way: str, setting: Setting) -> float
         return peak_memory(lambda: prefill(mllm, prompt), mllm.device.type)
 
 
-def attention_rows(mllm: MLLM, tokens: int, setting: Setting) -> tuple[list[dict], list[dict]]:
+def attention_rows(
+    mllm: MLLM, tokens: int, setting: Setting
+) -> tuple[list[dict], list[dict]]:
     """The rows of all ways, dense first, in the tables of prefill and of decoding."""
     flop_rate, byte_rate = rates(mllm)
     prompt = hidden_states(mllm, tokens)
@@ -226,15 +238,24 @@ def attention_rows(mllm: MLLM, tokens: int, setting: Setting) -> tuple[list[dict
 
 def counted_rows(geometry: str, lengths: list[int], setting: Setting) -> list[dict]:
     """What counting alone predicts: ratios of FLOPs (prefill) and bytes (decode, cache) to dense attention's."""
-    mllm = build(geometry, "meta", torch.bfloat16)  # shapes alone: nothing runs, nothing is held
+    mllm = build(
+        geometry, "meta", torch.bfloat16
+    )  # shapes alone: nothing runs, nothing is held
     rows = []
     dense = work(mllm, "dense", setting)
     for n in lengths:
         for way in list(WAYS)[1:]:
             counted = work(mllm, way, setting)
-            row = {"geometry": geometry, "tokens": n, "way": way, "share": counted.full.mean()}
+            row = {
+                "geometry": geometry,
+                "tokens": n,
+                "way": way,
+                "share": counted.full.mean(),
+            }
             row["prefill speed-up"] = dense.prefill_flops(n) / counted.prefill_flops(n)
-            row["attention speed-up"] = dense.attention_flops(n) / counted.attention_flops(n)
+            row["attention speed-up"] = dense.attention_flops(n) / counted.attention_flops(
+                n
+            )
             row["decode speed-up"] = dense.step_bytes(n) / counted.step_bytes(n)
             row["cache"] = counted.cache_bytes(n) / dense.cache_bytes(n)
             rows.append(row)

@@ -77,7 +77,9 @@ def scoring_costs(
     # every view once, whatever the number of questions on it
     vision = counts.contexts * counts.views * vision_flops(model, counts.tokens * PATCHES)
     flops = linear + attention + vision
-    columns = dict(context_tokens=context, prefill_tokens=prefill, chunk_tokens=chunk, flops=flops)
+    columns = dict(
+        context_tokens=context, prefill_tokens=prefill, chunk_tokens=chunk, flops=flops
+    )
     return pd.DataFrame(columns).assign(
         share_attention=attention / flops, share_vision=vision / flops
     )
@@ -100,5 +102,6 @@ def table(model: str) -> pd.DataFrame:
         "GPU hours": gpu_hours(cost.flops).round(2),
     }
     return pd.concat(
-        [BENCHMARKS[["contexts", "questions"]], pd.DataFrame(columns), BENCHMARKS.assumed], axis=1
+        [BENCHMARKS[["contexts", "questions"]], pd.DataFrame(columns), BENCHMARKS.assumed],
+        axis=1,
     )

@@ -69,10 +69,14 @@ def scoring_rows(mllm: MLLM, tokens: int, repeats: int) -> list[dict]:
         row["memory / plain"] = row["peak MiB"] / rows[0]["peak MiB"]
         # the weights are there before the call and are no part of its peak
         row["counted MiB"] = (need.total - need.weights) / MIB
-    return [{"visual tokens": len(tagged.visual)} | row | {"repeats": repeats} for row in rows]
+    return [
+        {"visual tokens": len(tagged.visual)} | row | {"repeats": repeats} for row in rows
+    ]
 
 
-def sharing_rows(mllm: MLLM, tokens: int, counts: Sequence[int], repeats: int) -> list[dict]:
+def sharing_rows(
+    mllm: MLLM, tokens: int, counts: Sequence[int], repeats: int
+) -> list[dict]:
     """Scoring k questions on one document together and each for itself."""
     rows = []
     for k in counts:
@@ -82,7 +86,9 @@ def sharing_rows(mllm: MLLM, tokens: int, counts: Sequence[int], repeats: int) -
             "one by one": partial(_score, mllm, asked, 1),
         }
         for row in compare(ways, repeats):
-            rows.append({"visual tokens": tokens, "questions": k} | row | {"repeats": repeats})
+            rows.append(
+                {"visual tokens": tokens, "questions": k} | row | {"repeats": repeats}
+            )
     return rows
 
 
@@ -106,7 +112,11 @@ def _nothing_shared(mllm: MLLM, asked: Samples, ablations: Sequence[Ablation]) -
                 mllm.model(**inputs, logits_to_keep=2)
 
 
-ABLATING = {"together": _together, "one by one": _one_by_one, "nothing shared": _nothing_shared}
+ABLATING = {
+    "together": _together,
+    "one by one": _one_by_one,
+    "nothing shared": _nothing_shared,
+}
 
 
 def ablation_rows(
@@ -118,7 +128,12 @@ def ablation_rows(
     # "zero" changes outputs and needs the context anew, "knockout" masks edges and leaves it as it is
     for mode in ("zero", "knockout"):
         ablations = [Ablation(HeadRanking(values).top(0.1), mode) for values in scores]
-        head = {"model": name, "questions": len(asked), "mode": mode, "conditions": conditions}
+        head = {
+            "model": name,
+            "questions": len(asked),
+            "mode": mode,
+            "conditions": conditions,
+        }
         ways = {way: partial(run, mllm, asked, ablations) for way, run in ABLATING.items()}
         for row in compare(ways, repeats):
             row["conditions / s"] = conditions / row.pop("seconds")
@@ -140,7 +155,9 @@ def _append(folder: Path, row: dict, size: int) -> None:
     with Store(folder, {}) as store:
         for first in range(0, size, 128):
             ids = range(first, min(first + 128, size))
-            store.append([row | {"sample": f"sample-{i}", "key": "0123456789abcdef"} for i in ids])
+            store.append(
+                [row | {"sample": f"sample-{i}", "key": "0123456789abcdef"} for i in ids]
+            )
 
 
 def _read(folder: Path, size: int) -> None:
@@ -158,11 +175,17 @@ def store_row(row: dict, size: int) -> dict:
         files = [file.stat().st_size for file in Path(folder).rglob("*") if file.is_file()]
         reading = seconds(lambda: _read(path, size))
     speed = {"appended / s": round(size / appending), "read / s": round(size / reading)}
-    return {"rows": size} | speed | {"files": len(files), "bytes / row": round(sum(files) / size)}
+    return (
+        {"rows": size}
+        | speed
+        | {"files": len(files), "bytes / row": round(sum(files) / size)}
+    )
 
 
 def store_rows(sizes: Sequence[int]) -> list[dict]:
     """Stores of both tables, each of its own."""
     return [
-        {"table": name} | store_row(row, size) for name, row in TABLES.items() for size in sizes
+        {"table": name} | store_row(row, size)
+        for name, row in TABLES.items()
+        for size in sizes
     ]

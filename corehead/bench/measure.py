@@ -47,7 +47,9 @@ def in_turn(
             except torch.OutOfMemoryError:
                 rounds[name].append({})  # NaN in the table, and the other ways go on
             gc.collect()  # now, and not in the time of the way that comes next
-    columns = list(dict.fromkeys(key for rows in rounds.values() for row in rows for key in row))
+    columns = list(
+        dict.fromkeys(key for rows in rounds.values() for row in rows for key in row)
+    )
     return {name: pd.DataFrame(rows[1:], columns=columns) for name, rows in rounds.items()}
 
 
@@ -61,7 +63,11 @@ def compare(ways: Mapping[str, Callable[[], object]], repeats: int) -> list[dict
         # round by round, so that a machine that slows down does so for both
         ratio = (result / results[first]).median()
         rows.append(
-            {"way": way, "seconds": result.seconds.median(), f"time / {first}": ratio.seconds}
+            {
+                "way": way,
+                "seconds": result.seconds.median(),
+                f"time / {first}": ratio.seconds,
+            }
         )
     return rows
 

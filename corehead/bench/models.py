@@ -29,7 +29,9 @@ def build(geometry: str, device: str = "cpu", dtype: torch.dtype = torch.float32
     try:
         with torch.device(device):
             return tiny(
-                GEOMETRIES[geometry]["family"], real_tiles=True, text=GEOMETRIES[geometry]["text"]
+                GEOMETRIES[geometry]["family"],
+                real_tiles=True,
+                text=GEOMETRIES[geometry]["text"],
             )
     finally:
         torch.set_default_dtype(before)
@@ -41,7 +43,9 @@ def questions(mllm: MLLM, tokens: int, n: int = 1) -> list[Sample]:
     shape = SIDE[family], SIDE[family], 3
     noise = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     # two at least: a single picture LLaVA-OneVision would also cut into crops
-    pages = [{"type": "image", "image": Image.fromarray(noise)}] * max(2, tokens // TOKENS[family])
+    pages = [{"type": "image", "image": Image.fromarray(noise)}] * max(
+        2, tokens // TOKENS[family]
+    )
     samples = []
     for i in range(n):
         # a token a byte makes 15 of it, as many as a question has in a real vocabulary

@@ -40,7 +40,13 @@ class Work:
         """Parameters of the decoder's layers that every token passes."""
         m = self.mllm
         config = m.text_config
-        sizes = config.hidden_size, config.intermediate_size, m.n_heads, m.n_kv_heads, m.head_dim
+        sizes = (
+            config.hidden_size,
+            config.intermediate_size,
+            m.n_heads,
+            m.n_kv_heads,
+            m.head_dim,
+        )
         return m.n_layers * layer_parameters(*sizes)
 
     @property
@@ -59,7 +65,11 @@ class Work:
         full = n * (n + 1) / 2  # keys that a full head sees in all rows together
         # early rows have fewer keys in front of them
         streaming = float(np.minimum(np.arange(1, n + 1), self.streaming_keys).sum())
-        return 4 * self.mllm.head_dim * (self.full.sum() * full + (~self.full).sum() * streaming)
+        return (
+            4
+            * self.mllm.head_dim
+            * (self.full.sum() * full + (~self.full).sum() * streaming)
+        )
 
     def prefill_flops(self, n: int) -> float:
         """FLOPs of the decoder over n tokens and of the last one's logits."""

@@ -67,7 +67,9 @@ def report(rows: list[dict[str, float]], bad: list[SampleError]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; 1 where a row is bad, there is none, or files are missing."""
-    parser = argparse.ArgumentParser(prog="python -m corehead.benchmarks", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m corehead.benchmarks", description=__doc__
+    )
     parser.add_argument("name", choices=BENCHMARKS)
     parser.add_argument(
         "--check", metavar="PATH", type=Path, required=True, help="the folder of a download"

@@ -105,7 +105,9 @@ def sampled(begin: int, end: int, source_fps: float, fps: float, most: int) -> l
     return [begin + int(i * step) for i in range(count)]
 
 
-def video(path: Path, *, fps: float, most: int, segment: tuple[int, int] | None = None) -> Video:
+def video(
+    path: Path, *, fps: float, most: int, segment: tuple[int, int] | None = None
+) -> Video:
     """Decode frames of a video.
 
     Frames are counted as they are decoded from the start, and each must be the one whose packet is due: a decoder that
@@ -127,7 +129,9 @@ def video(path: Path, *, fps: float, most: int, segment: tuple[int, int] | None 
     # packets first: they are counted without decoding a frame
     with av.open(str(path)) as container:
         packets = [
-            p for p in container.demux(container.streams.video[0]) if p.size and not p.is_discard
+            p
+            for p in container.demux(container.streams.video[0])
+            if p.size and not p.is_discard
         ]
     total = len(packets)
     begin, end = segment or (0, total)
@@ -158,7 +162,9 @@ def _decoded(
             raise ValueError(f"frame {i} is corrupt, or one before it is missing")
         if i == wanted[len(frames)]:
             shrink = min(1.0, LONGEST / max(frame.width, frame.height))
-            width, height = (max(1, round(side * shrink)) for side in (frame.width, frame.height))
+            width, height = (
+                max(1, round(side * shrink)) for side in (frame.width, frame.height)
+            )
             # shrunk at once: no two frames are ever held in full size
             frames.append(frame.reformat(width, height, "rgb24").to_ndarray())
         if len(frames) == len(wanted):
@@ -183,7 +189,9 @@ def unpack(archive: Path) -> Path:
     # under another name until it is whole: a run that was killed leaves no half of a benchmark behind
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
-    room = min(GROWTH * archive.stat().st_size + 2**20, shutil.disk_usage(archive.parent).free)
+    room = min(
+        GROWTH * archive.stat().st_size + 2**20, shutil.disk_usage(archive.parent).free
+    )
 
     def fits(size: int) -> None:
         nonlocal room

@@ -31,7 +31,10 @@ UNANSWERABLE = "not answerable"
 def _bracketed(text: str, count: int) -> list[tuple[float, ...]]:
     """Every [a, b, ...] or (a, b, ...) of `count` numbers in a text."""
     numbers = r"\s*,\s*".join([f"({NUMBER})"] * count)
-    return [tuple(map(float, found)) for found in re.findall(rf"[\[(]\s*{numbers}\s*[\])]", text)]
+    return [
+        tuple(map(float, found))
+        for found in re.findall(rf"[\[(]\s*{numbers}\s*[\])]", text)
+    ]
 
 
 def iou(a: Box, b: Box) -> float:
@@ -67,7 +70,9 @@ def tube_iou(found: Mapping[int, Box], true: Mapping[int, Box]) -> tuple[float, 
     return len(both) / len(union), sum(iou(found[f], true[f]) for f in both) / len(union)
 
 
-def tube_metric(text: str, seconds: Sequence[float], boxes: Mapping[int, Box]) -> dict[str, float]:
+def tube_metric(
+    text: str, seconds: Sequence[float], boxes: Mapping[int, Box]
+) -> dict[str, float]:
     """VidSTG: tIoU, vIoU, and whether vIoU exceeds 0.3 and 0.5; their means are m_tIoU, m_vIoU, vIoU@0.3, vIoU@0.5.
 
     The answer is every [seconds, x1, y1, x2, y2] of the text. The tube lasts from the first to the last of them; in
@@ -146,7 +151,9 @@ def layout_recall_at(
     for page, (x1, y1, x2, y2) in true:
         # a box that lies outside is clipped to one without area
         inside = [
-            np.clip(box, [x1, y1, x1, y1], [x2, y2, x2, y2]) for p, box in ranked[:k] if p == page
+            np.clip(box, [x1, y1, x1, y1], [x2, y2, x2, y2])
+            for p, box in ranked[:k]
+            if p == page
         ]
         covered += _area(inside)
         area += (x2 - x1) * (y2 - y1)
@@ -164,7 +171,9 @@ def page_metric(text: str, pages: Collection[int]) -> dict[str, float]:
         The true page numbers, as the question counts them (from 1).
     """
     # whole numbers, no parts of "3.5"; a page that is named again keeps its first rank
-    ranked = list(dict.fromkeys(int(n) for n in re.findall(r"(?<![\d.])\d{1,6}(?![\d.]*\d)", text)))
+    ranked = list(
+        dict.fromkeys(int(n) for n in re.findall(r"(?<![\d.])\d{1,6}(?![\d.]*\d)", text))
+    )
     return {
         "parsed": float(bool(ranked)),
         **{f"recall@{k}": recall_at(ranked, pages, k) for k in (1, 3, 5)},
@@ -232,7 +241,11 @@ def _number(value: object) -> float | None:
     """The number that a text is, a comma between thousands allowed; None where it is none."""
     text = _bare(value)
     # "1,234" is a number, "1,2" is none
-    text = text.replace(",", "") if re.fullmatch(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?", text) else text
+    text = (
+        text.replace(",", "")
+        if re.fullmatch(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?", text)
+        else text
+    )
     return float(text) if re.fullmatch(NUMBER + r"(?:e[-+]?\d{1,2})?", text) else None
 
 
@@ -240,7 +253,8 @@ def _close(gold: float, found: float) -> bool:
     """Equal within 1 % or to two places; a per cent sign may have been taken along or not."""
     golds = gold / 100, gold, gold * 100
     return any(
-        math.isclose(g, found, rel_tol=0.01) or round(g, 2) == round(found, 2) for g in golds
+        math.isclose(g, found, rel_tol=0.01) or round(g, 2) == round(found, 2)
+        for g in golds
     )
 
 
@@ -261,7 +275,9 @@ def _score(parsed: bool, score: float) -> dict[str, float]:
     return {"parsed": float(parsed), "score": float(score)}
 
 
-def _by_number(answer: str, gold: str, same: Callable[[float, float], bool]) -> dict[str, float]:
+def _by_number(
+    answer: str, gold: str, same: Callable[[float, float], bool]
+) -> dict[str, float]:
     true, found = _number(gold), _number(answer)
     return _score(found is not None, None not in (true, found) and same(true, found))
 
@@ -335,7 +351,9 @@ def doc_qa(text: str, gold: str, kind: str) -> dict[str, float]:
         return _score(bool(found), true is not None and any(same(true, n) for n in found))
     if kind in ("String", "None"):
         exact = _EXACT.search(gold.lower())
-        return _score(bool(answer), gold.lower() in answer.lower() if exact else f1(answer, gold))
+        return _score(
+            bool(answer), gold.lower() in answer.lower() if exact else f1(answer, gold)
+        )
     if kind == "List":
         entries = [str(entry) for entry in _entries(gold)]
         words = [
@@ -362,7 +380,10 @@ def sub_em(text: str, golds: str | Sequence[str]) -> dict[str, float]:
     answer = plain(said(text))
     every = [golds] if isinstance(golds, str) else golds
     known = [gold for gold in map(plain, every) if gold]  # an empty text stands in any
-    return {"parsed": float(bool(answer)), "sub_em": float(any(gold in answer for gold in known))}
+    return {
+        "parsed": float(bool(answer)),
+        "sub_em": float(any(gold in answer for gold in known)),
+    }
 
 
 def soft_acc(text: str, counts: Sequence[int]) -> dict[str, float]:
@@ -406,7 +427,9 @@ def letter(text: str, options: Sequence[str]) -> int | None:
             return ord(found[1]) - ord("A")
     # no letter: the option's own words, if they are one option's alone
     answer = plain(said(text))
-    same = [i for i, option in enumerate(options) if plain(option) and plain(option) == answer]
+    same = [
+        i for i, option in enumerate(options) if plain(option) and plain(option) == answer
+    ]
     if len(same) == 1:
         return same[0]
     return ord(bracketed.pop()) - ord("A") if bracketed else None
@@ -449,7 +472,9 @@ def table(results: pd.DataFrame, by: str | list[str] | None = None) -> pd.DataFr
     # `evaluate` puts a metric's values last, and "parsed" is the first of them
     names = list(results.columns[results.columns.get_loc("parsed") + 1 :])
     groups = results.groupby((lambda row: "all") if by is None else by, sort=False)
-    counts = groups["parsed"].agg(n="size", unparsed=lambda parsed: int((parsed != 1).sum()))
+    counts = groups["parsed"].agg(
+        n="size", unparsed=lambda parsed: int((parsed != 1).sum())
+    )
     return counts.join(groups[names].mean())
 
 

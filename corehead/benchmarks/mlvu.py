@@ -39,7 +39,11 @@ class MLVU(Loader):
         Frames a second, and at most how many, then evenly over the whole video.
     """
 
-    name, hub, patterns = "mlvu", "MLVU/MVLU", ("*.json", *(f"*{ending}" for ending in VIDEOS))
+    name, hub, patterns = (
+        "mlvu",
+        "MLVU/MVLU",
+        ("*.json", *(f"*{ending}" for ending in VIDEOS)),
+    )
     context = ("task", "video")
     fps: float = 1.0
     max_frames: int = 64
@@ -49,7 +53,9 @@ class MLVU(Loader):
         paths = files(self.folder, "*.json")
         unpack_all(self.folder)
         for path in paths:
-            task = path.stem.split("_", 1)[-1]  # question_type spells one of them in another way
+            task = path.stem.split("_", 1)[
+                -1
+            ]  # question_type spells one of them in another way
             if task not in TASKS:
                 continue  # open-ended ones, and files of the download itself
             for i, values in enumerate(json_list(path)):
@@ -69,7 +75,9 @@ class MLVU(Loader):
             clip = self.kept(path, partial(video, path, fps=self.fps, most=self.max_frames))
         right = options.index(row.answer)
         letters = [chr(ord("A") + i) for i in range(len(options))]
-        choices = "\n".join(f"({letter}) {option}" for letter, option in zip(letters, options))
+        choices = "\n".join(
+            f"({letter}) {option}" for letter, option in zip(letters, options)
+        )
         # ends with the bracket, so that the model goes on with a letter
         text = f"{ASK}Question: {row.question}\nOptions:\n{choices}\nBest option: ("
         metric = partial(choice_metric, options=options, right=right)
@@ -79,7 +87,9 @@ class MLVU(Loader):
 
     @cached_property
     def videos(self) -> list[Path]:
-        return sorted(path for path in self.folder.rglob("*") if path.suffix.lower() in VIDEOS)
+        return sorted(
+            path for path in self.folder.rglob("*") if path.suffix.lower() in VIDEOS
+        )
 
     def _find(self, row: Question) -> Path:
         found = [path for path in self.videos if path.name == Path(row.video).name]

@@ -59,7 +59,9 @@ class Document(Row):
                 self.fail("page_indices", f"row {at} of the pages is missing{why}")
             # the annotations go by row number: of another version of the file it would be another page
             if str(cell.get("doc_name")).removesuffix(".pdf") != name:
-                problem = f"row {at} of the pages is of {cell.get('doc_name')!r}, not of {name!r}"
+                problem = (
+                    f"row {at} of the pages is of {cell.get('doc_name')!r}, not of {name!r}"
+                )
                 self.fail("page_indices", problem)
             pages.append(cell.get("image_binary"))
         return pages
@@ -113,7 +115,9 @@ class MMDocIR(Loader):
 
     def __iter__(self) -> Found:
         [path, *_] = files(self.folder, "*annotations.jsonl")
-        rows = parquet_rows(files(self.folder, "*pages*.parquet"), {"doc_name", "image_binary"})
+        rows = parquet_rows(
+            files(self.folder, "*pages*.parquet"), {"doc_name", "image_binary"}
+        )
         documents = []  # texts alone, so that all fit in memory
         for name, values in json_lines(path):
             try:
@@ -137,7 +141,9 @@ class MMDocIR(Loader):
 
     def _document(self, id: str, document: Document, cells: dict[int, Any]) -> Found:
         pages = document.pages(cells, self.max_pages)
-        shown: list[Image.Image] = []  # the questions share these objects, and so one prefill
+        shown: list[
+            Image.Image
+        ] = []  # the questions share these objects, and so one prefill
         for k, values in enumerate(document.questions):
             id = f"mmdocir-{document.doc_name.removesuffix('.pdf')}-q{k}"
             yield from guarded(id, self._question, values, document, pages, shown)
@@ -161,7 +167,9 @@ class MMDocIR(Loader):
         # retrieval is what it asks for: the answer is the pages; the words of the reply are kept beside it
         answer = ", ".join(map(str, numbers))
         metric = partial(page_metric, pages=numbers)
-        yield self.sample(id, images(shown), ASK + row.Q, row.Q, evidence, answer, metric, **meta)
+        yield self.sample(
+            id, images(shown), ASK + row.Q, row.Q, evidence, answer, metric, **meta
+        )
 
 
 def _decoded(row: Question, page: int, data: bytes) -> Image.Image:

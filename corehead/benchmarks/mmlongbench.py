@@ -17,7 +17,18 @@ from ..samples import Evidence, Pages, Sample, Span
 from .media import image, unpack_all
 from .metrics import choice_metric, doc_qa, soft_acc, sub_em, yes_no
 from .mmlongbench_doc import ASK as ASK_DOC
-from .rows import Found, Integers, Loader, Names, Row, Text, files, guarded, images, json_lines
+from .rows import (
+    Found,
+    Integers,
+    Loader,
+    Names,
+    Row,
+    Text,
+    files,
+    guarded,
+    images,
+    json_lines,
+)
 
 SLOT = "<image>"
 ASK = "Answer as concisely as you can, with a single phrase where that is possible. Question: "
@@ -92,8 +103,12 @@ class MMLongBench(Loader):
 
     def rows(self) -> Iterator[tuple[str, Any]]:
         unpack_all(self.folder)
-        known = ", ".join(sorted(path.stem for path in self.folder.rglob("*.jsonl"))) or "none"
-        [path, *_] = files(self.folder, f"{self.split}.jsonl", f"take as split= one of: {known}")
+        known = (
+            ", ".join(sorted(path.stem for path in self.folder.rglob("*.jsonl"))) or "none"
+        )
+        [path, *_] = files(
+            self.folder, f"{self.split}.jsonl", f"take as split= one of: {known}"
+        )
         for name, values in json_lines(path):
             yield f"mmlongbench-{name}", values
 
@@ -110,7 +125,9 @@ class MMLongBench(Loader):
     @cached_property
     def roots(self) -> list[Path]:
         """Folders that paths of pictures may start from."""
-        below = [sorted(self.folder.glob(pattern)) for pattern in ("*", "*/*", "*/*/documentQA")]
+        below = [
+            sorted(self.folder.glob(pattern)) for pattern in ("*", "*/*", "*/*/documentQA")
+        ]
         return [self.folder, *chain(*below)]
 
     def picture(
@@ -122,7 +139,9 @@ class MMLongBench(Loader):
         if not inside or ".." in Path(name).parts:
             row.fail(field, f"{str(name)[:60]!r} is no path inside the download")
         if name not in decoded:
-            path = next((root / name for root in self.roots if (root / name).is_file()), None)
+            path = next(
+                (root / name for root in self.roots if (root / name).is_file()), None
+            )
             if path is None:
                 self.fetch(row, field, name)
             with row.reading(field, name):
@@ -140,7 +159,9 @@ class MMLongBench(Loader):
             if name is None:
                 row.fail("page_list", f"{str(path)[:60]!r} does not say document and page")
             names.append(name)
-            content.append({"type": "text", "text": f"\nDocument {name[0]} (page {name[1]}): "})
+            content.append(
+                {"type": "text", "text": f"\nDocument {name[0]} (page {name[1]}): "}
+            )
             content += images([self.picture(row, "page_list", path, decoded)])
         positions: list[int] = []
         for page in row.ans_page_list:
@@ -156,7 +177,9 @@ class MMLongBench(Loader):
         kind = row.answer_format
         metric = partial(doc_qa, gold=row.answer, kind=kind)
         meta = dict(task=self.split, format=kind)
-        yield self.sample(id, content, text, row.question, evidence, row.answer, metric, **meta)
+        yield self.sample(
+            id, content, text, row.question, evidence, row.answer, metric, **meta
+        )
 
     def _haystack(self, id: str, values: Any) -> Found:
         row = Haystack.of(id, values)
@@ -167,7 +190,10 @@ class MMLongBench(Loader):
         if all(isinstance(context, str) for context in row.ctxs):
             texts, names = [SLOT] * len(row.ctxs), row.ctxs + row.image_list
         else:
-            texts, names = [Paragraph.of(id, context).text for context in row.ctxs], row.image_list
+            texts, names = (
+                [Paragraph.of(id, context).text for context in row.ctxs],
+                row.image_list,
+            )
         choices = [f"\n{chr(ord('A') + i)}. {SLOT}" for i in range(len(row.choices_image))]
         question = row.question + "".join(choices)
         slots = sum(text.count(SLOT) for text in texts)
@@ -185,7 +211,13 @@ class MMLongBench(Loader):
         answer, metric = self._answer(row, values)
         meta = {"benchmark": self.name, "task": self.split}
         yield Sample(
-            id, [{"role": "user", "content": content}], evidence, answer, quoted, meta, metric
+            id,
+            [{"role": "user", "content": content}],
+            evidence,
+            answer,
+            quoted,
+            meta,
+            metric,
         )
 
     def _shown(self, row: Haystack, names: list, slots: int) -> Iterator[Image.Image]:
@@ -205,9 +237,13 @@ class MMLongBench(Loader):
         for needle in row.positive_ctxs:
             # all pictures have the same text, so only the file's name tells them apart
             if in_pictures:
-                name = needle if isinstance(needle, str) else Picture.of(row._id, needle).image
+                name = (
+                    needle if isinstance(needle, str) else Picture.of(row._id, needle).image
+                )
                 # by whole parts at the end of its path
-                found = {i for i, other in enumerate(names) if f"/{other}".endswith(f"/{name}")}
+                found = {
+                    i for i, other in enumerate(names) if f"/{other}".endswith(f"/{name}")
+                }
                 if not found:
                     problem = f"the picture {name} is not among those shown"
                     row.fail("positive_ctxs", problem, "Leave the row out")
@@ -223,11 +259,15 @@ class MMLongBench(Loader):
                     spans.append(Span(piece))
         return [Pages(sorted(pages))] if pages else spans
 
-    def _answer(self, row: Haystack, values: dict) -> tuple[str, Callable[[str], dict[str, float]]]:
+    def _answer(
+        self, row: Haystack, values: dict
+    ) -> tuple[str, Callable[[str], dict[str, float]]]:
         if row.choices_image:
             options = [""] * len(row.choices_image)
             if type(row.answer) is not int or not 0 <= row.answer < len(options):
-                problem = f"{row.answer!r} is not among {len(options)} choices, counted from 0"
+                problem = (
+                    f"{row.answer!r} is not among {len(options)} choices, counted from 0"
+                )
                 row.fail("answer", problem)
             metric = partial(choice_metric, options=options, right=row.answer)
             return chr(ord("A") + row.answer), metric

@@ -13,7 +13,18 @@ from pydantic import Field
 from ..samples import Pages
 from .media import pdf_pages
 from .metrics import UNANSWERABLE, doc_rule
-from .rows import AGAIN, Found, Integers, Loader, Names, Row, Text, files, images, parquet_rows
+from .rows import (
+    AGAIN,
+    Found,
+    Integers,
+    Loader,
+    Names,
+    Row,
+    Text,
+    files,
+    images,
+    parquet_rows,
+)
 
 ASK = (
     "Answer as concisely as you can, with a single phrase where that is possible; where the document does not say it, "
@@ -47,7 +58,9 @@ class MMLongBenchDoc(Loader):
     max_pages: int = 120
 
     def rows(self) -> Iterator[tuple[str, Any]]:
-        for at, values in parquet_rows(files(self.folder, "*.parquet"), set(Question.model_fields)):
+        for at, values in parquet_rows(
+            files(self.folder, "*.parquet"), set(Question.model_fields)
+        ):
             name = values.get("doc_id") if isinstance(values, dict) else None
             yield f"mmlongbench-doc-{str(name).removesuffix('.pdf')}-{at}", values
 
@@ -71,7 +84,9 @@ class MMLongBenchDoc(Loader):
             pages = self.kept(path, partial(pdf_pages, path, self.max_pages))
         # an error, and no sample with half of its evidence
         if last > len(pages):
-            fix = f"Take max_pages={last} or more" if len(pages) == self.max_pages else AGAIN
+            fix = (
+                f"Take max_pages={last} or more" if len(pages) == self.max_pages else AGAIN
+            )
             problem = f"page {last} is behind the {len(pages)} pages that are shown"
             row.fail("evidence_pages", problem, fix)
         # the model's pages count from 0; what the document does not say has none
@@ -81,5 +96,12 @@ class MMLongBenchDoc(Loader):
         sources = ", ".join(map(str, row.evidence_sources))
         meta = dict(task=str(row.doc_type or ""), format=kind, sources=sources)
         yield self.sample(
-            id, images(pages), ASK + row.question, row.question, evidence, answer, metric, **meta
+            id,
+            images(pages),
+            ASK + row.question,
+            row.question,
+            evidence,
+            answer,
+            metric,
+            **meta,
         )

@@ -24,7 +24,8 @@ class Pixels(Row):
     """A row of lmms-lab/RefCOCOg, with pixels; `bbox` is x, y, width, height."""
 
     image: Annotated[
-        bytes, BeforeValidator(lambda cell: cell.get("bytes") if isinstance(cell, dict) else cell)
+        bytes,
+        BeforeValidator(lambda cell: cell.get("bytes") if isinstance(cell, dict) else cell),
     ]
     answer: list[Any]
     bbox: Corners
@@ -37,9 +38,13 @@ class Pixels(Row):
         # two forms of this data set write boxes in two ways: the outline tells when it is the other one
         if self.segmentation and not self.iscrowd:
             xs, ys = self.segmentation[::2], self.segmentation[1::2]
-            outside = max(box[0] - min(xs), box[1] - min(ys), max(xs) - box[2], max(ys) - box[3])
+            outside = max(
+                box[0] - min(xs), box[1] - min(ys), max(xs) - box[2], max(ys) - box[3]
+            )
             if outside > SLACK:
-                self.fail("bbox", f"{self.bbox} as corner and size does not hold the outline")
+                self.fail(
+                    "bbox", f"{self.bbox} as corner and size does not hold the outline"
+                )
         return box
 
 
@@ -64,7 +69,10 @@ class Bare(Row):
         again = self.raw_anns.bbox
         # the same box in both notations, or one of them is not what we take it for
         if max(abs(p - q) for p, q in zip((x1, y1, x2 - x1, y2 - y1), again)) > SLACK:
-            self.fail("bbox", f"{self.bbox} as corners is not raw_anns' {again} as corner and size")
+            self.fail(
+                "bbox",
+                f"{self.bbox} as corners is not raw_anns' {again} as corner and size",
+            )
         return self.bbox
 
 
@@ -127,5 +135,11 @@ class RefCOCOg(Loader):
             text = sentence.strip()
             metric = partial(box_metric, box=relative)
             yield self.sample(
-                f"{id}-{k}", images([picture]), ASK + text, text, [Region(0, box)], answer, metric
+                f"{id}-{k}",
+                images([picture]),
+                ASK + text,
+                text,
+                [Region(0, box)],
+                answer,
+                metric,
             )

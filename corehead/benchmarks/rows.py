@@ -35,7 +35,9 @@ SLACK = 2.0  # pixels that rounding may put an annotated box outside its picture
 # Files
 
 
-def locate(source: str | Path | None, hub: str, revision: str | None, patterns: list[str]) -> Path:
+def locate(
+    source: str | Path | None, hub: str, revision: str | None, patterns: list[str]
+) -> Path:
     """The folder of a benchmark's files: a local one, or that of a download from the Hugging Face hub.
 
     Parameters
@@ -55,7 +57,9 @@ def locate(source: str | Path | None, hub: str, revision: str | None, patterns: 
     if source is not None and Path(source).is_dir():
         return Path(source)
     name = str(source or hub)
-    fetch = "hf download --repo-type dataset {} " + (f"--revision {revision} " if revision else "")
+    fetch = "hf download --repo-type dataset {} " + (
+        f"--revision {revision} " if revision else ""
+    )
     fetch += " ".join(f"--include '{pattern}'" for pattern in patterns) + " --local-dir {}"
     # what looks like a path is one that is not there, and no hub id
     if isinstance(source, Path) or name.count("/") != 1 or name.startswith((".", "/", "~")):
@@ -74,7 +78,9 @@ def locate(source: str | Path | None, hub: str, revision: str | None, patterns: 
         ) from error
 
 
-def files(folder: Path, pattern: str, fix: str = "download the benchmark again") -> list[Path]:
+def files(
+    folder: Path, pattern: str, fix: str = "download the benchmark again"
+) -> list[Path]:
     """Files below a folder, by name; FileNotFoundError, which ends with `fix`, where there is none."""
     found = sorted(path for path in folder.rglob(pattern) if path.is_file())
     if not found:
@@ -110,7 +116,9 @@ def json_list(path: Path) -> list:
     return [value]
 
 
-def parquet_rows(paths: list[Path], columns: set[str]) -> Iterator[tuple[int, dict | SampleError]]:
+def parquet_rows(
+    paths: list[Path], columns: set[str]
+) -> Iterator[tuple[int, dict | SampleError]]:
     """Rows of parquet files in order, a few in memory at a time: (row counted over all files, row).
 
     A row group that cannot be read gives one SampleError in place of its first row, and counting goes on behind it; so
@@ -138,7 +146,10 @@ def parquet_rows(paths: list[Path], columns: set[str]) -> Iterator[tuple[int, di
                 except Exception as error:
                     problem = f"rows {row} to {end - 1} cannot be read ({error})"
                     where = f"row group {group}"
-                    yield row, SampleError(path.name, where, problem, "Download the file again")
+                    yield (
+                        row,
+                        SampleError(path.name, where, problem, "Download the file again"),
+                    )
                 at = end  # also behind a broken group: ids of later rows stay what they are
 
 
@@ -179,12 +190,18 @@ class Row(BaseModel):
             raise values
         try:
             # large files are checked while they are read, without a copy in Python's objects
-            validate = cls.model_validate_json if isinstance(values, bytes) else cls.model_validate
+            validate = (
+                cls.model_validate_json if isinstance(values, bytes) else cls.model_validate
+            )
             row = validate(values)
         except ValidationError as error:
             first = error.errors()[0]  # one fix at a time
-            where = ".".join(part for part in first["loc"] if isinstance(part, str)) or "row"
-            found = "" if first["type"] == "missing" else f", not {str(first['input'])[:60]!r}"
+            where = (
+                ".".join(part for part in first["loc"] if isinstance(part, str)) or "row"
+            )
+            found = (
+                "" if first["type"] == "missing" else f", not {str(first['input'])[:60]!r}"
+            )
             raise SampleError(id, where, first["msg"] + found, AGAIN) from error
         row._id = id
         return row
@@ -324,5 +341,9 @@ def guarded(id: str, make: Callable[..., Iterable[Sample | SampleError]], *args)
         yield from make(id, *args)
     except SampleError as error:
         yield error
-    except Exception as error:  # a broken row can fail in any way, but never without its name
-        yield SampleError(id, "row", f"cannot be used ({type(error).__name__}: {error})", AGAIN)
+    except (
+        Exception
+    ) as error:  # a broken row can fail in any way, but never without its name
+        yield SampleError(
+            id, "row", f"cannot be used ({type(error).__name__}: {error})", AGAIN
+        )

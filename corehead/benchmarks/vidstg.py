@@ -109,7 +109,11 @@ class VidSTG(Loader):
     @cached_property
     def media(self) -> dict[str, Path]:
         """Files of videos and of boxes by name."""
-        return {path.name: path for kind in ("*.mp4", "*.json") for path in self.folder.rglob(kind)}
+        return {
+            path.name: path
+            for kind in ("*.mp4", "*.json")
+            for path in self.folder.rglob(kind)
+        }
 
     def samples(self, id: str, values: Any) -> Found:
         row = Annotation.of(id, values)
@@ -126,11 +130,16 @@ class VidSTG(Loader):
         tracks = Tracks.of(id, self.media[f"{row.vid}.json"].read_bytes()).trajectories
         # boxes go by frame number: a file that is too short is another video's, or broken
         if len(tracks) < end:
-            row.fail("vid", f"{row.vid}.json has boxes for {len(tracks)} frames, fewer than {end}")
+            row.fail(
+                "vid",
+                f"{row.vid}.json has boxes for {len(tracks)} frames, fewer than {end}",
+            )
         path = self.media[f"{row.vid}.mp4"]
         segment = used.begin_fid, used.end_fid
         with row.reading("vid", f"the video {path.name}"):
-            decode = partial(video, path, fps=self.fps, most=self.max_frames, segment=segment)
+            decode = partial(
+                video, path, fps=self.fps, most=self.max_frames, segment=segment
+            )
             clip = self.kept((path, segment), decode)
         # a copy in another size or at another rate would put boxes beside the object, or on other frames
         size = row.width, row.height
@@ -139,11 +148,15 @@ class VidSTG(Loader):
             problem = f"{found}, but {row.frame_count} of {size} px were annotated"
             row.fail("vid", problem, "Take VidOR's own file")
         # by the number that a frame has among those shown
-        boxes = {i: tracks[frame] for i, frame in enumerate(clip.indices) if begin <= frame < end}
+        boxes = {
+            i: tracks[frame] for i, frame in enumerate(clip.indices) if begin <= frame < end
+        }
         for k, sentence in enumerate([*row.captions, *(row.questions or [])]):
             yield from guarded(f"{id}-{k}", self._sentence, sentence, clip, boxes)
 
-    def _sentence(self, id: str, values: Any, clip: Video, boxes: dict[int, list[Entry]]) -> Found:
+    def _sentence(
+        self, id: str, values: Any, clip: Video, boxes: dict[int, list[Entry]]
+    ) -> Found:
         row = Sentence.of(id, values)
         tube: dict[int, Box] = {}
         for i, entries in boxes.items():
@@ -155,7 +168,9 @@ class VidSTG(Loader):
         # a short moment may fall between the frames that are sampled
         if not tube:
             problem = f"none of the {len(clip.indices)} sampled frames shows object {row.target_id}"
-            row.fail("temporal_gt", problem, "Sample more frames: raise fps= or max_frames=")
+            row.fail(
+                "temporal_gt", problem, "Sample more frames: raise fps= or max_frames="
+            )
         height, width = clip.frames.shape[1:3]
         relative = {
             i: (x1 / width, y1 / height, x2 / width, y2 / height)
@@ -170,4 +185,6 @@ class VidSTG(Loader):
         evidence = [Tube(0, tube)]
         metric = partial(tube_metric, seconds=clip.seconds, boxes=relative)
         meta = dict(task=str(row.type))
-        yield self.sample(id, [clip.part], ASK + text, text, evidence, answer, metric, **meta)
+        yield self.sample(
+            id, [clip.part], ASK + text, text, evidence, answer, metric, **meta
+        )

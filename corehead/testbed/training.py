@@ -147,12 +147,18 @@ def context_of(
     positions = mllm.family.positions(mllm.model, tagged.inputs)
     positions = positions.reshape(-1, len(tagged.ids))[:, :length]
     cells = [_cells(medium, *scenes.cells.shape[2:]) for medium in tagged.media]
-    return tagged.ids[:length], positions, np.concatenate(cells) if cells else np.zeros(0, np.int64)
+    return (
+        tagged.ids[:length],
+        positions,
+        np.concatenate(cells) if cells else np.zeros(0, np.int64),
+    )
 
 
 def _cells(medium: Medium, rows: int, columns: int) -> np.ndarray:
     # rounded, or a box that ends at a cell's edge would count as reaching into the next one
-    left, top, right, bottom = medium.boxes.round(6).T / CELL  # NaN where a token sees nothing
+    left, top, right, bottom = (
+        medium.boxes.round(6).T / CELL
+    )  # NaN where a token sees nothing
     single = (np.ceil(right) - np.floor(left) == 1) & (np.ceil(bottom) - np.floor(top) == 1)
     picture = medium.index + medium.frames[:, 0]  # a frame of the only video, or an image
     cell = (picture * rows + np.floor(top)) * columns + np.floor(left)
@@ -163,12 +169,16 @@ def media(family: str, scenes: Scenes) -> dict[str, torch.Tensor]:
     """Pixels and their geometry, as the model's forward takes them."""
     if scenes.cells is None:
         return {}
-    pixels = torch.from_numpy(render(scenes.cells)).permute(0, 1, 4, 2, 3)  # (B, P, 3, H, W)
+    pixels = torch.from_numpy(render(scenes.cells)).permute(
+        0, 1, 4, 2, 3
+    )  # (B, P, 3, H, W)
     processor = geometry(family).processor
     if scenes.domain == "video":
         found = processor.video_processor(videos=list(pixels), return_tensors="pt")
     else:
-        found = processor.image_processor([list(scene) for scene in pixels], return_tensors="pt")
+        found = processor.image_processor(
+            [list(scene) for scene in pixels], return_tensors="pt"
+        )
     if family != "internvl":
         return dict(found)
     tiles = found["pixel_values_videos" if scenes.domain == "video" else "pixel_values"]
@@ -214,7 +224,9 @@ def batch_of(
         "position_ids": position_ids.squeeze(0),  # (3, B, L) or (B, L)
         "attention_mask": torch.from_numpy(mask)[None, None],
     }
-    return inputs | media(family, scenes), torch.arange(length + words - 1, length + q * turn, turn)
+    return inputs | media(family, scenes), torch.arange(
+        length + words - 1, length + q * turn, turn
+    )
 
 
 def answer_logits(
@@ -257,7 +269,11 @@ class Domain:
         # a plain mean at first, then one that forgets: what counts is how good it is now
         self.accuracy += max(0.08, 1 / self.seen) * (accuracy - self.accuracy)
         # easier levels keep coming back, so that none must be perfect before the next
-        if self.seen >= 12 and self.accuracy > min(0.85, self.goal) and not self.at_last_level:
+        if (
+            self.seen >= 12
+            and self.accuracy > min(0.85, self.goal)
+            and not self.at_last_level
+        ):
             self.level, self.accuracy, self.seen = self.level + 1, 0.0, 0
 
 
@@ -277,7 +293,9 @@ class Run:
     def __post_init__(self):
         curriculum = CURRICULA[self.recipe.curriculum]
         self.stages = list(curriculum["stages"].items())
-        self.domains = {name: Domain(**entry) for name, entry in curriculum["domains"].items()}
+        self.domains = {
+            name: Domain(**entry) for name, entry in curriculum["domains"].items()
+        }
         # apart from the tower's randomness: scenes do not depend on how long it was taught
         self.rng = np.random.default_rng([self.recipe.seed, 2])
 
@@ -309,10 +327,14 @@ class Run:
             # what has reached its goal waits for the others of its stage
             new = self.stages[self.stage][1]
             pending = [name for name in new if not self.domains[name].done] or new
-            name = str(self.rng.choice(pending if not older or self.rng.random() < 0.67 else older))
+            name = str(
+                self.rng.choice(pending if not older or self.rng.random() < 0.67 else older)
+            )
         domain = self.domains[name]
         easier = self.rng.random() < 0.3  # now and then, against forgetting
-        return name, domain.levels[self.rng.integers(domain.level + 1) if easier else domain.level]
+        return name, domain.levels[
+            self.rng.integers(domain.level + 1) if easier else domain.level
+        ]
 
     def note(self, name: str, layout: dict[str, int], loss: float, accuracy: float) -> None:
         """What a step came to; it may end the stage."""
@@ -336,7 +358,13 @@ class Run:
             self.window.clear()
 
     def write(
-        self, step: int, stage: str, what: str, loss: float, accuracy: float, rate: float = 0.0
+        self,
+        step: int,
+        stage: str,
+        what: str,
+        loss: float,
+        accuracy: float,
+        rate: float = 0.0,
     ) -> None:
         row = {"step": step, "stage": stage, "what": what}
         self.log.append(row | {"loss": loss, "accuracy": accuracy, "lr": rate})
@@ -354,7 +382,9 @@ def _tower(model: PreTrainedModel) -> list[nn.Parameter]:
 def _labels(scenes: Scenes, cells: np.ndarray) -> list[torch.Tensor]:
     """What the probes should say of the tokens that see `cells`, (B * tokens,) each; no heading for pictures."""
     glyph_class = np.concatenate([digits()[1], 10 + np.arange(len(MARKS)), [IGNORED]])
-    framed = scenes.cells["key"] != BLANK["key"]  # without a frame there is no colour to tell
+    framed = (
+        scenes.cells["key"] != BLANK["key"]
+    )  # without a frame there is no colour to tell
     labels = [
         glyph_class[scenes.cells["glyph"]],
         np.where(framed, scenes.cells["key"] % len(COLOURS), IGNORED),
@@ -363,7 +393,10 @@ def _labels(scenes: Scenes, cells: np.ndarray) -> list[torch.Tensor]:
     if scenes.domain == "document":  # the first cell of each page holds its mark
         mark = scenes.cells["glyph"][:, :, :1, :1] - MARK_GLYPH
         labels.append(np.broadcast_to(mark, scenes.cells.shape))
-    return [torch.from_numpy(label.reshape(len(label), -1)[:, cells].ravel()) for label in labels]
+    return [
+        torch.from_numpy(label.reshape(len(label), -1)[:, cells].ravel())
+        for label in labels
+    ]
 
 
 def _teach_tower(model: PreTrainedModel, run: Run) -> None:
@@ -387,7 +420,9 @@ def _teach_tower(model: PreTrainedModel, run: Run) -> None:
         layout = choices[step // 2 % 3]
         scenes = draw(domain, rng, 20, **layout)
         cells = context_of(recipe.family, domain, **layout)[2]
-        pixels = {name: values.to(device) for name, values in media(recipe.family, scenes).items()}
+        pixels = {
+            name: values.to(device) for name, values in media(recipe.family, scenes).items()
+        }
         tokens = torch.cat(list(model.model.get_image_features(**pixels).pooler_output))
         seen = tokens.view(len(scenes.cells), len(cells), -1)[:, cells >= 0].flatten(0, 1)
         logits = probes(seen).split(list(PROBES.values()), -1)
@@ -403,7 +438,9 @@ def _teach_tower(model: PreTrainedModel, run: Run) -> None:
                 (x.argmax(-1) == y)[y != IGNORED].float().mean().item()
                 for x, y in zip(logits, labels)
             ]
-            what = " ".join(f"{name}:{accuracy:.2f}" for name, accuracy in zip(PROBES, right))
+            what = " ".join(
+                f"{name}:{accuracy:.2f}" for name, accuracy in zip(PROBES, right)
+            )
             run.write(step, "vision", what, loss.item(), right[0])
 
 
@@ -411,8 +448,21 @@ def _start(
     recipe: Recipe, checkpoint: Path, device: str
 ) -> tuple[Run, PreTrainedModel, torch.optim.Optimizer]:
     """A run at its beginning, or where a checkpoint was made."""
-    shape = ("family", "layers", "heads", "kv_heads", "hidden", "intermediate", "head_dim", "seed")
-    model = untrained(**{name: getattr(recipe, name) for name in shape}).model.to(device).train()
+    shape = (
+        "family",
+        "layers",
+        "heads",
+        "kv_heads",
+        "hidden",
+        "intermediate",
+        "head_dim",
+        "seed",
+    )
+    model = (
+        untrained(**{name: getattr(recipe, name) for name in shape})
+        .model.to(device)
+        .train()
+    )
     tower = set(_tower(model))
     decoder = [parameter for parameter in model.parameters() if parameter not in tower]
     optimiser = torch.optim.AdamW(decoder, betas=(0.9, 0.98), weight_decay=0.01)
@@ -428,7 +478,9 @@ def _start(
         model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
     elif recipe.base:
-        model.load_state_dict(load(recipe.base, dtype="float32", device=device).model.state_dict())
+        model.load_state_dict(
+            load(recipe.base, dtype="float32", device=device).model.state_dict()
+        )
         run.stage = len(run.stages) - 1  # what comes before is what the base has learnt
     else:
         _teach_tower(model, run)
@@ -516,7 +568,9 @@ def save(model: PreTrainedModel, run: Run, out: Path) -> None:
     pd.DataFrame(run.log).round(6).to_csv(out / "training_log.csv", index=False)
     card = {
         "recipe": asdict(run.recipe),
-        "layouts": {name: domain.levels[domain.level] for name, domain in run.domains.items()},
+        "layouts": {
+            name: domain.levels[domain.level] for name, domain in run.domains.items()
+        },
         "data_sha256": data_hash(),
         "steps": run.step,
         "minutes": round(run.seconds / 60, 1),
