@@ -13,6 +13,8 @@ scoring       RAM and its variants for every head: score() -> HeadScores
 ranking       HeadSet, HeadRanking, random heads, agreement and its chance level
 ablation      Ablation, ablate(), curve()
 controls      the other head scores that RAM is compared with
+retrieval     heads as retrievers: pages ranked by the attention that heads pay to them
+sinks         visual tokens that every row looks at, and RAM without them
 hybrid        HybridAttention: full heads, streaming heads, the split KV cache
 evaluation    accuracy, log-probability and margin under many conditions: evaluate()
 stats         bootstrap over contexts, paired tests, Holm; summary(), compare()

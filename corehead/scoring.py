@@ -22,11 +22,22 @@ import torch
 import xarray as xr
 
 from .attention import Call, Hook, TokenRoles, hooks, hooks_in_force
-from .batching import Context, Feed, Packed, batches, decode, embedded, pack, to_model
+from .batching import (
+    Context,
+    Feed,
+    Packed,
+    batches,
+    decode,
+    embedded,
+    has_context,
+    pack,
+    to_model,
+)
 from .models import MLLM
 from .ranking import HeadRanking
 from .runs import digest, provenance, run
 from .samples import Sample, SampleError
+from .stats import groups_of, mean_interval
 from .tagging import TaggedSample
 
 QUERIES = ("question", "last", "answer")  # the sets Q whose rows are read
@@ -45,9 +56,9 @@ class HeadScores:
         ``evidence, visual, text, sink``: attention mass, mean over the query rows, in [0, 1] (visual + text + sink = 1;
         sink is the first token of the prompt, and evidence is part of visual or text); ``entropy``: mean over the rows,
         in nats; ``null_evidence``, ``null_context``: the mass that the same context gets when the question is "N/A".
-        Coordinates on sample: ``n_evidence``, ``n_context`` (tokens of the evidence's modality), ``on_text`` (the
-        evidence is text), ``depth`` (where V* stands on average, from 0, the start of the prompt, to 1, its end), and
-        the samples' ``meta``, such as ``domain``.
+        Coordinates on sample: ``context`` (the first sample on the same context), ``n_evidence``, ``n_context`` (tokens
+        of the evidence's modality), ``on_text`` (the evidence is text), ``depth`` (where V* stands on average, from 0,
+        the start of the prompt, to 1, its end), and the samples' ``meta``, such as ``domain``.
         The attribute ``provenance`` is JSON: model, revision, a digest of weights and configuration, versions,
         processor settings, options, and a digest of the samples.
     failures : DataFrame (sample, reason)
@@ -62,6 +73,12 @@ class HeadScores:
     @property
     def provenance(self) -> dict:
         return json.loads(self.data.attrs["provenance"])
+
+    @property
+    def samples(self) -> pd.DataFrame:
+        """A row a sample: its name and all coordinates, of which `stats.groups_of` makes the groups of an interval."""
+        coords = self.data.coords.items()
+        return pd.DataFrame({name: c.values for name, c in coords if c.dims == ("sample",)})
 
     def per_sample(self, variant: str = "ram", query: str = "question") -> xr.DataArray:
         """Scores of every head on every sample.
@@ -123,6 +140,40 @@ class HeadScores:
             return scores.mean("sample")
         # first inside each group: a domain with more samples would otherwise have more of a say
         return scores.groupby(by).mean("sample").mean(by)
+
+    def summary(
+        self, *variants: str, query: str = "question", by: str = "domain"
+    ) -> pd.DataFrame:
+        """CoRe scores of every head with 95 % intervals.
+
+        Parameters
+        ----------
+        *variants, query : str
+            See `per_sample`.
+        by : str
+            A coordinate on samples.
+
+        Returns
+        -------
+        DataFrame
+            A row a group of samples and head: `by`, layer, head, and for each variant its mean, ``variant_low`` and
+            ``variant_high``, over contexts and items (`stats.groups_of`).
+        """
+        tables = []
+        for group, part in self.by(by).items():
+            factors = groups_of(part.samples)
+            grids = {}
+            for variant in variants:
+                scores = part.per_sample(variant, query)
+                low, high = mean_interval(scores, factors)
+                grids |= {
+                    variant: scores.mean("sample").values.ravel(),
+                    f"{variant}_low": low.ravel(),
+                    f"{variant}_high": high.ravel(),
+                }
+            layer, head = np.indices(scores.shape[1:]).reshape(2, -1)
+            tables.append(pd.DataFrame({by: group, "layer": layer, "head": head} | grids))
+        return pd.concat(tables, ignore_index=True)
 
     def by(self, coordinate: str) -> dict[str, HeadScores]:
         """Scores of each group of samples, in the order in which the groups come."""
@@ -260,6 +311,59 @@ def attention_map(mllm: MLLM, tagged: TaggedSample, query: str = "last") -> np.n
     return sums[:, 0].mean(1)  # (L, R, H, N), the mean over the rows
 
 
+@torch.inference_mode()
+def group_mass(
+    mllm: MLLM,
+    samples: Iterable[Sample],
+    groups_of: Callable[[TaggedSample], np.ndarray],
+    query: str = "question",
+    batch_size: int = 16,
+) -> Iterator[tuple[TaggedSample, str, np.ndarray]]:
+    """Attention of every head on any groups of tokens, such as pages; the mean over the query rows.
+
+    Parameters
+    ----------
+    mllm : MLLM
+    samples : iterable of Sample
+        Those that follow each other on one context share its prefill.
+    groups_of : callable
+        ``TaggedSample -> (L,)`` int array, the group of each of its tokens from 0, and -1 for none.
+    query : {"question", "last", "answer"}
+        The rows Q.
+    batch_size : int
+        Contexts at once.
+
+    Yields
+    ------
+    tagged : TaggedSample
+        Batch by batch, not in the order of the samples.
+    context : str
+        Name of its context.
+    mass : (L, H, G) float32 array
+        In [0, 1]; G is at least the number of the sample's groups, and groups that it lacks have no mass.
+    """
+    for batch in batches(mllm, samples, batch_size):
+        # a batch row for each question: groups may differ between questions on one context
+        packed = pack(mllm, batch, apart=True)
+        blocks = [(c, block, packed.slots[c, k].row, k) for c, k, block in packed.blocks()]
+        labels = [torch.from_numpy(groups_of(block.tagged)) for _, block, _, _ in blocks]
+        n_groups = int(max(label.max() for label in labels)) + 1
+        groups = torch.zeros(*packed.roles.roles.shape, n_groups)  # (B, N, G)
+        wanted = []
+        for (c, block, row, k), label in zip(blocks, labels):
+            tokens = np.flatnonzero(label >= 0)
+            groups[row, packed.keys(c, k, tokens), label[tokens]] = 1
+            wanted.append(packed.keys(c, k, query_rows(block.tagged)[query]))
+        rows = np.unique(np.concatenate(wanted))
+        reader = MassReader(rows, groups)
+        with hooks(mllm, reader.everywhere(mllm)):
+            Feed(mllm, packed).run()
+        sums, _ = reader.result()  # (L, B, R, H, G)
+        for (c, block, row, _), keys in zip(blocks, wanted):
+            mass = sums[:, row, np.searchsorted(rows, keys)].mean(1)
+            yield block.tagged, name_of(packed.contexts[c], block.tagged), mass
+
+
 def query_rows(tagged: TaggedSample) -> dict[str, np.ndarray]:
     """Tokens of every query set Q, in the order of QUERIES."""
     return {
@@ -291,6 +395,9 @@ class MassReader(Hook):
         return {layer: [self] for layer in range(mllm.n_layers)}
 
     def read(self, call: Call, rows: torch.Tensor, weights: torch.Tensor) -> None:
+        # a prefix that has none of the rows may have fewer batch rows than the chunk behind it
+        if not len(rows):
+            return
         groups = self.groups[:, : call.n].to(call.device)
         mass = (weights.flatten(1, 2) @ groups).unflatten(
             1, weights.shape[1:3]
@@ -337,12 +444,19 @@ def _scored(
             null_block = context.null_of(owner)
             null = None if null_block is None else found[c, null_block]
             try:
-                rows.append(
-                    _table_row(tagged, owner, found[c, context.block_of(owner)], null)
-                )
+                row = _table_row(tagged, owner, found[c, context.block_of(owner)], null)
+                rows.append(row | {"context": name_of(context, tagged)})
             except SampleError as error:
                 fail(error)
     return rows
+
+
+def name_of(context: Context, tagged: TaggedSample) -> str:
+    """What samples on one context have in common; of a bare question, itself: it shares but the chat template."""
+    # bare token ids have no sample, and stand alone
+    if tagged.sample is None:
+        return context.name
+    return context.name if has_context(tagged.sample) else tagged.sample.id
 
 
 Reading = dict[
@@ -442,7 +556,7 @@ def _dataset(rows: list[dict], attributes: dict) -> xr.Dataset:
     }
     # as coordinates, so that per_sample() and by() carry them along
     coords: dict = {"query": list(QUERIES), "sample": [row["sample"] for row in rows]}
-    for name in ("n_evidence", "n_context", "on_text", "depth"):
+    for name in ("context", "n_evidence", "n_context", "on_text", "depth"):
         coords[name] = "sample", [row[name] for row in rows]
     # samples of several tasks have different meta: all names, None where a sample lacks one
     for name in dict.fromkeys(name for row in rows for name in row["meta"]):

@@ -369,6 +369,26 @@ def test_variants_follow_their_formulas():
         scores.per_sample("ram", "prompt")
 
 
+def test_summaries_cluster_by_context_and_item():
+    mllm = tiny("qwen3_vl")
+    samples = samples_for(mllm, 4)
+    for i, sample in enumerate(samples):
+        sample.meta |= {"domain": "pages", "item": "ab"[i % 2]}
+    scores = ch.score(mllm, samples, progress=False)
+    assert scores.samples.context.tolist() == ["s0", "s0", "s0", "v"]
+    table = scores.summary("ram", "calibrated", query="last")
+    assert len(table) == np.prod(mllm.shape) and set(table.domain) == {"pages"}
+    for variant in ("ram", "calibrated"):
+        values = scores.per_sample(variant, "last").values
+        factors = [np.array([0, 0, 0, 1]), np.array([0, 1, 0, 1])]
+        low, high = ch.stats.mean_interval(values, factors)
+        for row in table.itertuples():
+            place = row.layer, row.head
+            assert getattr(row, variant) == pytest.approx(values.mean(0)[place])
+            assert getattr(row, f"{variant}_low") == pytest.approx(low[place])
+            assert getattr(row, f"{variant}_high") == pytest.approx(high[place])
+
+
 def test_bare_token_ids_need_no_processor():
     mllm = ch.MLLM(tiny("llama").model)
     ids = torch.arange(3, 23)[None]

@@ -1,0 +1,175 @@
+"""Visual attention sinks (arXiv 2503.03321): the few visual tokens that every row looks at, whatever is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import pandas as pd
+import torch
+import xarray as xr
+
+from .attention import Call, Hook, TokenRoles, hooks
+from .batching import decode, embedded, to_model
+from .models import MLLM
+from .samples import Sample
+from .scoring import group_mass
+from .tagging import TaggedSample
+
+THRESHOLD = 5.0  # times as much attention as the visual tokens of a prompt draw on average
+KINDS = ("evidence", "other", "sinks in evidence", "other sinks")
+
+
+class DrawnReader(Hook):
+    """Sums what every key draws from the rows behind it.
+
+    Parameters
+    ----------
+    rows : int
+        The first rows of the one sequence that runs are read, so many.
+    tokens : int
+        Of the sequence.
+    """
+
+    def __init__(self, rows: int, tokens: int):
+        self.rows = np.arange(rows)
+        self.tokens = tokens
+        self.drawn: dict[int, torch.Tensor] = {}  # by layer, (H, N)
+
+    def read(self, call: Call, rows: torch.Tensor, weights: torch.Tensor) -> None:
+        # what a token draws from itself says nothing of what others see in it
+        behind = torch.arange(call.n, device=call.device) < (call.first + rows)[:, None]
+        drawn = (weights[0] * behind).sum(1).cpu()  # (H, n) of (H, r, n)
+        total = self.drawn.setdefault(call.layer, torch.zeros(len(drawn), self.tokens))
+        total[:, : call.n] += drawn
+
+
+@torch.inference_mode()
+def drawn_attention(mllm: MLLM, tagged: TaggedSample) -> np.ndarray:
+    r"""How much attention each token of a prompt draws, (N,), over what it would draw were all rows even.
+
+    .. math:: \frac{\sum_{i > j} \bar A_{ij}}{\sum_{i > j} 1 / (i + 1)}
+
+    over the rows i of the prompt behind token j, the mean over all heads in place of A. A row has the more keys the
+    later it stands, so that without the denominator early tokens would seem to draw more. NaN for the last token.
+    """
+    length = tagged.last + 1
+    # the answer's rows are left out, as nobody knows them when the question is asked
+    reader = DrawnReader(length, len(tagged.ids))
+    every_layer = {layer: [reader] for layer in range(mllm.n_layers)}
+    with hooks(mllm, every_layer, TokenRoles.of([tagged])):
+        decode(mllm, embedded(mllm, to_model(tagged.inputs, mllm)))
+    drawn = torch.stack(list(reader.drawn.values())).mean((0, 1)).double().numpy()
+    drawn = drawn[:length]
+    even = 1 / np.arange(1, length + 1)
+    # of the rows strictly behind each token
+    even = even[::-1].cumsum()[::-1] - even
+    even[-1] = np.nan
+    return drawn / even
+
+
+def visual_sinks(
+    mllm: MLLM, samples: Iterable[Sample], threshold: float = THRESHOLD
+) -> pd.DataFrame:
+    """Which visual tokens are sinks.
+
+    Parameters
+    ----------
+    mllm : MLLM
+    samples : iterable of Sample
+        One forward pass each, all of whose rows are read.
+    threshold : float
+        A visual token is a sink where it draws more than so many times the mean of the prompt's visual tokens, by
+        `drawn_attention`. The mean is over all heads, which keeps evidence out: a few heads look at it, from a few
+        rows. (The paper finds sinks by single dimensions of the hidden states, which differ from model to model.)
+
+    Returns
+    -------
+    DataFrame
+        A row a visual token: sample, context (the sample), the sample's meta, token (its index), edge (it looks at the
+        border of its picture), evidence (it is in V*), drawn (over the mean), sink. Samples without media have none.
+
+    Raises
+    ------
+    ValueError
+        No sample has visual tokens.
+    """
+    tables = []
+    for sample in samples:
+        tagged = mllm.tag(sample)
+        if not len(tagged.visual):
+            continue
+        drawn = drawn_attention(mllm, tagged)[tagged.visual]
+        drawn /= drawn.mean()
+        columns = {"sample": sample.id, "context": sample.id, **sample.meta}
+        columns |= {
+            "token": tagged.visual,
+            "edge": _at_edge(tagged)[tagged.visual],
+            "evidence": np.isin(tagged.visual, tagged.evidence),
+            "drawn": drawn,
+            "sink": drawn > threshold,
+        }
+        tables.append(pd.DataFrame(columns))
+    if not tables:
+        raise ValueError("no sample has visual tokens: give samples with media")
+    return pd.concat(tables, ignore_index=True)
+
+
+def _at_edge(tagged: TaggedSample) -> np.ndarray:
+    """(L,) bool, tokens that look at the border of their image or frame."""
+    edge = np.zeros(len(tagged.ids), bool)
+    for medium in tagged.media:
+        _, height, width = medium.size
+        left, top, right, bottom = medium.boxes.T
+        # NaN, of tokens that look at nothing, compares as false
+        at = (left <= 0) | (top <= 0) | (right >= width) | (bottom >= height)
+        edge[medium.tokens[at]] = True
+    return edge
+
+
+def mass_beside_sinks(
+    mllm: MLLM, samples: Iterable[Sample], tokens: pd.DataFrame, query: str = "question"
+) -> xr.DataArray:
+    """Attention on the visual tokens with a group of their own for sinks.
+
+    Parameters
+    ----------
+    mllm : MLLM
+    samples : iterable of Sample
+        Samples of which no token is in the table have no visual tokens, and are left out.
+    tokens : DataFrame
+        From `visual_sinks`, of the same samples.
+    query : {"question", "last", "answer"}
+        The mean over these rows.
+
+    Returns
+    -------
+    DataArray (sample, kind, layer, head)
+        Of kind "evidence" and "other", sinks left out, and "sinks in evidence" and "other sinks": RAM is the first and
+        the third, RAM without sinks the first alone; visual mass is all four, and without sinks the first two.
+    """
+    sinks = {
+        name: part.token[part.sink].to_numpy() for name, part in tokens.groupby("sample")
+    }
+
+    def kinds(tagged: TaggedSample) -> np.ndarray:
+        labels = np.full(len(tagged.ids), -1)
+        inside = np.isin(tagged.visual, tagged.evidence)
+        sink = np.isin(tagged.visual, sinks[tagged.sample.id])
+        labels[tagged.visual] = 1 - inside + 2 * sink
+        return labels
+
+    masses = {}
+    for tagged, _, mass in group_mass(
+        mllm, [sample for sample in samples if sample.id in sinks], kinds, query
+    ):
+        # a batch without a sink has fewer groups
+        missing = len(KINDS) - mass.shape[2]
+        full = np.pad(mass, ((0, 0), (0, 0), (0, missing)))
+        masses[tagged.sample.id] = full.transpose(2, 0, 1)
+    names = [name for name in sinks if name in masses]
+    return xr.DataArray(
+        np.stack([masses[name] for name in names]),
+        dims=("sample", "kind", "layer", "head"),
+        coords={"sample": names, "kind": list(KINDS)},
+    )
