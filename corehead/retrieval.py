@@ -24,7 +24,8 @@ def units(tagged: TaggedSample, unit: str = "page") -> np.ndarray:
     tagged : TaggedSample
     unit : {"page", "token"}
         "page": every image, with all its tiles or crops; of a video every frame, or group of frames that share tokens.
-        "token": every visual token, which in the testbed is a cell of a picture.
+        "token": every visual token, which in the testbed is a cell of a picture; for `recall`, a matrix of tokens by
+        tokens for each question, so not for long contexts.
 
     Raises
     ------
