@@ -408,7 +408,7 @@ def curves(
             ax.axhline(level.get(panel, np.nan), label=label, lw=1, **look)
         if mark is not None:
             ax.axvline(mark, color="black", lw=0.8, alpha=0.5)
-    for ax, _, _ in found:  # when all is drawn: panels may have one scale
+    for ax, _, rows in found:  # when all is drawn: panels may have one scale
         ax.set(**axes)
         if x == "share":
             ax.xaxis.set_major_formatter("{x:.0%}")
@@ -416,6 +416,9 @@ def curves(
             ax.set_xticks(list(ticks), ticks.values())
             # a logarithmic axis would have its own among them
             ax.minorticks_off()
+        elif rows[x].nunique() == 1:
+            # a scale around a single point would say nothing, and its long labels collide
+            ax.set_xticks(rows[x].unique())
     return _finish(figure, xlabel, ylabel)
 
 
