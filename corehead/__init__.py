@@ -12,6 +12,7 @@ runs, store   the resumable loop of a run; its results in one SQLite file
 scoring       RAM and its variants for every head: score() -> HeadScores
 ranking       HeadSet, HeadRanking, random heads, agreement and its chance level
 ablation      Ablation, ablate(), curve()
+gates         factors on heads, their gradients, and the heads that training would close
 controls      the other head scores that RAM is compared with
 retrieval     heads as retrievers: pages ranked by the attention that heads pay to them
 sinks         visual tokens that every row looks at, and RAM without them

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from .attention import Call, Hook, hooks
 from .batching import Feed, Packed, batches, pack
+from .gates import GatedBatch
 from .models import MLLM
 from .ranking import HeadRanking
 from .samples import Sample
@@ -151,42 +152,16 @@ def attribution(
     """
     found: dict[str, np.ndarray] = {}
     with tqdm(desc="attribution", unit="sample", disable=not progress) as bar:
-        for batch in batches(mllm, samples, batch_size, need_answer=True):
-            # a sequence a row: a cached prefix would cut off the gradient
-            packed = pack(mllm, batch, alone=True)
-            placed = [(packed.slots[c, k].row, block) for c, k, block in packed.blocks()]
+        for contexts in batches(mllm, samples, batch_size, need_answer=True):
+            batch = GatedBatch(mllm, contexts)
             # a factor 1 on each head's output: its derivative is <z, d log p / d z>, summed over all rows
-            shape = mllm.n_layers, len(placed), mllm.n_heads
+            shape = mllm.n_layers, len(batch.names), mllm.n_heads
             gates = torch.ones(shape, device=mllm.device, requires_grad=True)
-            by_layer = {layer: [_Gate(gate)] for layer, gate in enumerate(gates)}
-            # padding is on the left, so that answers end together and logits of the last rows are enough
-            keep = 1 + max(len(block.answer) for _, block in placed)
-            with torch.enable_grad(), hooks(mllm, by_layer, packed.roles):
-                logits = mllm.model(
-                    **packed.chunk, use_cache=False, logits_to_keep=keep
-                ).logits
-            total = torch.zeros((), device=logits.device)
-            for row, block in placed:
-                answer = torch.from_numpy(block.answer)
-                # the row in front of a token predicts it
-                logprobs = logits[row, -len(answer) - 1 : -1].float().log_softmax(-1)
-                total = total + logprobs[torch.arange(len(answer)), answer].sum()
             # one backward pass for all: a row's gates touch that row's answer alone
-            [gradient] = torch.autograd.grad(total, gates)
-            for row, block in placed:
-                found[block.tagged.sample.id] = gradient[:, row].cpu().numpy()
-            bar.update(len(placed))
+            [gradient] = torch.autograd.grad(batch.logprobs(gates).sum(), gates)
+            found |= zip(batch.names, gradient.transpose(0, 1).cpu().numpy())
+            bar.update(len(batch.names))
     return _table(found)
-
-
-class _Gate(Hook):
-    """Multiplies the outputs of one layer's heads by gates (B, H)."""
-
-    def __init__(self, gates: torch.Tensor):
-        self.gates = gates
-
-    def output(self, call: Call, out: torch.Tensor) -> torch.Tensor:
-        return out * self.gates[:, None, :, None]
 
 
 @dataclass
