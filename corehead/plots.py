@@ -34,11 +34,13 @@ TOKENS = {  # kinds of tokens; of a token of several kinds the last one shows
 COLOURS = to_rgba_array(list(TOKENS.values()))
 LINES = {  # colour, marker and line style of names; a benchmark looks like the domain that it belongs to
     ("black", "P", "-"): "intact",
-    (EVIDENCE, "o", "-"): "top, RAM, retrieval",
+    (EVIDENCE, "o", "-"): "top, RAM, retrieval, hybrid",
     (PALETTE[5], "v", "-"): "bottom",
     (PALETTE[7], "s", "--"): "random",
     (PALETTE[9], "D", ":"): "layer",
     ("#7a4ea8", "X", "-."): "text entropy",
+    (PALETTE[2], "^", "--"): "streaming",
+    ("#555555", "P", "-"): "whole, dense",
     (PALETTE[0], "o", "-"): "image, copy_image, refcocog",
     (PALETTE[1], "s", "-"): "document, mmdocir, mmlongbench, mmlongbench-doc",
     (PALETTE[2], "^", "-"): "video, vidstg, mlvu",
@@ -410,6 +412,10 @@ def curves(
             ax.axvline(mark, color="black", lw=0.8, alpha=0.5)
     for ax, _, rows in found:  # when all is drawn: panels may have one scale
         ax.set(**axes)
+        if ax.get_yscale() == "log":
+            # powers of two are close enough to be read, and written as numbers
+            ax.set_yscale("log", base=2)
+            ax.yaxis.set_major_formatter("{x:g}")
         if x == "share":
             ax.xaxis.set_major_formatter("{x:.0%}")
         if ticks is not None:
