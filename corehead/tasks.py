@@ -154,6 +154,8 @@ class TaskSet:
         Task and layout for kinds of evidence: "region", "pages", "finer", "tube" and "span", as far as there are any.
     long : dict of str to dict
         Layouts of long contexts.
+    sweep : dict
+        Of hybrid attention: ``window`` and ``sinks``, and other ``windows`` and ``sink_counts`` to try.
     """
 
     retrieval: dict[str, dict]
@@ -170,6 +172,7 @@ class TaskSet:
     new_tokens: int = 0
     evidence: dict[str, list] = field(default_factory=dict)
     long: dict[str, dict] = field(default_factory=dict)
+    sweep: dict[str, int | list[int]] = field(default_factory=dict)
 
     @property
     def layouts(self) -> dict[str, dict]:

@@ -340,3 +340,11 @@ def test_bars_stack_to_the_whole():
     np.testing.assert_allclose(
         [segment[:, 0] for segment in segments], [[0.9, 1.2], [2.9, 3.1]]
     )
+
+
+def test_a_logarithmic_axis_is_numbered():
+    table = points(heads=["RAM"] * 3, domain="x", tokens=[1, 2, 3], correct=[1.0, 3.0, 7.0])
+    figure = plots.curves(table, "tokens", "correct", yscale="log", ylim=(1, 8))
+    figure.canvas.draw()
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert {"1", "2", "4", "8"} <= set(labels)

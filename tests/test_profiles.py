@@ -54,10 +54,10 @@ TASKS = dict(
     },
     long={"mmdocir": {}, "vidstg": {"max_frames": 4}},
     questions={},
+    sweep={"window": 16, "sinks": 2, "windows": [8], "sink_counts": [0]},
     shares=[0.1, 0.25],
     new_tokens=1,
 )
-SWEEP = {"window": 16, "sinks": 2, "windows": [8], "sink_counts": [0]}
 N = {"stability": 12, "resamples": 20}  # two of everything else
 
 
@@ -164,7 +164,6 @@ def test_a_notebook_runs_on_a_checkpoint_of_the_family(
     values |= {
         "model": {"source": source},
         "tasks": with_sources(TASKS, data),
-        "sweep": SWEEP,
     }
     results = tmp_path / "data/results" / profile
     results.mkdir(parents=True)
