@@ -12,13 +12,14 @@ runs, store   the resumable loop of a run; its results in one SQLite file
 scoring       RAM and its variants for every head: score() -> HeadScores
 ranking       HeadSet, HeadRanking, random heads, agreement and its chance level
 ablation      Ablation, ablate(), curve()
+patching      what heads do: their outputs put into a counterfactual
 gates         factors on heads, their gradients, and the heads that training would close
 controls      the other head scores that RAM is compared with
 retrieval     heads as retrievers: pages ranked by the attention that heads pay to them
 sinks         visual tokens that every row looks at, and RAM without them
 hybrid        HybridAttention: full heads, streaming heads, the split KV cache
 evaluation    accuracy, log-probability and margin under many conditions: evaluate()
-stats         bootstrap over contexts, paired tests, Holm; summary(), compare()
+stats         intervals and tests over crossed contexts and items; summary(), compare()
 plots, tasks  figures; the named task sets of the profiles
 
 Beside the core: testbed, benchmarks, bench, distributed (engine="ray").
@@ -64,6 +65,6 @@ __all__ = [
 
 def __getattr__(name: str):
     """``ch.plots`` sets a style, the others are not for everybody: they are imported when they are asked for."""
-    if name in ("plots", "stats", "testbed", "benchmarks"):
+    if name in ("patching", "plots", "stats", "testbed", "benchmarks"):
         return _import(f".{name}", __name__)
     raise AttributeError(f"module 'corehead' has no attribute {name!r}")

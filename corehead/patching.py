@@ -30,6 +30,7 @@ def patch(
     heads: Mapping[Any, HeadSet],
     *,
     phase: str = "last",
+    only_right: bool = True,
     **options,
 ) -> pd.DataFrame:
     """Put sets of heads' outputs on donors into their counterfactuals, one set after the other.
@@ -47,20 +48,24 @@ def patch(
     phase : str
         The rows that are patched, as in `Ablation`: "last" (the last token of the prompt), "question", "context" or
         "both" (all).
+    only_right : bool
+        Leave out pairs of which the model does not answer both samples right, for these have no content to move. Off,
+        the pairs are the same whatever is ablated.
     **options
         Of `evaluate`: batch_size, store, resume, progress.
 
     Returns
     -------
     DataFrame
-        The rows of `evaluate` of all pairs of which the model answers both samples right, with:
+        The rows of `evaluate` of the pairs' first samples, with:
 
         flipped
             The donor's answer has become the likeliest.
+        moved
+            How far the logit of the answer less that of the donor's answer moved towards what it is on the donor.
         recovered
-            How far the logit of the answer less that of the donor's answer moved towards what it is on the donor, in
-            units of the mean way between the two over all these pairs: 0 nothing, 1 all of it. Its mean over pairs is
-            the share of the logit difference recovered.
+            The same in units of the mean way between the two over all these pairs: 0 nothing, 1 all of it. Its mean
+            over pairs is the share of the logit difference recovered.
 
     Raises
     ------
@@ -77,7 +82,7 @@ def patch(
     intact = evaluate(mllm, [*bases, *donors], **options).set_index("sample")
     base = intact.loc[list(donor_of)]
     donor = intact.loc[list(donor_of.values())].set_axis(base.index)
-    known = base.index[base.correct & donor.correct]
+    known = base.index[base.correct & donor.correct] if only_right else base.index
     if not len(known):
         raise ValueError(
             "no pair of which both samples are answered right: patch a model that can do the task"
@@ -91,7 +96,7 @@ def patch(
     # the donor's answer is the foil's, so that its contrast counts the other way
     way = (base.contrast + donor.contrast).loc[known].mean()
     moved = patched["sample"].map(base.contrast) - patched.contrast
-    return patched.assign(recovered=moved / way)
+    return patched.assign(moved=moved, recovered=moved / way)
 
 
 def use(mllm: MLLM, pairs: Pairs, *, phase: str = "last", **options) -> xr.DataArray:

@@ -486,6 +486,56 @@ def dots(
     return _finish(figure, xlabel)
 
 
+def scatter(
+    table: pd.DataFrame,
+    x: str,
+    y: str,
+    *,
+    kinds: str = "kind",
+    panels: str | None = None,
+    lines: Mapping[str, float] | None = None,
+    **axes,
+) -> plt.Figure:
+    """One measure of heads against another, a dot a head.
+
+    Parameters
+    ----------
+    table : DataFrame
+        Columns `x`, `y`, `kinds` and, if given, `panels`.
+    x, y : str
+        The columns against each other.
+    kinds : str
+        The column that colours the dots.
+    panels : str, optional
+        The column that tells panels apart.
+    lines : mapping of {"x", "y"} to float
+        Where quadrants meet, drawn as dashed lines.
+    **axes
+        What ``Axes.set`` takes.
+
+    Returns
+    -------
+    Figure
+    """
+    if panels is None:
+        panels = "panel"
+        table = table.assign(panel="")
+    figure, found = _panels(table, panels, 4, 3.4, 3.0, sharex=True, sharey=True)
+    colours = dict(zip(table[kinds].unique(), PALETTE))
+    xlabel = axes.pop("xlabel", x)
+    ylabel = axes.pop("ylabel", y)
+    for ax, _, rows in found:
+        for kind, points in rows.groupby(kinds, sort=False):
+            ax.scatter(
+                points[x], points[y], s=18, alpha=0.8, color=colours[kind], label=kind
+            )
+        for axis, place in (lines or {}).items():
+            draw = ax.axvline if axis == "x" else ax.axhline
+            draw(place, color="gray", lw=0.8, ls="--")
+        ax.set(**axes)
+    return _finish(figure, xlabel, ylabel)
+
+
 def bars(table: pd.DataFrame, parts: list[str], value: str) -> plt.Figure:
     """Parts of the attention as stacked bars, a bar a row of the table, and beside them a measure with its interval.
 

@@ -13,6 +13,9 @@ import numpy as np
 import pandas as pd
 from scipy.stats import hypergeom, kendalltau, rankdata
 
+# heads to draw from for each that a random one is to resemble: few enough to be like it, enough for draws to differ
+NEAREST = 5
+
 
 class HeadSet:
     """An immutable set of a model's query heads: a boolean mask over all of them.
@@ -336,7 +339,7 @@ def random_heads(
     ranking: HeadRanking,
     like: HeadSet,
     seed: int = 0,
-    match: str | None = None,
+    match: str | np.ndarray | None = None,
     group: int = 1,
 ) -> HeadSet:
     """As many heads as `like` has, drawn at random from the other heads of the model: a control for `like`.
@@ -349,9 +352,10 @@ def random_heads(
         The heads to stand in for. None of them is drawn.
     seed : int
         Of the draw.
-    match : {None, "layer"}
+    match : {None, "layer"} or (layers, heads) array
         "layer" draws as many heads in each layer as `like` has there, which keeps the depth. What a layer cannot give,
-        because `like` has more than half of it, comes from the nearest layers with heads left, ties at random.
+        because `like` has more than half of it, comes from the nearest layers with heads left, ties at random. Scores,
+        such as the norm of what heads write, draw for each head of `like` one of the NEAREST left with a score like it.
     group : int
         Query heads of a KV head. Above 1, whole KV groups are drawn, outside the groups that `like` has heads in.
 
@@ -362,11 +366,14 @@ def random_heads(
     Raises
     ------
     ValueError
-        `like` is empty, of another model, or more than half of all heads; `match` is unknown; the query heads of a
-        layer are not a multiple of `group`.
+        `like` is empty, of another model, or more than half of all heads; `match` is unknown, of another model, or
+        scores for groups; the query heads of a layer are not a multiple of `group`.
     """
-    if match not in (None, "layer"):
-        raise ValueError(f"match={match!r}: take None or 'layer'")
+    by_score = not (match is None or isinstance(match, str))
+    if not by_score and match not in (None, "layer"):
+        raise ValueError(f"match={match!r}: take None or 'layer', or an array of scores")
+    if by_score and group > 1:
+        raise ValueError(f"group={group}: scores match heads, not groups")
     like.check(ranking.shape)
     inside = _by_group(like.mask, group).any(2)  # (layers, KV heads)
     wanted = inside.sum(1)  # (layers,)
@@ -380,7 +387,11 @@ def random_heads(
             f"{n} of {inside.size} heads leave {len(free)} to draw from: take at most half of all"
         )
     taken = np.arange(len(free)) < n
-    if match == "layer":
+    if by_score:
+        match = np.asarray(match, float)
+        _check_shape("the scores to match", match.shape, ranking.shape)
+        taken = _nearest(match[tuple(free.T)], match[like.mask], rng)
+    elif match == "layer":
         taken = _matched(free[:, 0], wanted, rng)
     drawn = HeadSet.of(free[taken], inside.shape)
     return HeadSet(np.repeat(drawn.mask, group, axis=1))
@@ -401,6 +412,17 @@ def _matched(
         # a taken head is infinitely far; of two layers at one distance, the shuffle says which gives
         distance = np.where(taken, np.inf, np.abs(layers - layer))
         taken[distance.argmin()] = True
+    return taken
+
+
+def _nearest(
+    scores: np.ndarray, wanted: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
+    """Which heads to take, (n,) bool, of these scores (n,): for each that is wanted one of those nearest to it."""
+    taken = np.zeros(len(scores), bool)
+    for score in rng.permutation(wanted):
+        distance = np.where(taken, np.inf, np.abs(scores - score))
+        taken[rng.choice(distance.argsort()[:NEAREST])] = True
     return taken
 
 

@@ -69,6 +69,28 @@ def samples(
     return source.samples(task, split, n, seed, questions=questions, **layout)
 
 
+def counterfactuals(
+    task: str, split: str = "test", n: int = 100, seed: int = 0, **layout
+) -> list[tuple[Sample, Sample]]:
+    """Pairs of samples of a task that differ in nothing but what is looked up, for `corehead.patching`.
+
+    Parameters
+    ----------
+    task, split, n, seed, **layout
+        As in `samples`.
+
+    Returns
+    -------
+    list of (Sample, Sample)
+        Empty where a task cannot be redrawn with another answer, as benchmarks cannot.
+    """
+    from .testbed import scenes
+
+    if task not in scenes.WITH_NEEDLE:
+        return []
+    return scenes.counterfactuals(task, split, n, seed, **layout)
+
+
 def _of_benchmark(
     task: str, split: str, n: int, seed: int, questions: int, layout: dict
 ) -> list[Sample]:
@@ -209,6 +231,13 @@ class TaskSet:
             # no more than a context of this task has to offer
             together = min(questions, self.questions.get(task, 1))
             found += samples(task, split, n, seed, questions=together, **layout)
+        return found
+
+    def pairs(self, split: str, n: int, seed: int = 0) -> list[tuple[Sample, Sample]]:
+        """Counterfactual pairs of the retrieval tasks, n of each that has them."""
+        found = []
+        for task, layout in self.retrieval.items():
+            found += counterfactuals(task, split, n, seed, **layout)
         return found
 
     def growing(self, task: str) -> dict[int, dict]:

@@ -223,6 +223,26 @@ def test_patched_rows_share_their_prompt(family):
     np.testing.assert_allclose(late.logprob, whole.logprob, atol=1e-5)
 
 
+def test_pairs_that_are_not_answered_are_left_out_or_kept(trained):
+    mllm = trained
+    pairs = counterfactuals("text", "validation", 3)
+    [(base, donor), *others] = pairs
+    foreign = {str(d) for d in range(10)} - {base.answer, donor.answer}
+    # asked for another digit than stands there, it is wrong
+    wrong = [
+        (replace(base, answer=min(foreign)), replace(donor, foil=min(foreign))),
+        *others,
+    ]
+    heads = {"all": ch.HeadSet(np.ones(mllm.shape, bool))}
+    left = patching.patch(mllm, wrong, heads, progress=False)
+    assert set(left["sample"]) == {pair[0].id for pair in others}
+    kept = patching.patch(mllm, wrong, heads, only_right=False, progress=False)
+    assert set(kept["sample"]) == {pair[0].id for pair in pairs}
+    np.testing.assert_allclose(
+        kept.moved / kept.recovered, (kept.moved / kept.recovered)[0], rtol=1e-4
+    )
+
+
 def test_bad_input_is_named(trained):
     mllm = trained
     [(base, donor)] = counterfactuals("text", "validation", 1)

@@ -303,6 +303,27 @@ def test_dots_show_every_row_and_leave_gaps():
     assert (lines["intact"].get_ydata() < lines["top 5%"].get_ydata()).all()
 
 
+def test_scatter_colours_kinds_and_marks_where_quadrants_meet():
+    table = pd.DataFrame(
+        {
+            "look": [0.1, 0.5, 0.6],
+            "use": [0.0, 0.0, 0.1],
+            "kind": ["neither", "looks", "both"],
+        }
+    )
+    [ax] = plots.scatter(table, "look", "use", lines={"x": 0.4, "y": 0.05}).axes
+    assert sorted(tuple(dots.get_offsets()[0]) for dots in ax.collections) == [
+        (0.1, 0.0),
+        (0.5, 0.0),
+        (0.6, 0.1),
+    ]
+    assert len({tuple(dots.get_facecolor()[0]) for dots in ax.collections}) == 3
+    across, up = (np.ravel(line.get_xydata()) for line in ax.lines)
+    assert across[0] == across[2] == 0.4 and up[1] == up[3] == 0.05
+    two = plots.scatter(table.assign(model=["a", "a", "b"]), "look", "use", panels="model")
+    assert [ax.get_title() for ax in two.axes] == ["a", "b"]
+
+
 def test_a_name_has_one_look_and_what_it_begins_with_is_paler():
     styles = plots._styles(
         ["top 5%", "random", "top 10%", "unheard of", "refcocog", "image"]

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
 import shape
 import yaml
@@ -121,6 +122,47 @@ def test_cells_are_short(path):
             if line.strip() and line.strip()[0] != "#"
         ]
         assert len(lines) <= MAX_CELL_LINES or "parameters" in tags(cell), lines[:2]
+
+
+def takeaway(path: Path) -> str:
+    """The box on a notebook's first screen."""
+    first = "".join(json.loads(path.read_text())["cells"][0]["source"])
+    [box] = [line for line in first.split("\n") if line.startswith("> **Takeaway.**")]
+    return box
+
+
+def numbers_beside_claims(text: str, notebook: str) -> list[str]:
+    """Numbers of a text that are no claim of a notebook's tables, neither as they stand nor in percent."""
+    claims = pd.read_csv(ROOT / f"data/results/testbed/claims_{notebook}.csv").value
+    text = re.sub(r"\[[^]]*\]\([^)]*\)|arXiv [\d.]+|[Nn]otebooks? \d", "", text)
+    numbers = re.findall(r"(?<![\w.])(\d+(?:\.\d+)?)( %)?", text)
+    assert numbers, "a claim without a number"
+    unknown = []
+    for number, percent in numbers:
+        # half a unit of the last digit, and what rounding to four decimals took from the table
+        unit = 10.0 ** -len(number.partition(".")[2])
+        values = 100 * claims if percent else claims
+        distance = (values.abs() - float(number)).abs()
+        if not (distance <= 0.5 * unit + (1e-2 if percent else 1e-4)).any():
+            unknown.append(number + percent)
+    return unknown
+
+
+@every_notebook
+def test_numbers_of_the_takeaway_are_claims_of_the_tables(path):
+    assert numbers_beside_claims(takeaway(path), path.stem[:2]) == []
+
+
+def test_numbers_of_the_verdicts_are_claims_of_the_tables():
+    """The README's table: what the paper says, our verdict, and the notebook that shows it."""
+    rows = re.findall(
+        r"^\|[^|]+\|([^|]+)\| \[(\d\d)\]\(notebooks/[\w.]+\) \|$",
+        (ROOT / "README.md").read_text(),
+        re.M,
+    )
+    assert len(rows) >= 6
+    for verdict, notebook in rows:
+        assert numbers_beside_claims(verdict, notebook) == [], verdict
 
 
 @every_notebook

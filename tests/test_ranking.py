@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy.stats import kendalltau, spearmanr
 
 import corehead as ch
-from corehead.ranking import agreement, chance, random_heads, universal
+from corehead.ranking import NEAREST, agreement, chance, random_heads, universal
 
 SHAPE = (4, 6)
 KEYS = ["spearman", "kendall", "overlap", "jaccard", "corrected", "rbo"]
@@ -299,6 +299,28 @@ def test_what_a_layer_cannot_give_comes_from_the_nearest():
     # layer 1 gives what it owes first, and then has none left for layer 0
     edge = [*itertools.product([0], range(4)), (1, 0), (1, 1)]
     assert [layers(edge, seed) for seed in range(20)] == [[0, 2, 4, 0, 0, 0]] * 20
+
+
+def test_random_heads_of_a_score_are_like_those_they_stand_for():
+    scores = np.random.default_rng(0).random((8, 10))
+    ranking = ch.HeadRanking(np.zeros((8, 10)))
+    like = ch.HeadSet(scores > 0.9)
+    drawn = [random_heads(ranking, like, seed, scores) for seed in range(50)]
+    assert all(len(d) == len(like) and not d & like for d in drawn) and len(set(drawn)) > 1
+    free = np.sort(scores[~like.mask])[::-1]
+    # at worst the others took the nearest first
+    least = free[len(like) + NEAREST - 1]
+    assert all((scores[d.mask] >= least).all() for d in drawn)
+    # one head: any of the nearest, and no other
+    one = ch.HeadSet.of([(3, 4)], (8, 10))
+    near = {next(iter(random_heads(ranking, one, seed, scores))) for seed in range(200)}
+    distance = np.abs(scores - scores[3, 4])
+    expected = np.argsort(distance, axis=None)[1 : NEAREST + 1]
+    assert near == {tuple(map(int, np.unravel_index(i, (8, 10)))) for i in expected}
+    with pytest.raises(ValueError, match="8 x 10"):
+        random_heads(ranking, like, 0, scores[:4])
+    with pytest.raises(ValueError, match="scores match heads, not groups"):
+        random_heads(ranking, like, 0, scores, group=2)
 
 
 def test_random_heads_are_uniform():

@@ -528,6 +528,12 @@ def test_the_survey_replaces_a_model_s_rows_and_keeps_the_others(tmp_path, shipp
     )
     heads = pd.read_parquet(tmp_path / "heads.parquet")
     assert len(models) == 1 and len(heads) == 4 * 192
+    use = pd.read_parquet(tmp_path / "use.parquet")
+    patched = pd.read_csv(tmp_path / "patched.csv")
+    assert len(use) == 192 and use.use.between(-0.1, 1).all()
+    sizes = patched.groupby("heads").k.first()
+    assert sizes["top"] + sizes["all others"] == 192
+    assert sizes["used"] + sizes["only looking"] == sizes["top"]
     assert set(first["heads"]) == {
         "intact",
         "top",
@@ -572,6 +578,13 @@ def test_the_survey_that_ships_is_whole():
     ]
     runs = [set(zip(table.model, table.step)) for table in (models, answers, heads)]
     assert runs[0] == runs[1] == runs[2] and heads.ram.between(0, 1).all()
+    use, patched = (
+        pd.read_parquet(folder / "use.parquet"),
+        pd.read_csv(folder / "patched.csv"),
+    )
+    # contexts of a thousand tokens take their time: the long model may be missing here
+    short = {path.name for path in SHIPPED if "long" not in path.name}
+    assert short <= set(use.model) == set(patched.model)
     assert {(path.parent.name, 0) for path in FOLDER.parent.glob("*/training.json")} - {
         ("smollm2", 0)
     } <= runs[0]

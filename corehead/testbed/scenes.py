@@ -31,6 +31,7 @@ SPLITS = {"train": (0, 1400), "validation": (1400, 1598), "test": (1598, 1797)}
 CELL = 16  # pixels
 VIDEO_SIDE = 3  # cells
 FPS = 2.0
+WITH_NEEDLE = ("image", "document", "video", "text")
 RECORD, DIGIT_WORD = 4, 2  # words of a needle in text: style, colour, digit, semicolon
 N_KEYS = len(STYLES) * len(COLOURS)
 MARK_GLYPH = N_DIGITS = SPLITS["test"][1]
@@ -643,7 +644,7 @@ def counterfactuals(
     ValueError
         As in `samples`; a domain without a needle.
     """
-    if domain not in ("image", "document", "video", "text"):
+    if domain not in WITH_NEEDLE:
         raise ValueError(
             f"domain={domain!r} has no needle: take 'image', 'document', 'video' or 'text'"
         )

@@ -1,8 +1,9 @@
 """One set of questions for every testbed: ``python -m corehead.testbed.survey`` writes data/results/survey/.
 
 For each trained model and each snapshot of a training run: how right it is, where its attention on the evidence stands
-(validation digits), and what is lost on test digits without its top heads, beside controls of the same size. Rows of a
-model that is not there (snapshots and the larger scales do not ship) are kept as they were.
+(validation digits), and what is lost on test digits without its top heads, beside controls of the same size. For each
+trained model also what its heads do: how far each alone, and its top together, take an answer to that of a
+counterfactual. Rows of a model that is not there (snapshots and the larger scales do not ship) are kept as they were.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 import xarray as xr
@@ -19,16 +21,20 @@ from ..ablation import Point, curve
 from ..controls import text_entropy
 from ..evaluation import evaluate
 from ..models import MLLM, load
-from ..ranking import HeadRanking
+from ..patching import patch, use
+from ..ranking import HeadRanking, HeadSet
 from ..samples import Sample
 from ..scoring import score
 from ..stats import summary
-from .scenes import samples
+from .scenes import counterfactuals, samples
 
 RETRIEVAL = ("image", "document", "video", "text")
 QUESTIONS = 6  # on one context
 SHARES = (0.05, 0.1, 0.2)
-DRAWS = range(5)  # of random heads
+DRAWS = range(20)  # of random heads, at the first of the shares
+FEWER = range(5)  # at the others
+PAIRS = 24  # counterfactuals a domain
+USED = 0.02  # of the logit difference, recovered by a head alone
 
 
 def survey(
@@ -51,7 +57,7 @@ def survey(
         models : family, parameters, layers, heads.
         heads : domain, layer, head, and the mean of RAM (question and last token) and of calibrated RAM.
         answers : heads ("intact", "top", "random"; at 5 % also "bottom", "text entropy", "layer"), share, domain, n,
-        correct and its 95 % interval over contexts. Random heads are never from the top.
+        correct and its 95 % interval. Random heads are never from the top.
     """
 
     def ask(split: str) -> list[Sample]:
@@ -78,7 +84,8 @@ def survey(
     conditions = (
         {Point("intact", 0.0): None}
         | curve(ranking, SHARES, "top")
-        | curve(ranking, SHARES, "random", draws=DRAWS)
+        | curve(ranking, SHARES[:1], "random", draws=DRAWS)
+        | curve(ranking, SHARES[1:], "random", draws=FEWER)
         | curve(ranking, SHARES[:1], "layer", draws=DRAWS)
         | curve(ranking, SHARES[:1], "bottom")
         | curve(sharp, SHARES[:1], name="text entropy")
@@ -94,6 +101,55 @@ def survey(
         "answers": summary(
             table, ["heads", "share", "domain"], ["correct", "logprob"]
         ).reset_index(),
+    }
+
+
+class Patched(NamedTuple):
+    """A set of patched heads and its size."""
+
+    heads: str
+    k: int
+
+
+def patching(
+    mllm: MLLM, layouts: dict[str, dict[str, int]], ram: pd.DataFrame, n: int = PAIRS
+) -> dict[str, pd.DataFrame]:
+    """What heads do: answers that change to a counterfactual's when heads' outputs do.
+
+    Parameters
+    ----------
+    mllm : MLLM
+        A testbed.
+    layouts : dict
+        As in `survey`.
+    ram : DataFrame
+        The table "heads" of `survey`: which heads look.
+    n : int
+        Pairs a domain: validation digits for single heads, test digits for sets.
+
+    Returns
+    -------
+    dict of pd.DataFrame
+        use : layer, head, use (share of the logit difference that the head alone recovers, at the last prompt token,
+        validation digits, mean over the pairs of all domains).
+        patched : heads ("top", of which "used" and "only looking", and "all others"), k, domain, n, flipped, recovered
+        and their 95 % intervals, test digits.
+    """
+
+    def pairs(split: str) -> list[tuple[Sample, Sample]]:
+        return [p for d in RETRIEVAL for p in counterfactuals(d, split, n, **layouts[d])]
+
+    by_head = use(mllm, pairs("validation"), progress=False).mean("sample")
+    mean = ram.pivot_table(index="layer", columns="head", values="ram").to_numpy()
+    top = HeadRanking(mean).top(SHARES[0])
+    used = HeadSet(by_head.values >= USED)
+    sets = {"top": top, "used": top & used, "only looking": top - used, "all others": ~top}
+    named = {Patched(name, len(heads)): heads for name, heads in sets.items() if len(heads)}
+    table = patch(mllm, pairs("test"), named, progress=False)
+    patched = summary(table, ["heads", "k", "domain"], ["flipped", "recovered"])
+    return {
+        "use": by_head.to_dataframe("use").reset_index(),
+        "patched": patched.reset_index(),
     }
 
 
@@ -140,9 +196,10 @@ def main(arguments: list[str] | None = None) -> None:
             continue
         # contexts of the long curriculum take twenty times the time, and snapshots are many
         fewer = step or card["recipe"]["curriculum"] == "long"
-        tables = survey(
-            load(folder), card["layouts"], options.n // 4 if fewer else options.n
-        )
+        mllm = load(folder)
+        tables = survey(mllm, card["layouts"], options.n // 4 if fewer else options.n)
+        if not step:
+            tables |= patching(mllm, card["layouts"], tables["heads"])
         print(
             name,
             step,
@@ -150,8 +207,9 @@ def main(arguments: list[str] | None = None) -> None:
             .pivot(index=["heads", "share"], columns="domain", values="correct")
             .round(2),
         )
-        for kind, suffix in {"models": "csv", "heads": "parquet", "answers": "csv"}.items():
-            update(options.out / f"{kind}.{suffix}", tables[kind], name, step)
+        for kind, table in tables.items():
+            suffix = "parquet" if kind in ("heads", "use") else "csv"
+            update(options.out / f"{kind}.{suffix}", table, name, step)
 
 
 if __name__ == "__main__":
