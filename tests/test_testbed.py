@@ -582,9 +582,7 @@ def test_the_survey_that_ships_is_whole():
         pd.read_parquet(folder / "use.parquet"),
         pd.read_csv(folder / "patched.csv"),
     )
-    # contexts of a thousand tokens take their time: the long model may be missing here
-    short = {path.name for path in SHIPPED if "long" not in path.name}
-    assert short <= set(use.model) == set(patched.model)
+    assert set(use.model) == set(patched.model) == {path.name for path in SHIPPED}
     assert {(path.parent.name, 0) for path in FOLDER.parent.glob("*/training.json")} - {
         ("smollm2", 0)
     } <= runs[0]
