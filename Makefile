@@ -91,7 +91,7 @@ $(CACHE)/%.done: notebooks/%.ipynb $(PARAMS) $(INPUTS) $(if $(FORCE),FORCE)
 	@mkdir -p $(OUT) && mv $(@:.done=.ipynb) $(OUT)/$*.ipynb
 	@touch $@
 
-# the share p of notebook 4 is what notebook 5 ablates
+# notebook 5 ablates the share that notebook 4 writes
 $(filter $(CACHE)/05_%,$(STAMPS)): $(filter $(CACHE)/04_%,$(STAMPS))
 
 test: $(READY)  ## unit tests, and the notebooks against their committed outputs
