@@ -33,7 +33,6 @@ QUESTIONS = 6  # on one context
 SHARES = (0.05, 0.1, 0.2)
 DRAWS = range(20)  # of random heads, at the first of the shares
 FEWER = range(5)  # at the others
-PAIRS = 24  # counterfactuals a domain
 USED = 0.02  # of the logit difference, recovered by a head alone
 
 
@@ -112,7 +111,7 @@ class Patched(NamedTuple):
 
 
 def patching(
-    mllm: MLLM, layouts: dict[str, dict[str, int]], ram: pd.DataFrame, n: int = PAIRS
+    mllm: MLLM, layouts: dict[str, dict[str, int]], ram: pd.DataFrame, n: int = 24
 ) -> dict[str, pd.DataFrame]:
     """What heads do: answers that change to a counterfactual's when heads' outputs do.
 
@@ -197,9 +196,10 @@ def main(arguments: list[str] | None = None) -> None:
         # contexts of the long curriculum take twenty times the time, and snapshots are many
         fewer = step or card["recipe"]["curriculum"] == "long"
         mllm = load(folder)
-        tables = survey(mllm, card["layouts"], options.n // 4 if fewer else options.n)
+        n = options.n // 4 if fewer else options.n
+        tables = survey(mllm, card["layouts"], n)
         if not step:
-            tables |= patching(mllm, card["layouts"], tables["heads"])
+            tables |= patching(mllm, card["layouts"], tables["heads"], max(4, n // 8))
         print(
             name,
             step,
