@@ -130,10 +130,11 @@ def reference_of(mllm: ch.MLLM) -> Reference:
     )
     reference = Reference(mllm, [tagged, tagged])
     reference.__dict__["means"] = torch.ones(2, 6, 8)
-    outputs = {
-        layer: [torch.ones(12, 6, 8, device=f"cuda:{layer}")] * 2 for layer in (0, 1)
-    }
-    reference._outputs = outputs
+    for layer in (0, 1):
+        reference._outputs[layer, "prefill"] = [
+            torch.ones(12, 6, 8, device=f"cuda:{layer}")
+        ] * 2
+    reference._rows["prefill"] = [torch.arange(12)] * 2
     return reference
 
 
