@@ -65,7 +65,7 @@ N = {"stability": 12, "resamples": 20}  # two of everything else
 def sometimes(path: Path, module: str) -> set[str]:
     """Names of what is saved in cells under a condition: of tasks with counterfactuals, of the testbed's claims."""
     cells = ["".join(cell["source"]) for cell in code_cells(path)]
-    conditional = "\n".join(cell for cell in cells if cell.startswith("if "))
+    conditional = "\n".join(cell for cell in cells if re.search("^if ", cell, re.M))
     return set(re.findall(rf'{module}\.save\(.*"(\w+)", profile\)', conditional))
 
 
