@@ -309,12 +309,18 @@ class Replacement(_HeadHook):
         return torch.where(where, self.values(call).to(out.dtype), out)
 
 
+def _looking_rows(call: Call) -> np.ndarray:
+    """Rows of the call in which any sequence of the batch looks for evidence."""
+    return np.flatnonzero((call.query_of(call.all_rows()) >= 0).any(0).numpy())
+
+
 class Knockout(_HeadHook):
     """Cuts the edges from query rows to the evidence that they look for; the rest of the row is renormalised."""
 
     def masked_rows(self, call: Call) -> np.ndarray:
-        # of any sequence of the batch; `mask` then cuts nothing in the others
-        return np.flatnonzero((call.query_of(call.all_rows()) >= 0).any(0).numpy())
+        return _looking_rows(
+            call
+        )  # `mask` cuts nothing in the sequences that look for nothing there
 
     def mask(self, call: Call, rows: torch.Tensor) -> torch.Tensor:
         where = self.where(call)
@@ -327,7 +333,7 @@ class ZeroedEdges(_HeadHook):
     """Takes what query rows read from the evidence out of the output; the other weights of the row stay as they are."""
 
     def output(self, call: Call, out: torch.Tensor) -> torch.Tensor:
-        rows = np.flatnonzero((call.query_of(call.all_rows()) >= 0).any(0).numpy())
+        rows = _looking_rows(call)
         if not len(rows):
             return out
         value = call.value.float()
