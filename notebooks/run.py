@@ -21,9 +21,16 @@ from traitlets.config import Config
 
 HERE = Path(__file__).resolve().parent
 KERNEL = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
-WIDGET = "application/vnd.jupyter.widget-view+json"  # names a widget of a kernel that is gone
+WIDGET = "application/vnd.jupyter.widget-view+json"
 logging.getLogger("papermill").setLevel("ERROR")
+# `make test` compares outputs: a bar that shows here and not there would be a difference
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # kernels warn about the debugger otherwise
+
+
+def passing(output):
+    """Whether an output is of the run alone: warnings, and bars, whose widgets live in a kernel that is gone."""
+    return output.get("name") == "stderr" or WIDGET in output.get("data", {})
 
 
 def clean(path):
@@ -35,9 +42,7 @@ def clean(path):
         tags = [tag for tag in cell.metadata.get("tags", []) if not tag.startswith("papermill")]
         cell.metadata = {"tags": tags} if tags else {}
         if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
-            for output in cell.outputs:
-                output.get("data", {}).pop(WIDGET, None)
+            cell.outputs = [output for output in cell.outputs if not passing(output)]
     if nbformat.writes(notebook) != before:
         nbformat.write(notebook, path)
 
