@@ -54,6 +54,7 @@ else
 OUT      := $(if $(filter testbed,$(PROFILE)),notebooks,data/results/$(PROFILE))
 endif
 INPUTS   := notebooks/run.py $(wildcard corehead/*.py corehead/*/*.py corehead/*/*.yaml data/results/survey/* data/results/bench/*) \
+            $(if $(filter-out smollm2,$(PROFILE)),$(wildcard data/results/smollm2/*.csv)) \
             $(filter-out $(if $(filter-out smollm2,$(PROFILE)),data/testbed/smollm2/%),\
               $(wildcard data/testbed/*/*.safetensors data/testbed/*/training*))
 GRAFT    := data/testbed/smollm2/training.json

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from .attention import PHASES, Call, Hook, TokenRoles, hooks, row_weights
-from .batching import decode, embedded, to_model
+from .batching import run_one
 from .models import MLLM, device_of
 from .ranking import HeadRanking, HeadSet, random_heads
 from .runs import digest
@@ -85,8 +85,7 @@ class Reference:
         for t in self.tagged:
             recorders = {layer: _Recorder(phase, keep) for layer in layers}
             by_layer = {layer: [recorder] for layer, recorder in recorders.items()}
-            with hooks(self.mllm, by_layer, TokenRoles.of([t])):
-                decode(self.mllm, embedded(self.mllm, to_model(t.inputs, self.mllm)))
+            run_one(self.mllm, t, by_layer)
             yield {layer: torch.cat(recorder.kept) for layer, recorder in recorders.items()}
 
     @cached_property

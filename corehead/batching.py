@@ -9,7 +9,7 @@ tokens, so that activations do not grow with the context.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -45,11 +45,12 @@ def context_of(sample: Sample) -> list[tuple[str, Any]]:
         if isinstance(content, str):
             content = [{"text": content}]
         for part in content or ():
-            value = part.get("text", part.get("image", part.get("video")))
-            # the last text that quotes the question, or the last of all where none is given, asks it
-            if isinstance(value, str) and question in value:
+            text = part.get("text")
+            # the last text that quotes the question, or the user's last of all where none is given, asks it
+            if text is not None and question in text and (question or role == "user"):
                 asked = len(parts)
-            parts.append((role, value))
+            medium = part.get("image", part.get("video"))
+            parts.append((role, medium if text is None else text))
     if asked is None:
         return parts
     role, text = parts[asked]
@@ -831,6 +832,14 @@ class Feed:
         with self._applied(conditions, n_prefixes, self.packed.roles.select(first_rows)):
             decode(self.mllm, self.prefix, cache, len(conditions))
         return cache
+
+
+def run_one(
+    mllm: MLLM, tagged: TaggedSample, by_layer: Mapping[int, Sequence[Hook]]
+) -> None:
+    """One sample through the decoder, unpadded, for what hooks (by layer) see of it."""
+    with hooks(mllm, by_layer, TokenRoles.of([tagged])):
+        decode(mllm, embedded(mllm, to_model(tagged.inputs, mllm)))
 
 
 def decode(

@@ -16,12 +16,13 @@ import xarray as xr
 from tqdm.auto import tqdm
 
 from .attention import Call, Hook, hooks
-from .batching import Feed, Packed, batches, pack
+from .batching import Feed, Packed, batches, pack, run_one
 from .gates import GatedBatch
 from .models import MLLM
 from .ranking import HeadRanking
 from .samples import Sample
 from .scoring import HeadScores
+from .tagging import TaggedSample
 
 
 def visual_mass(scores: HeadScores, query: str = "last") -> xr.DataArray:
@@ -84,17 +85,17 @@ def output_norm(mllm: MLLM, samples: Iterable[Sample], **options) -> xr.DataArra
     ``**options`` here and below: batch_size (contexts at once, default 32) and progress (a bar, default on).
     """
 
-    def measure(seen: _Seen) -> torch.Tensor:
+    def measure(seen: Seen) -> torch.Tensor:
         out = seen.call.out[:, seen.rows].float()
         return torch.einsum("brhd,ohd->brho", out, seen.o_proj).norm(dim=-1)
 
-    return _observe(mllm, samples, measure, **options)
+    return observe(mllm, samples, measure, **options)
 
 
 def value_norm(mllm: MLLM, samples: Iterable[Sample], **options) -> xr.DataArray:
     r"""Attention weighted with norms of values (arXiv 2004.10102): :math:`\sum_j A_{qj} \lVert v_j W_O^h \rVert_2`."""
 
-    def measure(seen: _Seen) -> torch.Tensor:
+    def measure(seen: Seen) -> torch.Tensor:
         # |v W|^2 = v (W' W) v: (H, D, D) numbers in place of v W, which has a hidden state for each key and head
         gram = torch.einsum("ohd,ohe->hde", seen.o_proj, seen.o_proj)
         value = seen.call.value.float()
@@ -103,7 +104,7 @@ def value_norm(mllm: MLLM, samples: Iterable[Sample], **options) -> xr.DataArray
         norm = squares.clamp(min=0).sqrt()  # rounding may leave a small one below zero
         return torch.einsum("bhrn,bhn->brh", seen.weights, norm)
 
-    return _observe(mllm, samples, measure, **options)
+    return observe(mllm, samples, measure, **options)
 
 
 def copy_score(mllm: MLLM, samples: Iterable[Sample], **options) -> xr.DataArray:
@@ -113,14 +114,14 @@ def copy_score(mllm: MLLM, samples: Iterable[Sample], **options) -> xr.DataArray
     no words, so that in pictures there is never a hit; the score is one for text.
     """
 
-    def measure(seen: _Seen) -> torch.Tensor:
+    def measure(seen: Seen) -> torch.Tensor:
         top = seen.weights.argmax(-1).transpose(1, 2)  # (B, r, H)
         ids = seen.ids[:, None].expand(-1, top.shape[1], -1)
         looked_at = ids.gather(2, top)
         said_next = seen.next_ids[:, seen.call.first + seen.rows, None]
         return ((looked_at == said_next) & seen.evidence.gather(2, top)).float()
 
-    return _observe(mllm, samples, measure, **options)
+    return observe(mllm, samples, measure, **options)
 
 
 def evidence_hits(mllm: MLLM, samples: Iterable[Sample], **options) -> xr.DataArray:
@@ -129,7 +130,7 @@ def evidence_hits(mllm: MLLM, samples: Iterable[Sample], **options) -> xr.DataAr
     Among the tokens of the evidence's modality, at the rows that predict the answer.
     """
 
-    def measure(seen: _Seen) -> torch.Tensor:
+    def measure(seen: Seen) -> torch.Tensor:
         visual = seen.visual[:, None]  # (B, 1, N)
         on_text = ~(seen.evidence & visual).any(-1, keepdim=True)  # (B, r, 1)
         # or else the sink would have the maximum of many a head that does look at V*
@@ -138,7 +139,66 @@ def evidence_hits(mllm: MLLM, samples: Iterable[Sample], **options) -> xr.DataAr
         top = weights.argmax(-1).transpose(1, 2)  # (B, r, H)
         return seen.evidence.gather(2, top).float()
 
-    return _observe(mllm, samples, measure, **options)
+    return observe(mllm, samples, measure, **options)
+
+
+def token_patterns(
+    mllm: MLLM, samples: Iterable[Sample], progress: bool = True
+) -> xr.Dataset:
+    """How much heads look by two simple rules of text, which are no look-up, over all rows of the prompt.
+
+    Parameters
+    ----------
+    mllm : MLLM
+    samples : iterable of Sample
+        One forward pass each, all of whose rows are read.
+    progress : bool
+        Show a bar.
+
+    Returns
+    -------
+    Dataset (sample, layer, head)
+        ``previous``: attention on the token in front of each (previous-token heads); ``duplicate``: attention of each
+        text token that has occurred before on its earlier occurrences, 0 where none has (duplicate-token heads, arXiv
+        2211.00593).
+
+    Raises
+    ------
+    ValueError
+        There are no samples.
+    """
+    previous, duplicate = {}, {}
+    for sample in tqdm(list(samples), desc="token patterns", disable=not progress):
+        tagged = mllm.tag(sample)
+        reader = _PatternReader(tagged)
+        with torch.inference_mode():
+            run_one(mllm, tagged, {layer: [reader] for layer in range(mllm.n_layers)})
+        sums = torch.stack([reader.sums[layer] for layer in range(mllm.n_layers)]).numpy()
+        previous[sample.id] = sums[:, 0] / max(1, tagged.last)
+        duplicate[sample.id] = sums[:, 1] / max(1, reader.repeated)
+    return xr.Dataset({"previous": _table(previous), "duplicate": _table(duplicate)})
+
+
+class _PatternReader(Hook):
+    """Sums the attention of a prompt's rows on the token in front, and on the same token before, (2, H) by layer."""
+
+    def __init__(self, tagged: TaggedSample):
+        self.rows = np.arange(tagged.last + 1)
+        self.ids = torch.from_numpy(tagged.ids).clone()
+        # visual tokens have one id, and are not the same thing for that: each gets its own
+        self.ids[tagged.visual] = -1 - torch.arange(len(tagged.visual))
+        self.repeated = tagged.last + 1 - len(self.ids[: tagged.last + 1].unique())
+        self.sums: dict[int, torch.Tensor] = {}
+
+    def read(self, call: Call, rows: torch.Tensor, weights: torch.Tensor) -> None:
+        ids = self.ids[: call.n].to(call.device)
+        keys = torch.arange(call.n, device=call.device)
+        at = (call.first + rows)[:, None]
+        in_front = keys == at - 1  # (r, n)
+        earlier = (ids == ids[at]) & (keys < at)
+        edges = torch.stack([in_front, earlier]).to(weights)
+        found = torch.einsum("hrn,prn->ph", weights[0], edges).cpu()
+        self.sums[call.layer] = self.sums.get(call.layer, 0) + found
 
 
 def attribution(
@@ -165,7 +225,7 @@ def attribution(
 
 
 @dataclass
-class _Seen:
+class Seen:
     """What one layer did at rows that predict answers.
 
     Attributes
@@ -192,11 +252,11 @@ class _Seen:
     visual: torch.Tensor
 
 
-Measure = Callable[[_Seen], torch.Tensor]
+Measure = Callable[[Seen], torch.Tensor]
 
 
 class _Probe(Hook):
-    """Measures (B, r, H) in every layer of one batch, at the rows that predict answers."""
+    """Measures (B, r, H, ...) in every layer of one batch, at the rows that predict answers."""
 
     def __init__(self, mllm: MLLM, packed: Packed, measure: Measure):
         self.mllm = mllm
@@ -223,7 +283,7 @@ class _Probe(Hook):
 
     def read(self, call: Call, rows: torch.Tensor, weights: torch.Tensor) -> None:
         weight = self.mllm.attentions[call.layer].o_proj.weight
-        seen = _Seen(
+        seen = Seen(
             call=call,
             rows=rows,
             weights=weights,
@@ -236,9 +296,9 @@ class _Probe(Hook):
         self.measured.setdefault(call.layer, []).append(self.measure(seen).cpu())
 
     def means(self) -> dict[str, np.ndarray]:
-        """(L, H) of every sample, the mean over its rows."""
+        """(L, H, ...) of every sample, the mean over its rows."""
         by_layer = [torch.cat(self.measured[layer], 1) for layer in sorted(self.measured)]
-        measured = torch.stack(by_layer).numpy()  # (L, B, rows, H)
+        measured = torch.stack(by_layer).numpy()  # (L, B, rows, H, ...)
         out = {}
         for c, k, block in self.packed.blocks():
             at = np.searchsorted(self.rows, self.answer_keys[c, k])
@@ -248,15 +308,30 @@ class _Probe(Hook):
 
 
 @torch.inference_mode()
-def _observe(
+def observe(
     mllm: MLLM,
     samples: Iterable[Sample],
     measure: Measure,
     *,
+    dims: tuple[str, ...] = (),
     batch_size: int = 32,
     progress: bool = True,
 ) -> xr.DataArray:
-    """Measure at the rows that predict answers, in every layer; the mean over a sample's rows."""
+    """Measure at the rows that predict answers, in every layer; the mean over a sample's rows.
+
+    Parameters
+    ----------
+    mllm, samples, batch_size, progress
+        As in `output_norm`.
+    measure : callable
+        ``Seen -> (B, r, H, ...)`` tensor, a number or an array for each row and head.
+    dims : tuple of str
+        Names of the array's axes.
+
+    Returns
+    -------
+    DataArray (sample, layer, head, *dims)
+    """
     found: dict[str, np.ndarray] = {}
     with tqdm(desc="observing", unit="sample", disable=not progress) as bar:
         for batch in batches(mllm, samples, batch_size, need_answer=True):
@@ -267,15 +342,15 @@ def _observe(
             means = probe.means()
             found |= means
             bar.update(len(means))
-    return _table(found)
+    return _table(found, dims)
 
 
-def _table(found: dict[str, np.ndarray]) -> xr.DataArray:
-    """Arrays (L, H) by sample as one array."""
+def _table(found: dict[str, np.ndarray], dims: tuple[str, ...] = ()) -> xr.DataArray:
+    """Arrays (L, H, ...) by sample as one array."""
     if not found:
         raise ValueError("no samples: give some")
     return xr.DataArray(
         np.stack(list(found.values())),
-        dims=("sample", "layer", "head"),
+        dims=("sample", "layer", "head", *dims),
         coords={"sample": list(found)},
     )

@@ -21,17 +21,15 @@ import pandas as pd
 import torch
 import xarray as xr
 
-from .attention import Call, Hook, TokenRoles, hooks, hooks_in_force
+from .attention import Call, Hook, hooks, hooks_in_force
 from .batching import (
     Context,
     Feed,
     Packed,
     batches,
-    decode,
-    embedded,
     has_context,
     pack,
-    to_model,
+    run_one,
 )
 from .models import MLLM
 from .ranking import HeadRanking
@@ -284,7 +282,9 @@ def score(
         raise ValueError(f"no sample could be scored; the first: {reason}")
     failures = pd.DataFrame(finished.failures, columns=["sample", "reason"])
     data = digest([[row["sample"], row["digest"]] for row in rows])
-    return HeadScores(_dataset(rows, made_by | {"data": data}), failures)
+    # of the samples as they are given now: a store keeps what the model saw
+    metas = [finished.samples[row["sample"]].meta for row in rows]
+    return HeadScores(_dataset(rows, metas, made_by | {"data": data}), failures)
 
 
 @torch.inference_mode()
@@ -305,8 +305,7 @@ def attention_map(mllm: MLLM, tagged: TaggedSample, query: str = "last") -> np.n
     """
     # every key is a group of its own, so that the sums are the weights themselves
     reader = MassReader(query_rows(tagged)[query], groups=torch.eye(len(tagged.ids))[None])
-    with hooks(mllm, reader.everywhere(mllm), TokenRoles.of([tagged])):
-        decode(mllm, embedded(mllm, to_model(tagged.inputs, mllm)))
+    run_one(mllm, tagged, reader.everywhere(mllm))
     sums, _ = reader.result()
     return sums[:, 0].mean(1)  # (L, R, H, N), the mean over the rows
 
@@ -543,12 +542,11 @@ def _table_row(
         "depth": float(tagged.evidence.mean() / tagged.last)
         if n_evidence
         else float("nan"),
-        "meta": tagged.sample.meta,
         **out,
     }
 
 
-def _dataset(rows: list[dict], attributes: dict) -> xr.Dataset:
+def _dataset(rows: list[dict], metas: list[dict], attributes: dict) -> xr.Dataset:
     """The table of all rows, with its coordinates."""
     data = {
         name: (("sample", "query", "layer", "head"), np.stack([row[name] for row in rows]))
@@ -559,6 +557,6 @@ def _dataset(rows: list[dict], attributes: dict) -> xr.Dataset:
     for name in ("context", "n_evidence", "n_context", "on_text", "depth"):
         coords[name] = "sample", [row[name] for row in rows]
     # samples of several tasks have different meta: all names, None where a sample lacks one
-    for name in dict.fromkeys(name for row in rows for name in row["meta"]):
-        coords[name] = "sample", [row["meta"].get(name) for row in rows]
+    for name in dict.fromkeys(name for meta in metas for name in meta):
+        coords[name] = "sample", [meta.get(name) for meta in metas]
     return xr.Dataset(data, coords, {"provenance": json.dumps(attributes)})

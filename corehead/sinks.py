@@ -9,8 +9,8 @@ import pandas as pd
 import torch
 import xarray as xr
 
-from .attention import Call, Hook, TokenRoles, hooks
-from .batching import decode, embedded, to_model
+from .attention import Call, Hook
+from .batching import run_one
 from .models import MLLM
 from .samples import Sample
 from .scoring import group_mass
@@ -56,9 +56,7 @@ def drawn_attention(mllm: MLLM, tagged: TaggedSample) -> np.ndarray:
     length = tagged.last + 1
     # the answer's rows are left out, as nobody knows them when the question is asked
     reader = DrawnReader(length, len(tagged.ids))
-    every_layer = {layer: [reader] for layer in range(mllm.n_layers)}
-    with hooks(mllm, every_layer, TokenRoles.of([tagged])):
-        decode(mllm, embedded(mllm, to_model(tagged.inputs, mllm)))
+    run_one(mllm, tagged, {layer: [reader] for layer in range(mllm.n_layers)})
     drawn = torch.stack(list(reader.drawn.values())).mean((0, 1)).double().numpy()
     drawn = drawn[:length]
     even = 1 / np.arange(1, length + 1)

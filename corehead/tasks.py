@@ -33,8 +33,9 @@ def samples(
     Parameters
     ----------
     task : str
-        Of the digit-needle testbed ("image", "document", "video", "text", "majority", "count", "text_only"), for the
-        grafted SmolLM2 ("copy_text", "copy_image", "facts"), or one of `corehead.benchmarks.BENCHMARKS`.
+        Of the digit-needle testbed ("image", "document", "video", "text", "majority", "count", "text_only", "memory"),
+        in plain English ("traits", "codes"), for the grafted SmolLM2 ("copy_text", "copy_image", "facts"), or one of
+        `corehead.benchmarks.BENCHMARKS`.
     split : {"train", "validation", "test"}
         RefCOCOg and VidSTG have these splits; of the other benchmarks, every context (picture, document, video) belongs
         to "validation" or "test" by the hash of its name.
@@ -46,7 +47,7 @@ def samples(
     questions : int
         Questions that share one context; they follow each other. Of a benchmark, at most as many.
     **layout
-        What the task takes besides: see `samples` in `corehead.testbed.scenes` and `.graft`, and
+        What the task takes besides: see `samples` in `corehead.testbed.scenes`, `.prose` and `.graft`, and
         `corehead.benchmarks.load`, whose bad rows are left out with a warning.
 
     Returns
@@ -61,11 +62,11 @@ def samples(
     """
     # not at the top: the core imports neither testbed nor benchmarks
     from . import benchmarks
-    from .testbed import graft, scenes
+    from .testbed import graft, prose, scenes
 
     if task in benchmarks.BENCHMARKS:
         return _of_benchmark(task, split, n, seed, questions, layout)
-    source = graft if task in graft.TASKS else scenes
+    source = next((s for s in (graft, prose) if task in s.TASKS), scenes)
     return source.samples(task, split, n, seed, questions=questions, **layout)
 
 
@@ -84,11 +85,13 @@ def counterfactuals(
     list of (Sample, Sample)
         Empty where a task cannot be redrawn with another answer, as benchmarks cannot.
     """
-    from .testbed import scenes
+    from .testbed import prose, scenes
 
-    if task not in scenes.WITH_NEEDLE:
-        return []
-    return scenes.counterfactuals(task, split, n, seed, **layout)
+    if task in prose.TASKS:
+        return prose.counterfactuals(task, split, n, seed, **layout)
+    if task in scenes.WITH_NEEDLE:
+        return scenes.counterfactuals(task, split, n, seed, **layout)
+    return []
 
 
 def _of_benchmark(
@@ -255,8 +258,8 @@ def task_set(name: str, **changes) -> TaskSet:
 
     Parameters
     ----------
-    name : {"digits", "names", "benchmarks"}
-        Of tasks.yaml: the digit-needle testbed, the grafted SmolLM2, or the paper's benchmarks.
+    name : {"digits", "english", "benchmarks"}
+        Of tasks.yaml: the digit-needle testbed, plain English and copying for SmolLM2, or the paper's benchmarks.
     **changes
         Fields of `TaskSet` that a profile has otherwise, such as layouts of fewer pages.
 

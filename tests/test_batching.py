@@ -14,6 +14,7 @@ from corehead.batching import (
     PER_TOKEN,
     Feed,
     batches,
+    context_of,
     has_context,
     pack,
     same_context,
@@ -148,3 +149,15 @@ def test_roles_say_what_the_tokens_are(family):
     assert longer.samples[:2] == [samples[0].id] * 2
     with pytest.raises(ValueError, match="give the samples that run"):
         alone.covering(len(samples) + 1, 5)
+
+
+def test_no_path_and_no_answer_of_the_model_is_taken_for_the_question():
+    """Where no question is given, the user's last text asks; an image by its path is no text."""
+    picture = {"type": "image", "image": "what.png"}
+    turns = [
+        {"role": "user", "content": [{"type": "text", "text": "what"}, picture]},
+        {"role": "assistant", "content": [{"type": "text", "text": "a cat"}]},
+    ]
+    asked = ch.Sample("s", turns, [], "7", question="what")
+    assert context_of(asked) == [("user", "")]
+    assert context_of(ch.Sample("s", turns, [], "7")) == [("user", "")]

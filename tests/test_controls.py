@@ -175,3 +175,29 @@ def test_bad_input(mllm):
             function(mllm, [sample], **OPTIONS)
         with pytest.raises(ValueError, match="no samples"):
             function(mllm, [], **OPTIONS)
+
+
+@pytest.mark.parametrize("family", EVERY)
+def test_token_patterns_are_sums_over_full_matrices(family):
+    mllm = tiny(family)
+    samples = samples_for(mllm)[:3]
+    found = controls.token_patterns(mllm, samples, progress=False)
+    for sample in samples:
+        tagged = mllm.tag(sample)
+        attention, _, _ = seen(mllm, tagged)
+        previous, duplicate, repeated = 0.0, 0.0, 0
+        for row in range(tagged.last + 1):
+            if row:
+                previous = previous + attention[:, :, row, row - 1]
+            earlier = [
+                key
+                for key in range(row)
+                if tagged.ids[key] == tagged.ids[row] and key not in tagged.visual
+            ]
+            if earlier:
+                duplicate = duplicate + attention[:, :, row, earlier].sum(-1)
+                repeated += 1
+        one = found.sel(sample=sample.id)
+        np.testing.assert_allclose(one.previous, previous / tagged.last, atol=1e-5)
+        assert repeated
+        np.testing.assert_allclose(one.duplicate, duplicate / repeated, atol=1e-5)

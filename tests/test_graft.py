@@ -196,13 +196,13 @@ def test_the_tower_learns_and_nothing_else_changes():
 
 
 def test_facts_are_split_and_say_nothing_of_their_answer():
-    parts = {split: samples("facts", split, 40, questions=1) for split in SPLITS}
+    parts = {split: samples("facts", split, 200) for split in ("validation", "test")}
     asked = {
         split: {s.messages[0]["content"][0]["text"] for s in part}
         for split, part in parts.items()
     }
     assert not set.intersection(*asked.values()) and all(
-        len(a) == 40 for a in asked.values()
+        len(a) == 200 for a in asked.values()
     )
     assert not [(q, a) for q, a in facts() if a.lower() in q.lower()]
     [plain], [chat] = (samples("facts", n=1, ask=ask) for ask in ("", "Go on: "))
@@ -211,9 +211,11 @@ def test_facts_are_split_and_say_nothing_of_their_answer():
         == "Go on: " + plain.messages[0]["content"][0]["text"]
     )
     assert plain.answer == " " + chat.answer
-    # a fact that is asked in two ways is one item
+    # facts that have one answer are one item
     assert plain.meta["item"] == chat.meta["item"] == chat.answer
-    assert len({s.meta["item"] for s in parts["test"]}) < 40
+    assert len({s.meta["item"] for s in parts["test"]}) < 200
+    with pytest.raises(ValueError, match="train"):
+        samples("facts", "train", 1)
     with pytest.raises(ValueError, match="n=500"):
         samples("facts", n=500)
 

@@ -473,6 +473,16 @@ def test_a_run_that_was_stopped_goes_on(tmp_path):
     assert_same(third, whole)
 
 
+def test_what_a_store_keeps_takes_the_meta_of_today(tmp_path):
+    mllm = tiny("qwen3_vl")
+    samples = samples_for(mllm)[:2]
+    for domain in ("before", "after"):
+        for sample in samples:
+            sample.meta["domain"] = domain
+        scores = ch.score(mllm, samples, store=tmp_path, resume=True, progress=False)
+        assert set(scores.data.domain.values) == {domain}
+
+
 def interrupted(samples, after):
     for i, sample in enumerate(samples):
         if i == after:

@@ -36,7 +36,7 @@ def test_a_set_can_be_changed_and_an_unknown_one_is_named():
     assert changed.retrieval == {"mmdocir": {"max_pages": 3}} and changed.new_tokens == 0
     assert changed.others == task_set("benchmarks").others
     with pytest.raises(
-        ValueError, match="task set 'digit': take one of 'digits', 'names', 'benchmarks'"
+        ValueError, match="task set 'digit': take one of 'digits', 'english', 'benchmarks'"
     ):
         task_set("digit")
     with pytest.raises(TypeError, match="retreival"):
@@ -68,11 +68,12 @@ def test_contexts_grow_where_a_set_says_how():
 
 
 def test_pairs_are_those_of_tasks_that_have_them():
-    """Every retrieval task of the testbed can be drawn again with another answer; benchmarks and names cannot."""
+    """Tasks of the testbed and in plain English can be drawn with another answer; copying and benchmarks cannot."""
     digits = task_set("digits")
     pairs = digits.pairs("validation", 2, seed=3)
     assert len(pairs) == 2 * len(digits.retrieval)
     assert [base.meta["domain"] for base, _ in pairs[::2]] == list(digits.retrieval)
     assert all(base.foil == donor.answer for base, donor in pairs)
-    assert task_set("names").pairs("validation", 2) == []
+    pairs = task_set("english").pairs("validation", 2)
+    assert [base.meta["domain"] for base, _ in pairs[::2]] == ["traits", "codes"]
     assert task_set("benchmarks").pairs("validation", 2) == []

@@ -24,6 +24,7 @@ from corehead.testbed.scenes import (
     digits,
     draw,
     to_samples,
+    with_other_word,
 )
 from corehead.testbed.training import (
     CURRICULA,
@@ -47,6 +48,20 @@ SMALL = dict(layers=2, heads=4, kv_heads=2, hidden=32, intermediate=48, head_dim
 @pytest.fixture(scope="module")
 def shipped() -> ch.MLLM:
     return ch.load(FOLDER)
+
+
+@pytest.mark.parametrize("domain", ["image", "document", "video", "text"])
+def test_another_word_of_the_question_is_all_that_changes(domain):
+    for sample in samples(domain, n=5):
+        words = sample.question.split()
+        for place in range(1, len(words)):
+            other = with_other_word(sample, place, np.random.default_rng(0))
+            changed = [a != b for a, b in zip(words, other.question.split(), strict=True)]
+            assert changed == [i == place for i in range(len(words))]
+            *context, asked = other.messages[0]["content"]
+            assert asked["text"] == other.question
+            assert context == sample.messages[0]["content"][:-1]
+            assert other.evidence == sample.evidence and other.id != sample.id
 
 
 def every_layout():
@@ -153,6 +168,26 @@ def test_items_are_what_answers_are_read_from():
         assert sample.meta["item"] == sample.question
     for domain in ("majority", "count"):
         assert all(s.meta["item"] == s.id for s in samples(domain, n=20, questions=2))
+
+
+def test_facts_are_one_table_and_no_fact_is_chosen_and_reported():
+    of_split = {}
+    for split in ("train", "validation", "test"):
+        found = samples("memory", split, n=4000)
+        table = {s.question: s.answer for s in found}
+        assert all(table[s.question] == s.answer and not s.evidence for s in found)
+        assert all(s.meta["item"] == s.question for s in found)
+        of_split[split] = table
+    # one table: training teaches what the others ask
+    assert of_split["validation"].items() <= of_split["train"].items()
+    assert not of_split["validation"].keys() & of_split["test"].keys()
+    assert min(len(table) for table in of_split.values()) >= 200
+    # the words do not tell the digit: no word has one that stands out
+    by_word = {}
+    for question, answer in of_split["train"].items():
+        for word in question.split()[1:]:
+            by_word.setdefault(word, []).append(answer)
+    assert max(max(map(a.count, a)) / len(a) for a in by_word.values()) < 0.35
 
 
 def test_splits_share_no_handwriting():

@@ -32,6 +32,7 @@ CELL = 16  # pixels
 VIDEO_SIDE = 3  # cells
 FPS = 2.0
 WITH_NEEDLE = ("image", "document", "video", "text")
+WITHOUT_CONTEXT = ("text_only", "memory")
 RECORD, DIGIT_WORD = 4, 2  # words of a needle in text: style, colour, digit, semicolon
 N_KEYS = len(STYLES) * len(COLOURS)
 MARK_GLYPH = N_DIGITS = SPLITS["test"][1]
@@ -217,6 +218,27 @@ def _text_only(sampler: Sampler) -> Scenes:
     answer = FIRST_DIGIT + (a + b) % 10  # one token, like every answer
     no_words = np.zeros((sampler.n, 0), np.int64)
     return Scenes("text_only", question, answer, a, words=no_words)
+
+
+@cache
+def facts() -> np.ndarray:
+    """Digits (marks * keys,) of the facts that `memory` asks for: one table for ever, and without rhyme or reason."""
+    return np.random.default_rng(0).integers(10, size=len(MARKS) * N_KEYS)
+
+
+def _memory(sampler: Sampler) -> Scenes:
+    """Facts that a model was taught by heart: three words, and a digit that nothing in the prompt says."""
+    known = np.arange(len(facts()))
+    # training must teach every fact; what is chosen by some facts is reported of the others
+    if sampler.split != "train":
+        half = ("validation", "test").index(sampler.split)
+        known = np.random.default_rng(1).permutation(known)[half::2]
+    fact = sampler.rng.choice(known, (sampler.n, sampler.questions))
+    mark, key = np.divmod(fact, N_KEYS)
+    question = _ask("sum", FIRST_MARK + mark, *_key_words(key))
+    no_words = np.zeros((sampler.n, 0), np.int64)
+    answer = FIRST_DIGIT + facts()[fact]
+    return Scenes("memory", question, answer, fact, words=no_words)
 
 
 def _text(sampler: Sampler, cells: int = 16) -> Scenes:
@@ -409,6 +431,7 @@ DOMAINS = {
     "majority": _majority,
     "count": _count,
     "text_only": _text_only,
+    "memory": _memory,
 }
 
 
@@ -426,7 +449,7 @@ def draw(
     Parameters
     ----------
     domain : str
-        "image", "document", "video", "text", "majority", "count" or "text_only".
+        "image", "document", "video", "text", "majority", "count", "text_only" or "memory" (which one model was taught).
     rng : np.random.Generator
         Source of all randomness.
     n : int
@@ -474,7 +497,7 @@ def cell_box(row: int, column: int) -> tuple[int, int, int, int]:
 
 def _evidence(domain: str, where: np.ndarray, words: np.ndarray | None, kind: str) -> list:
     """Evidence of one question from a mask over words (L,) or cells (P, R, C)."""
-    if domain == "text_only":
+    if domain in WITHOUT_CONTEXT:
         return []
     if domain == "text":
         return [Span(decode(words[where]))]
@@ -491,7 +514,7 @@ def _evidence(domain: str, where: np.ndarray, words: np.ndarray | None, kind: st
 
 def _context(scenes: Scenes, scene: int) -> list[dict]:
     """The parts of a message in front of the question."""
-    if scenes.domain == "text_only":
+    if scenes.domain in WITHOUT_CONTEXT:
         return []
     if scenes.domain == "text":
         return [{"type": "text", "text": decode(scenes.words[scene]) + "\n"}]
@@ -505,10 +528,10 @@ def _item(scenes: Scenes, scene: int, i: int, where: np.ndarray) -> str | None:
     """What the answer of question i is read from and other samples may share, None where they do not.
 
     Handwritten digits are few (199 in the test split) and come back in many pictures, and a model that misreads one
-    does so again and again. Records of a text (480 of key and digit) and sums (100) come back as well. Of majority and
-    count it is the picture as a whole, which comes once.
+    does so again and again. Records of a text (480 of key and digit), sums (100) and facts (288 a split) come back as
+    well. Of majority and count it is the picture as a whole, which comes once.
     """
-    if scenes.domain == "text_only":
+    if scenes.domain in WITHOUT_CONTEXT:
         return decode(scenes.question[scene, i])
     if scenes.domain == "text":
         return decode(scenes.words[scene][where])
@@ -585,7 +608,7 @@ def samples(
     Parameters
     ----------
     domain : str
-        "image", "document", "video", "text", "majority", "count" or "text_only".
+        "image", "document", "video", "text", "majority", "count", "text_only" or "memory" (which one model was taught).
     split : str
         "train", "validation" or "test"; digits of one split never appear in another.
     n : int
@@ -677,3 +700,31 @@ def _with_other_digits(scenes: Scenes, rng: np.random.Generator, split: str) -> 
     needle = cells["needle"] == scenes.asked[:, 0, None, None, None]
     cells["glyph"] = np.where(needle, glyph[:, None, None, None], cells["glyph"])
     return replace(scenes, answer=answer, cells=cells)
+
+
+def with_other_word(sample: Sample, place: int, rng: np.random.Generator) -> Sample:
+    """The same context, asked with one word of the key (a style, a colour, a heading) changed into another of its kind.
+
+    Parameters
+    ----------
+    sample : Sample
+        As `samples` gives it, of a domain with a needle.
+    place : int
+        Of the word in the question; -1 is the last, the colour.
+    rng : np.random.Generator
+
+    Returns
+    -------
+    Sample
+        With the evidence and answer of the original, which the changed question does not ask for.
+    """
+    words = sample.question.split()
+    kind = next(kind for kind in (STYLES, list(COLOURS), MARKS) if words[place] in kind)
+    words[place] = str(rng.choice([word for word in kind if word != words[place]]))
+    question = " ".join(words)
+    [message] = sample.messages
+    content = [*message["content"][:-1], {"type": "text", "text": question}]
+    messages = [message | {"content": content}]
+    return replace(
+        sample, id=f"{sample.id}-word{place}", messages=messages, question=question
+    )
