@@ -15,6 +15,7 @@ ablation      Ablation, ablate(), curve()
 patching      what heads do: their outputs put into a counterfactual
 gates         factors on heads, their gradients, and the heads that training would close
 controls      the other head scores that RAM is compared with
+circuits      what heads write when they look at the evidence: direct logits, readouts
 retrieval     heads as retrievers: pages ranked by the attention that heads pay to them
 sinks         visual tokens that every row looks at, and RAM without them
 hybrid        HybridAttention: full heads, streaming heads, the split KV cache
