@@ -385,6 +385,11 @@ def hooks_in_force(mllm: MLLM) -> list[Hook]:
     return [hook for module in mllm.attentions for hook in active(module).hooks]
 
 
+def needs_own_rows(mllm: MLLM) -> bool:
+    """Whether a hook in force needs every sequence in a batch row of its own."""
+    return any(hook.needs_own_row for hook in hooks_in_force(mllm))
+
+
 def row_weights(
     call: Call, rows: torch.Tensor, hooks: Sequence[Hook] = ()
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -15,7 +15,7 @@ import torch
 import xarray as xr
 from tqdm.auto import tqdm
 
-from .attention import Call, Hook, hooks
+from .attention import Call, Hook, hooks, needs_own_rows
 from .batching import Feed, Packed, batches, pack, run_one
 from .gates import GatedBatch
 from .models import MLLM
@@ -335,7 +335,7 @@ def observe(
     found: dict[str, np.ndarray] = {}
     with tqdm(desc="observing", unit="sample", disable=not progress) as bar:
         for batch in batches(mllm, samples, batch_size, need_answer=True):
-            packed = pack(mllm, batch)
+            packed = pack(mllm, batch, alone=needs_own_rows(mllm))
             probe = _Probe(mllm, packed, measure)
             with hooks(mllm, {layer: [probe] for layer in range(mllm.n_layers)}):
                 Feed(mllm, packed).run()

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .attention import hooks_in_force
+from .attention import hooks_in_force, needs_own_rows
 from .batching import (
     Block,
     Condition,
@@ -189,7 +189,7 @@ def _answers(
     """Answers of a batch of contexts under every condition, a row each; with new_tokens also written freely."""
     rows = []
     # what is edited outside, by `ablate`, counts as well
-    alone_outside = any(hook.needs_own_row for hook in hooks_in_force(mllm))
+    alone_outside = needs_own_rows(mllm)
     feeds: dict[tuple[bool, bool], _Answering] = {}
     for group in _groups(conditions):
         own_row = [c for c in group.values() if c is not None and c.needs_own_row]

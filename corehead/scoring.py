@@ -21,7 +21,7 @@ import pandas as pd
 import torch
 import xarray as xr
 
-from .attention import Call, Hook, hooks, hooks_in_force
+from .attention import Call, Hook, hooks, hooks_in_force, needs_own_rows
 from .batching import (
     Context,
     Feed,
@@ -343,7 +343,7 @@ def group_mass(
     """
     for batch in batches(mllm, samples, batch_size):
         # a batch row for each question: groups may differ between questions on one context
-        packed = pack(mllm, batch, apart=True)
+        packed = pack(mllm, batch, alone=needs_own_rows(mllm), apart=True)
         blocks = [(c, block, packed.slots[c, k].row, k) for c, k, block in packed.blocks()]
         labels = [torch.from_numpy(groups_of(block.tagged)) for _, block, _, _ in blocks]
         n_groups = int(max(label.max() for label in labels)) + 1
@@ -433,7 +433,7 @@ def _scored(
 ) -> list[dict]:
     """Run a batch of contexts: a table row a sample."""
     # inside ablate(mode="resample"): a donor is drawn for the sample of each batch row
-    alone = any(hook.needs_own_row for hook in hooks_in_force(mllm))
+    alone = needs_own_rows(mllm)
     packed = pack(mllm, batch, alone=alone)
     found = _read(mllm, packed)
     rows = []

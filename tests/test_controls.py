@@ -8,6 +8,7 @@ from test_scoring import EVERY, samples_for
 
 import corehead as ch
 from corehead import controls
+from corehead.ablation import Reference
 
 OPTIONS = dict(progress=False)
 
@@ -201,3 +202,16 @@ def test_token_patterns_are_sums_over_full_matrices(family):
         np.testing.assert_allclose(one.previous, previous / tagged.last, atol=1e-5)
         assert repeated
         np.testing.assert_allclose(one.duplicate, duplicate / repeated, atol=1e-5)
+
+
+def test_measured_inside_an_ablation_that_cannot_share_a_row():
+    """Questions on one context, measured together, are each measured as if it were alone."""
+    mllm = tiny("qwen3_vl")
+    samples = samples_for(mllm)
+    every = ch.HeadSet(np.ones(mllm.shape, bool))
+    reference = Reference(mllm, samples[:2])
+    with ch.ablate(mllm, every, "resample", reference=reference):
+        together = controls.output_norm(mllm, samples, **OPTIONS)
+        alone = [controls.output_norm(mllm, [sample], **OPTIONS)[0] for sample in samples]
+    for one in alone:
+        np.testing.assert_allclose(together.sel(sample=one.sample), one, atol=2e-5)
