@@ -103,6 +103,9 @@ class Reference:
         layers = list(layers)
         missing = [layer for layer in layers if (layer, phase) not in self._outputs]
         if missing:  # the batches of one run ask for the same layers again
+            # a row a sample is little to keep, and single heads of all layers are asked for one after the other
+            if phase == "last":
+                missing = list(range(self.mllm.n_layers))
             samples = list(self._run(missing, phase))
             for layer in missing:
                 self._outputs[layer, phase] = [outputs[layer] for outputs in samples]
