@@ -471,7 +471,8 @@ def test_training_goes_on_from_a_trained_model(tmp_path):
     card = json.loads((tmp_path / "b" / "training.json").read_text())
     assert card["steps"] == 3 and card["recipe"]["base"] == str(tmp_path / "a")
     with pytest.raises(
-        ValueError, match="curriculum='longer': take one of 'short', 'tiled', 'long'"
+        ValueError,
+        match="curriculum='longer': take one of 'short', 'tiled', 'memory', 'long'",
     ):
         Recipe(curriculum="longer")
 
@@ -618,9 +619,17 @@ def test_the_survey_that_ships_is_whole():
         pd.read_csv(folder / "patched.csv"),
     )
     assert set(use.model) == set(patched.model) == {path.name for path in SHIPPED}
-    assert {(path.parent.name, 0) for path in FOLDER.parent.glob("*/training.json")} - {
-        ("smollm2", 0)
-    } <= runs[0]
+    # these know other tasks
+    others = {("smollm2", 0), ("qwen3vl-s-memory", 0)}
+    trained = {(path.parent.name, 0) for path in FOLDER.parent.glob("*/training.json")}
+    assert trained - others <= runs[0]
+
+
+def test_the_model_that_was_taught_facts_knows_them_and_still_looks_up():
+    mllm = ch.load(FOLDER.with_name("qwen3vl-s-memory"))
+    for domain in ("memory", "image", "text"):
+        asked = samples(domain, n=60)
+        assert ch.evaluate(mllm, asked, progress=False).correct.mean() >= 0.9, domain
 
 
 SHIPPED = [folder for _, step, folder, _ in survey.runs(FOLDER.parent) if not step]

@@ -156,7 +156,8 @@ def runs(root: Path) -> Iterator[tuple[str, int, Path, dict]]:
     """(model, step, folder, card) of every trained model that is there, step 0 for its end, and of its snapshots."""
     for path in sorted(root.glob("*/training.json")):
         card, folder = json.loads(path.read_text()), path.parent
-        if "layouts" not in card:  # the grafted model knows other tasks
+        # the grafted model knows other tasks, and what one was taught by heart is a matter of its own
+        if "layouts" not in card or card["recipe"]["curriculum"] == "memory":
             continue
         if list(
             folder.glob("*.safetensors")
