@@ -14,7 +14,7 @@ import xarray as xr
 
 from .controls import Seen, observe
 from .models import MLLM
-from .samples import Sample
+from .samples import Sample, SampleError
 
 
 def written(mllm: MLLM, samples: Iterable[Sample], **options) -> xr.DataArray:
@@ -36,9 +36,9 @@ def written(mllm: MLLM, samples: Iterable[Sample], **options) -> xr.DataArray:
     Raises
     ------
     ValueError
-        There are no samples, or one without evidence.
+        There are no samples.
     SampleError
-        A sample cannot be tagged, or has no answer.
+        A sample cannot be tagged, or has no answer or no evidence.
     """
     return observe(
         mllm, _with_evidence(samples), _from_evidence, dims=("hidden",), **options
@@ -130,7 +130,9 @@ def _with_evidence(samples: Iterable[Sample]) -> list[Sample]:
     samples = list(samples)
     for sample in samples:
         if not sample.evidence:
-            raise ValueError(f"sample {sample.id!r} has no evidence: leave it out")
+            raise SampleError(
+                sample.id, "evidence", "is missing", "Say where the answer stands"
+            )
     return samples
 
 

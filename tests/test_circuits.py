@@ -8,7 +8,7 @@ from conftest import ask, tiny
 from test_controls import OPTIONS, seen
 from test_scoring import EVERY, samples_for
 
-from corehead import circuits
+from corehead import SampleError, circuits
 
 
 @torch.no_grad()
@@ -53,7 +53,7 @@ def test_equal_to_brute_force(family):
 
 
 def test_a_sample_without_evidence_is_named(mllm):
-    with pytest.raises(ValueError, match="'bare' has no evidence"):
+    with pytest.raises(SampleError, match="'bare', evidence: is missing"):
         circuits.written(mllm, [ask(id="bare")], **OPTIONS)
 
 
