@@ -297,6 +297,10 @@ class Hook:
     needs_own_row = False
     rows: np.ndarray | None = None
 
+    def everywhere(self, mllm: MLLM) -> dict[int, list[Hook]]:
+        """This hook in every layer."""
+        return {layer: [self] for layer in range(mllm.n_layers)}
+
     def attend(self, call: Call) -> torch.Tensor | None:
         """The output (B, R, H, D) in another way than by SDPA; None leaves it to SDPA."""
         return None

@@ -172,7 +172,7 @@ def token_patterns(
         tagged = mllm.tag(sample)
         reader = _PatternReader(tagged)
         with torch.inference_mode():
-            run_one(mllm, tagged, {layer: [reader] for layer in range(mllm.n_layers)})
+            run_one(mllm, tagged, reader.everywhere(mllm))
         sums = torch.stack([reader.sums[layer] for layer in range(mllm.n_layers)]).numpy()
         previous[sample.id] = sums[:, 0] / max(1, tagged.last)
         duplicate[sample.id] = sums[:, 1] / max(1, reader.repeated)
@@ -337,7 +337,7 @@ def observe(
         for batch in batches(mllm, samples, batch_size, need_answer=True):
             packed = pack(mllm, batch, alone=needs_own_rows(mllm))
             probe = _Probe(mllm, packed, measure)
-            with hooks(mllm, {layer: [probe] for layer in range(mllm.n_layers)}):
+            with hooks(mllm, probe.everywhere(mllm)):
                 Feed(mllm, packed).run()
             means = probe.means()
             found |= means

@@ -389,10 +389,6 @@ class MassReader(Hook):
         self.sums: dict[int, list[torch.Tensor]] = {}
         self.entropy: dict[int, list[torch.Tensor]] = {}
 
-    def everywhere(self, mllm: MLLM) -> dict[int, list[Hook]]:
-        """This hook in every layer."""
-        return {layer: [self] for layer in range(mllm.n_layers)}
-
     def read(self, call: Call, rows: torch.Tensor, weights: torch.Tensor) -> None:
         # a prefix that has none of the rows may have fewer batch rows than the chunk behind it
         if not len(rows):

@@ -56,7 +56,7 @@ def drawn_attention(mllm: MLLM, tagged: TaggedSample) -> np.ndarray:
     length = tagged.last + 1
     # the answer's rows are left out, as nobody knows them when the question is asked
     reader = DrawnReader(length, len(tagged.ids))
-    run_one(mllm, tagged, {layer: [reader] for layer in range(mllm.n_layers)})
+    run_one(mllm, tagged, reader.everywhere(mllm))
     drawn = torch.stack(list(reader.drawn.values())).mean((0, 1)).double().numpy()
     drawn = drawn[:length]
     even = 1 / np.arange(1, length + 1)

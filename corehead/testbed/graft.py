@@ -43,6 +43,7 @@ from .scenes import (
     SPLITS,
     STYLES,
     cell_box,
+    check_split,
     digits,
     render,
 )
@@ -161,8 +162,7 @@ def samples(
     ValueError
         An unknown task or split; more facts than there are; sizes that do not fit.
     """
-    if split not in SPLITS:
-        raise ValueError(f"split={split!r}: take one of {sorted(SPLITS)}")
+    check_split(split)
     if task not in TASKS:
         raise ValueError(f"task={task!r}: take one of {', '.join(map(repr, TASKS))}")
     rng = np.random.default_rng([seed, *f"{task}-{split}".encode()])

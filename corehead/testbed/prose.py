@@ -16,7 +16,7 @@ import numpy as np
 import yaml
 
 from ..samples import Sample, Span
-from .scenes import SPLITS
+from .scenes import SPLITS, check_split, with_foils
 
 WORDS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
 TASKS = ("traits", "codes")
@@ -102,9 +102,7 @@ def counterfactuals(
     ValueError
         As in `samples`.
     """
-    layout = {"questions": 1, "sentences": 8, "depth": None} | layout
-    pairs = _pairs(task, split, n, seed, **layout)
-    return [(replace(a, foil=b.answer), replace(b, foil=a.answer)) for a, b in pairs]
+    return with_foils(_pairs(task, split, n, seed, **layout))
 
 
 def _pairs(
@@ -112,9 +110,9 @@ def _pairs(
     split: str,
     n: int,
     seed: int,
-    questions: int,
-    sentences: int,
-    depth: float | None,
+    questions: int = 1,
+    sentences: int = 8,
+    depth: float | None = None,
 ) -> list[tuple[Sample, Sample]]:
     """Samples, and the same ones with another value told."""
     _check(task, split, n, questions, sentences, depth)
@@ -176,8 +174,7 @@ def _sample(
 def _check(task, split, n, questions, sentences, depth) -> None:
     if task not in TASKS:
         raise ValueError(f"task={task!r}: take one of {', '.join(map(repr, TASKS))}")
-    if split not in SPLITS:
-        raise ValueError(f"split={split!r}: take one of {sorted(SPLITS)}")
+    check_split(split)
     most = 2 * len(WORDS[task]) if task == "traits" else len(people(split))
     if not RECALLED < sentences <= most:
         raise ValueError(f"sentences={sentences}: take {RECALLED + 1} to {most}")

@@ -8,6 +8,7 @@ exactly one visual token. The digits are split into train / validation / test by
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -579,9 +580,18 @@ def to_samples(scenes: Scenes, prefix: str, evidence: str = "page") -> list[Samp
     return samples
 
 
-def _check(split: str, evidence: str) -> None:
+def check_split(split: str) -> None:
     if split not in SPLITS:
         raise ValueError(f"split={split!r}: take one of {sorted(SPLITS)}")
+
+
+def with_foils(pairs: Iterable[tuple[Sample, Sample]]) -> list[tuple[Sample, Sample]]:
+    """Counterfactual pairs, each with the other's answer as its foil."""
+    return [(replace(a, foil=b.answer), replace(b, foil=a.answer)) for a, b in pairs]
+
+
+def _check(split: str, evidence: str) -> None:
+    check_split(split)
     if evidence not in ("page", "cell"):
         raise ValueError(f"evidence={evidence!r}: take 'page' or 'cell'")
 
@@ -679,7 +689,7 @@ def counterfactuals(
     pairs = zip(
         to_samples(scenes, name, evidence), to_samples(other, f"{name}-foil", evidence)
     )
-    return [(replace(a, foil=b.answer), replace(b, foil=a.answer)) for a, b in pairs]
+    return with_foils(pairs)
 
 
 def _with_other_digits(scenes: Scenes, rng: np.random.Generator, split: str) -> Scenes:
