@@ -351,7 +351,7 @@ def rejects(p_values) -> float:
 
 @every_share
 def test_paired_tests_keep_their_size(shares):
-    a, b, groups = crossed_pair(np.random.default_rng(4), shares, 2000, 0.7)
+    a, b, groups = crossed_pair(np.random.default_rng(4), shares, 1000, 0.7)
     a, b = a < norm.ppf(0.85), b < norm.ppf(0.85)
     found = [paired(x, y, groups) for x, y in zip(a.T, b.T)]
     assert 0.03 <= rejects([pair.p for pair in found]) <= 0.07
@@ -510,8 +510,8 @@ def test_the_unit_of_a_contrast_is_the_group():
 @every_share
 def test_contrasts_keep_their_size_cover_and_have_power(shares):
     rng = np.random.default_rng(0)
-    x, groups = crossed(rng, *shares, 2000)
-    y, others = crossed(rng, 0, 0.8, 2000, contexts=25, items=40)
+    x, groups = crossed(rng, *shares, 1000)
+    y, others = crossed(rng, 0, 0.8, 1000, contexts=25, items=40)
     y = 2 * y
     found = [contrast(v, w, groups, others) for v, w in zip(x.T, y.T)]
     assert 0.03 <= rejects([f.p for f in found]) <= 0.07
@@ -799,10 +799,10 @@ def simulated_damage(
     ids=str,
 )
 def test_intervals_of_damage_cover(shares, before, after):
-    answers = simulated_damage(np.random.default_rng(5), shares, 2000, before, after)
+    answers = simulated_damage(np.random.default_rng(5), shares, 800, before, after)
     found = normalised_damage(answers, ["condition", "seed"], chance=0.1)
     truth = (before - after) / (before - 0.1)
-    assert len(found) == 2000 and found.damage.mean() == pytest.approx(truth, abs=0.005)
+    assert len(found) == 800 and found.damage.mean() == pytest.approx(truth, abs=0.005)
     assert 0.93 <= covered((found.damage_low, found.damage_high), truth) <= 0.97
 
 

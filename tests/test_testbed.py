@@ -472,7 +472,7 @@ def test_training_goes_on_from_a_trained_model(tmp_path):
     assert card["steps"] == 3 and card["recipe"]["base"] == str(tmp_path / "a")
     with pytest.raises(
         ValueError,
-        match="curriculum='longer': take one of 'short', 'tiled', 'memory', 'long'",
+        match="curriculum='longer': take one of 'short', 'mixed', 'tiled', 'memory', 'long'",
     ):
         Recipe(curriculum="longer")
 
@@ -488,16 +488,20 @@ def test_a_stage_ends_at_its_own_cap(tmp_path):
         Recipe(stage_steps={"image": 2})
 
 
+# the grafted model has tests of its own, and other seeds train as the first does
 RECIPES = sorted(
-    p for p in FOLDER.parent.glob("*.yaml") if p.stem != "smollm2"
-)  # it has tests of its own
+    p for p in FOLDER.parent.glob("*.yaml") if "seed" not in p.stem and p.stem != "smollm2"
+)
 
 
-@pytest.mark.slow("ten models are built and trained, one of 40 million parameters")
+@pytest.mark.slow("eight models are built and trained by the steps that a real run takes")
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
 def test_every_recipe_trains(recipe, tmp_path):
     """A few steps of each, M and L among them: the probe, the decoder, snapshots, and a folder that loads."""
     given = yaml.safe_load(recipe.read_text())
+    # as wide as they are, with fewer layers, unless they go on from others
+    if "base" not in given:
+        given["layers"] = 3
     if "base" in given and not [
         *(FOLDER.parent.parent.parent / given["base"]).glob("*.safetensors")
     ]:
@@ -505,7 +509,8 @@ def test_every_recipe_trains(recipe, tmp_path):
     short = dict(probe_steps=2, stage_steps=1, final_steps=0, snapshot_steps=3)
     (tmp_path / "a.yaml").write_text(yaml.safe_dump(given | short))
     main([str(tmp_path / "a.yaml")])
-    if "base" not in given:  # five steps, a stage each
+    stages = CURRICULA[given.get("curriculum", "short")]["stages"]
+    if "base" not in given and len(stages) >= 3:  # a step each
         assert [path.name for path in (tmp_path / "a/snapshots").iterdir()] == ["00003"]
     mllm = ch.load(tmp_path / "a")
     assert mllm.family.name == given["family"] and mllm.n_layers == given.get("layers", 12)
@@ -553,11 +558,11 @@ def test_a_recipe_with_a_mistake_is_refused(tmp_path, capsys):
     assert "unknown familly" in capsys.readouterr().err
 
 
-@pytest.mark.slow("three surveys with 24 conditions each")
+@pytest.mark.slow("two surveys with 24 conditions each")
 def test_the_survey_replaces_a_model_s_rows_and_keeps_the_others(tmp_path, shipped):
     (tmp_path / "testbed").mkdir()
     (tmp_path / "testbed/one").symlink_to(FOLDER)
-    command = ["--testbeds", str(tmp_path / "testbed"), "--out", str(tmp_path), "--n", "12"]
+    command = ["--testbeds", str(tmp_path / "testbed"), "--out", str(tmp_path), "--n", "6"]
     survey.main(command)
     models, first = (
         pd.read_csv(tmp_path / f"{kind}.csv") for kind in ("models", "answers")
@@ -578,21 +583,20 @@ def test_the_survey_replaces_a_model_s_rows_and_keeps_the_others(tmp_path, shipp
         "random",
         "layer",
     }
-    asked = samples("image", "validation", 12, 0, questions=6, cells=25)
+    asked = samples("image", "validation", 6, 0, questions=6, cells=25)
     ram = ch.score(shipped, asked, progress=False).mean("ram").values
     mine = heads[heads.domain == "image"]
     np.testing.assert_allclose(ram[mine.layer, mine["head"]], mine.ram, atol=6e-5)
 
     gone = first.assign(model="gone")  # a model that is not there any more
-    gone.to_csv(tmp_path / "answers.csv", index=False)
-    heads.assign(model="gone").to_parquet(tmp_path / "heads.parquet", index=False)
+    pd.concat([gone, first]).to_csv(tmp_path / "answers.csv", index=False)
+    two = pd.concat([heads.assign(model="gone"), heads])
+    two.to_parquet(tmp_path / "heads.parquet", index=False)
     survey.main(command)
     both = pd.read_csv(tmp_path / "answers.csv")
     assert list(dict.fromkeys(both.model)) == ["gone", "one"] and len(both) == 2 * len(gone)
     again = both[both.model == "one"].reset_index(drop=True)
     pd.testing.assert_frame_equal(again, first)
-    survey.main(command)
-    assert len(pd.read_csv(tmp_path / "answers.csv")) == 2 * len(gone)
     assert len(pd.read_parquet(tmp_path / "heads.parquet")) == 2 * len(heads)
 
 
@@ -635,7 +639,7 @@ def test_the_model_that_was_taught_facts_knows_them_and_still_looks_up():
 SHIPPED = [folder for _, step, folder, _ in survey.runs(FOLDER.parent) if not step]
 
 
-@pytest.mark.slow("96 questions in four domains, in one model on a thousand visual tokens")
+@pytest.mark.slow("48 questions in four domains, in one model on a thousand visual tokens")
 @pytest.mark.parametrize("folder", SHIPPED, ids=lambda p: p.name)
 def test_every_model_that_ships_can_read(folder):
     """On validation digits, at the hardest layouts that it came to; sizes as promised."""
@@ -646,7 +650,7 @@ def test_every_model_that_ships_can_read(folder):
             file.stat().st_size <= 6 * 2**20 for file in folder.glob("*.safetensors")
         ] == [True]
     for domain in survey.RETRIEVAL:
-        asked = samples(domain, "validation", 96, questions=6, **card["layouts"][domain])
+        asked = samples(domain, "validation", 48, questions=6, **card["layouts"][domain])
         assert ch.evaluate(mllm, asked, progress=False).correct.mean() >= 0.8, domain
 
 

@@ -67,7 +67,7 @@ class Recipe:
     family : str
         "qwen3_vl", "internvl" or "llava_onevision".
     curriculum : str
-        "short", "tiled" or "long".
+        One of curricula.yaml.
     base : str
         Folder of a trained model, which then learns the curriculum's last stage alone.
     layers, heads, kv_heads, hidden, intermediate, head_dim : int
