@@ -164,9 +164,10 @@ def design_effect(values, groups) -> np.ndarray:
     """
     variance = clustered_mean(values, groups).variance
     values = np.asarray(values, float)
-    independent = values.var(0, ddof=1) / len(values)
-    equal = (values == values[0]).all(0)
-    return np.where(equal, np.nan, variance / np.where(equal, 1, independent))[()]
+    # seen from the first sample: equal values then have exactly no variance
+    independent = (values - values[0]).var(0, ddof=1) / len(values)
+    with np.errstate(invalid="ignore"):
+        return variance / independent
 
 
 # --- resampling
@@ -318,11 +319,10 @@ def mean_interval(values, groups=None) -> tuple[np.ndarray, np.ndarray]:
         half = quantile * np.sqrt(found.variance)
         return found.mean - half, found.mean + half
     n = len(values)
-    # groups that balance out exactly have no variance between them
-    with np.errstate(divide="ignore"):
-        effective = (
-            n / design_effect(values, groups) * (t.ppf(0.975, n - 1) / quantile) ** 2
-        )
+    # 0 / 0 where all answers are equal; groups that balance out exactly have no variance between them
+    with np.errstate(invalid="ignore", divide="ignore"):
+        effective = values.var(0, ddof=1) / found.variance
+    effective *= (t.ppf(0.975, n - 1) / quantile) ** 2
     effective = np.where(np.isnan(effective), found.fewest, np.minimum(effective, n))
     return proportion_interval(found.mean, effective)
 
