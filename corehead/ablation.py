@@ -130,7 +130,7 @@ class _Recorder(Hook):
 
     def output(self, call: Call, out: torch.Tensor) -> torch.Tensor:
         rows = call.in_phase(self.phase)[0].nonzero()[:, 0]
-        if not call.first:
+        if not call.first:  # a sample's first chunk
             self.chunks.append([])
         self.chunks[-1].append(Outputs((call.first + rows).cpu(), out[0, rows]))
         return out
@@ -248,10 +248,9 @@ class Ablation(Condition):
         masks = np.repeat(np.stack([a.heads.mask for a in ablations]), rows, 0)
         # layers without an edited head need no hook
         layers = np.flatnonzero(masks.any((0, 2))).tolist()
+        # a worker gets the reference without its model
         if self.reference is not None and self.reference.mllm is None:
-            self.reference.mllm = (
-                mllm  # on a worker, which got the reference without its model
-            )
+            self.reference.mllm = mllm
         if self.needs_own_row:
             self.reference.outputs(layers, self.phase)  # of all layers in one run
         return {
@@ -285,9 +284,7 @@ class _HeadHook(Hook):
         self.phase = phase
 
     def where(self, call: Call) -> torch.Tensor:
-        """(B or 1, R or 1, H) bool: which rows of which heads."""
-        if self.phase == "both":
-            return self.heads[:, None]
+        """(B or 1, R, H) bool: which rows of which heads."""
         return self.heads[:, None] & call.in_phase(self.phase)[..., None]
 
 
@@ -306,7 +303,7 @@ class Replacement(_HeadHook):
         self.needs_own_row = needs_own_row
 
     def output(self, call: Call, out: torch.Tensor) -> torch.Tensor:
-        where = self.where(call)[..., None]  # (B or 1, R or 1, H, 1)
+        where = self.where(call)[..., None]  # (B or 1, R, H, 1)
         if self.values is None:
             return out.masked_fill(where, 0)
         return torch.where(where, self.values(call).to(out.dtype), out)
@@ -325,10 +322,8 @@ class Knockout(_HeadHook):
         return _looking_rows(call)
 
     def mask(self, call: Call, rows: torch.Tensor) -> torch.Tensor:
-        where = self.where(call)
-        where = where if where.shape[1] == 1 else where[:, rows]
-        # (B, 1, R, N) edges to V*, of (B or 1, H, R or 1, 1) heads and rows
-        return call.evidence_of(rows)[:, None] & where.transpose(1, 2)[..., None]
+        where = self.where(call)[:, rows].transpose(1, 2)  # (B or 1, H, R)
+        return call.evidence_of(rows)[:, None] & where[..., None]
 
 
 class ZeroedEdges(_HeadHook):
@@ -339,7 +334,7 @@ class ZeroedEdges(_HeadHook):
         if not len(rows):
             return out
         value = call.head_values  # (B, H, N, D)
-        where = self.where(call).expand(-1, call.rows, -1)
+        where = self.where(call)
         out = out.clone()
         for part, weights in row_weights(call, torch.from_numpy(rows).to(call.device)):
             weights = weights * call.evidence_of(part)[:, None]  # (B, H, r, N)

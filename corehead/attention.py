@@ -239,6 +239,8 @@ class Call:
 
     def in_phase(self, phase: str) -> torch.Tensor:
         """(B or 1, R) bool. Without roles, a single row behind a cache is decoding and all else is prefill."""
+        if phase == "both":  # padding as well, which nobody reads
+            return torch.ones(1, self.rows, dtype=torch.bool, device=self.device)
         if self.roles is None and phase in ("prefill", "decode"):
             # good enough for generate(), which feeds the prompt and then one token at a time
             decoding = self.rows == 1 and self.n > 1

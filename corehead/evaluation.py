@@ -138,8 +138,8 @@ def _answer_rows(finished: Finished, key: str, new_tokens: int) -> Iterator[dict
     """Rows of the result of one condition, in the order of the samples."""
     for sample in finished.samples.values():
         row = finished.rows[sample.id, key]
-        values = {name: row[name] for name in ("prediction", *METRICS)}
-        values |= {name: row[name] for name in ("contrast", "flipped") if name in row}
+        columns = ("prediction", *METRICS, "contrast", "flipped")
+        values = {name: row[name] for name in columns if name in row}
         if new_tokens:
             values["written"] = row["written"]
             if sample.metric is not None:
@@ -190,13 +190,14 @@ def _answers(
         groups[condition.group].append(condition)
     rows = []
     feeds: dict[tuple[bool, bool], _Answering] = {}
-    for lead, *others in groups.values():
+    for group in groups.values():
+        lead = group[0]
         # a row of its own can still stand behind a shared prefix, where the prefix is what it would be anyway
         alone = lead.needs_own_row and not lead.leaves_context_intact
         layout = alone, lead.needs_own_row
         if layout not in feeds:
             feeds[layout] = _Answering(mllm, batch, *layout, new_tokens)
-        rows += feeds[layout].rows([lead, *others])
+        rows += feeds[layout].rows(group)
     return rows
 
 

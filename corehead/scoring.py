@@ -330,7 +330,7 @@ def group_mass(
     mass : (L, H, G) float32 array
         In [0, 1]; G is at least the number of the sample's groups, and groups that it lacks have no mass.
     """
-    for batch in batches(mllm, samples, batch_size):
+    for batch in batches(mllm, samples, batch_size, need_answer=query == "answer"):
         # a batch row for each question: groups may differ between questions on one context
         packed = pack(mllm, batch, apart=True)
         labels = {(c, k): groups_of(block.tagged) for c, k, block in packed.blocks()}
