@@ -15,8 +15,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from .attention import PHASES, Call, Hook, TokenRoles, hooks, row_weights
-from .batching import run_one
+from .attention import LAST, PHASES, Call, Hook, TokenRoles, hooks, row_weights
+from .batching import Condition, run_one
 from .models import MLLM, device_of
 from .ranking import HeadRanking, HeadSet, random_heads
 from .runs import digest
@@ -24,7 +24,13 @@ from .samples import Sample
 from .tagging import TaggedSample
 
 MODES = ("zero", "mean", "resample", "patch", "knockout", "zero_edges")
-Keep = Callable[[torch.Tensor], torch.Tensor]  # of outputs (n, H, D)
+
+
+class Outputs(NamedTuple):
+    """What heads put out on one sample: which tokens (n,) int64, and the outputs (n, H, D) there."""
+
+    tokens: torch.Tensor
+    values: torch.Tensor
 
 
 class Reference:
@@ -65,8 +71,7 @@ class Reference:
                 f"donor {min(unknown)!r} is not one of the samples: give it as well"
             )
         # by layer and phase, computed when asked for
-        self._outputs: dict[tuple[int, str], list[torch.Tensor]] = {}
-        self._rows: dict[str, list[torch.Tensor]] = {}
+        self._outputs: dict[tuple[int, str], list[Outputs]] = {}
 
     def __getstate__(self) -> dict:
         """Without the model: whoever takes the reference elsewhere gives it the model that is there."""
@@ -76,75 +81,73 @@ class Reference:
     def key(self) -> str:
         return digest([[t.ids, t.sample] for t in self.tagged] + [self.donor_of])
 
-    @torch.inference_mode()
-    def _run(
-        self, layers: Iterable[int], phase: str, keep: Keep = torch.clone
-    ) -> Iterator[dict[int, torch.Tensor]]:
-        """For each sample, what is kept of the outputs (n, H, D) of its rows in a phase, by layer."""
-        # one by one: without padding, whose outputs mean nothing
+    def _run(self, recorders: Mapping[int, Hook]) -> None:
+        """All samples under recorders by layer, one by one: without padding, whose outputs mean nothing."""
+        by_layer = {layer: [recorder] for layer, recorder in recorders.items()}
         for t in self.tagged:
-            recorders = {layer: _Recorder(phase, keep) for layer in layers}
-            by_layer = {layer: [recorder] for layer, recorder in recorders.items()}
             run_one(self.mllm, t, by_layer)
-            yield {layer: torch.cat(recorder.kept) for layer, recorder in recorders.items()}
 
     @cached_property
     def means(self) -> torch.Tensor:
         """(L, H, D) float32, mean output of every head over all tokens of all samples."""
         # only sums are kept: outputs of all tokens in all layers might not fit
-        sums = self._run(range(self.mllm.n_layers), "both", _sum_over_tokens)
-        total = sum(
-            torch.stack([part.sum(0) for part in layers.values()]) for layers in sums
-        )
+        sums = {layer: _Sum() for layer in range(self.mllm.n_layers)}
+        self._run(sums)
+        total = torch.stack([recorder.total for recorder in sums.values()])
         return total / sum(len(t.ids) for t in self.tagged)
 
-    def outputs(self, layers: Iterable[int], phase: str) -> dict[int, list[torch.Tensor]]:
-        """For each layer, the outputs (n, H, D) of every sample's rows in a phase, on the layer's device."""
+    def outputs(self, layers: Iterable[int], phase: str) -> dict[int, list[Outputs]]:
+        """For each layer, the outputs of every sample in the rows of a phase, on the layer's device."""
         layers = list(layers)
         missing = [layer for layer in layers if (layer, phase) not in self._outputs]
         if missing:  # the batches of one run ask for the same layers again
             # a row a sample is little to keep, and single heads of all layers are asked for one after the other
             if phase == "last":
                 missing = list(range(self.mllm.n_layers))
-            samples = list(self._run(missing, phase))
-            for layer in missing:
-                self._outputs[layer, phase] = [outputs[layer] for outputs in samples]
+            recorders = {layer: _Recorder(phase) for layer in missing}
+            self._run(recorders)
+            for layer, recorder in recorders.items():
+                self._outputs[layer, phase] = recorder.by_sample(self.names)
         return {layer: self._outputs[layer, phase] for layer in layers}
 
-    def rows(self, phase: str) -> list[torch.Tensor]:
-        """For every sample, which tokens (n,) int64 stand in the rows of `outputs`."""
-        if phase not in self._rows:
-            of_phase = torch.tensor(PHASES[phase], dtype=torch.int8)
-            all_roles = [TokenRoles.of([t]).roles[0] for t in self.tagged]
-            rows = [torch.isin(roles, of_phase).nonzero()[:, 0] for roles in all_roles]
-            for name, kept in zip(self.names, rows):
-                if not len(kept):
-                    raise ValueError(
-                        f"reference {name!r} has no token in phase={phase!r}: give it an answer"
-                    )
-            self._rows[phase] = rows
-        return self._rows[phase]
 
+class _Sum(Hook):
+    """Sums the outputs of one layer over tokens."""
 
-class _Recorder(Hook):
-    """Keeps something of the outputs of one layer in the rows of a phase, of one sample, chunk by chunk."""
-
-    def __init__(self, phase: str, keep: Keep):
-        self.phase = phase
-        self.keep = keep
-        self.kept: list[torch.Tensor] = []
+    total: torch.Tensor | float = 0.0
 
     def output(self, call: Call, out: torch.Tensor) -> torch.Tensor:
-        self.kept.append(self.keep(out[0, call.in_phase(self.phase)[0]]))
+        self.total = self.total + out[0].float().sum(0).cpu()
         return out
 
 
-def _sum_over_tokens(out: torch.Tensor) -> torch.Tensor:
-    return out.float().sum(0, keepdim=True).cpu()
+class _Recorder(Hook):
+    """Keeps the outputs of one layer in the rows of a phase, of one sample after the other."""
+
+    def __init__(self, phase: str):
+        self.phase = phase
+        self.chunks: list[list[Outputs]] = []  # of every sample
+
+    def output(self, call: Call, out: torch.Tensor) -> torch.Tensor:
+        rows = call.in_phase(self.phase)[0].nonzero()[:, 0]
+        if not call.first:  # a sample's first chunk
+            self.chunks.append([])
+        self.chunks[-1].append(Outputs((call.first + rows).cpu(), out[0, rows]))
+        return out
+
+    def by_sample(self, names: list[str]) -> list[Outputs]:
+        """Of every sample, or a ValueError that names the one without rows in the phase."""
+        found = [Outputs(*map(torch.cat, zip(*chunks))) for chunks in self.chunks]
+        for name, (tokens, _) in zip(names, found):
+            if not len(tokens):
+                raise ValueError(
+                    f"reference {name!r} has no token in phase={self.phase!r}: give it an answer"
+                )
+        return found
 
 
 @dataclass(frozen=True)
-class Ablation:
+class Ablation(Condition):
     """What is done to which heads: a condition of `evaluate`.
 
     Parameters
@@ -185,16 +188,14 @@ class Ablation:
             raise ValueError(
                 f"phase={self.phase!r}: take one of {', '.join(map(repr, PHASES))}"
             )
-        # of two, one is another sample than the one that runs
-        least = {"mean": 1, "resample": 2, "patch": 1}.get(self.mode, 0)
-        if least and not isinstance(self.reference, Reference):
+        replaces = self.mode in ("mean", "resample", "patch")
+        if replaces and not isinstance(self.reference, Reference):
             raise ValueError(
                 f"mode={self.mode!r} needs reference=, a Reference to take the heads' outputs from"
             )
-        if least and len(self.reference.tagged) < least:
-            raise ValueError(
-                f"mode={self.mode!r} needs a reference of at least {least} samples"
-            )
+        # of two, one is another sample than the one that runs
+        if self.mode == "resample" and len(self.reference.tagged) < 2:
+            raise ValueError("mode='resample' needs a reference of at least 2 samples")
         if self.mode == "patch" and not self.reference.donor_of:
             raise ValueError(
                 "mode='patch' needs a reference with donor_of=, which says whose outputs go where"
@@ -247,10 +248,9 @@ class Ablation:
         masks = np.repeat(np.stack([a.heads.mask for a in ablations]), rows, 0)
         # layers without an edited head need no hook
         layers = np.flatnonzero(masks.any((0, 2))).tolist()
+        # a worker gets the reference without its model
         if self.reference is not None and self.reference.mllm is None:
-            self.reference.mllm = (
-                mllm  # on a worker, which got the reference without its model
-            )
+            self.reference.mllm = mllm
         if self.needs_own_row:
             self.reference.outputs(layers, self.phase)  # of all layers in one run
         return {
@@ -271,7 +271,7 @@ class Ablation:
             return Replacement(heads, self.phase, lambda call: mean)
         if self.needs_own_row:
             outputs = self.reference.outputs([layer], self.phase)[layer]
-            donors = _Donors(outputs, self.reference, self.phase)
+            donors = _Donors(outputs, self.reference)
             return Replacement(heads, self.phase, donors, needs_own_row=True)
         return Replacement(heads, self.phase)
 
@@ -284,9 +284,7 @@ class _HeadHook(Hook):
         self.phase = phase
 
     def where(self, call: Call) -> torch.Tensor:
-        """(B or 1, R or 1, H) bool: which rows of which heads."""
-        if self.phase == "both":
-            return self.heads[:, None]
+        """(B or 1, R, H) bool: which rows of which heads."""
         return self.heads[:, None] & call.in_phase(self.phase)[..., None]
 
 
@@ -305,7 +303,7 @@ class Replacement(_HeadHook):
         self.needs_own_row = needs_own_row
 
     def output(self, call: Call, out: torch.Tensor) -> torch.Tensor:
-        where = self.where(call)[..., None]  # (B or 1, R or 1, H, 1)
+        where = self.where(call)[..., None]  # (B or 1, R, H, 1)
         if self.values is None:
             return out.masked_fill(where, 0)
         return torch.where(where, self.values(call).to(out.dtype), out)
@@ -320,15 +318,12 @@ class Knockout(_HeadHook):
     """Cuts the edges from query rows to the evidence that they look for; the rest of the row is renormalised."""
 
     def masked_rows(self, call: Call) -> np.ndarray:
-        return _looking_rows(
-            call
-        )  # `mask` cuts nothing in the sequences that look for nothing there
+        # `mask` cuts nothing in the sequences that look for nothing there
+        return _looking_rows(call)
 
     def mask(self, call: Call, rows: torch.Tensor) -> torch.Tensor:
-        where = self.where(call)
-        where = where if where.shape[1] == 1 else where[:, rows]
-        # (B, 1, R, N) edges to V*, of (B or 1, H, R or 1, 1) heads and rows
-        return call.evidence_of(rows)[:, None] & where.transpose(1, 2)[..., None]
+        where = self.where(call)[:, rows].transpose(1, 2)  # (B or 1, H, R)
+        return call.evidence_of(rows)[:, None] & where[..., None]
 
 
 class ZeroedEdges(_HeadHook):
@@ -338,11 +333,8 @@ class ZeroedEdges(_HeadHook):
         rows = _looking_rows(call)
         if not len(rows):
             return out
-        value = call.value.float()
-        value = value.repeat_interleave(
-            call.query.shape[1] // value.shape[1], 1
-        )  # (B, H, N, D)
-        where = self.where(call).expand(-1, call.rows, -1)
+        value = call.head_values  # (B, H, N, D)
+        where = self.where(call)
         out = out.clone()
         for part, weights in row_weights(call, torch.from_numpy(rows).to(call.device)):
             weights = weights * call.evidence_of(part)[:, None]  # (B, H, r, N)
@@ -354,8 +346,8 @@ class ZeroedEdges(_HeadHook):
 class _Donors:
     """Outputs of another sample for every batch row, for resampling or patching one layer."""
 
-    def __init__(self, outputs: list[torch.Tensor], reference: Reference, phase: str):
-        self.outputs, self.reference, self.phase = outputs, reference, phase
+    def __init__(self, outputs: list[Outputs], reference: Reference):
+        self.outputs, self.reference = outputs, reference
         self.prompt_end = 0  # where no roles say it
 
     def __call__(self, call: Call) -> torch.Tensor:
@@ -371,14 +363,15 @@ class _Donors:
         for b in range(call.batch):
             name = "" if roles is None else roles.samples[b]
             donor = self._donor(name, b)
-            end = self.prompt_end if roles is None else int(roles.last[b])
+            end = self.prompt_end
+            if roles is not None:
+                end = int((roles.roles[b] == LAST).nonzero())
             shift = self.reference.tagged[donor].last - end
             tokens = torch.arange(call.first, call.n) + shift
             # rows that are not in the phase, or beyond the donor's ends, get what stands nearest
-            kept = self.reference.rows(self.phase)[donor]
+            kept, values = self.outputs[donor]
             places = torch.searchsorted(kept, tokens).clamp(max=len(kept) - 1)
-            output = self.outputs[donor]
-            rows.append(output[places.to(output.device)])
+            rows.append(values[places.to(values.device)])
         return torch.stack(rows).to(call.device)
 
     def _donor(self, name: str, row: int) -> int:
@@ -491,19 +484,15 @@ def curve(
     """
     if order not in ("top", "bottom", "random", "layer"):
         raise ValueError(f"order={order!r}: take 'top', 'bottom', 'random' or 'layer'")
-    name = name or order
+    match = "layer" if order == "layer" else None
     points = {}
     for share in shares:
         top = ranking.top(share)
-        if order == "top":
-            points[Point(name, share)] = Ablation(top, mode, phase)
-        elif order == "bottom":
-            points[Point(name, share)] = Ablation(ranking.bottom(share), mode, phase)
-        else:
+        sets = {0: top if order == "top" else ranking.bottom(share)}
+        if order in ("random", "layer"):
             # disjoint from the top of this share, the set that they are the control of; a single draw may hit
             # heads that matter for other reasons, hence several
-            match = "layer" if order == "layer" else None
-            for draw in draws:
-                heads = random_heads(ranking, top, seed=draw, match=match)
-                points[Point(name, share, draw)] = Ablation(heads, mode, phase)
+            sets = {draw: random_heads(ranking, top, draw, match) for draw in draws}
+        for draw, heads in sets.items():
+            points[Point(name or order, share, draw)] = Ablation(heads, mode, phase)
     return points

@@ -7,9 +7,10 @@ the edges of single rows or in their outputs, which are the input of o_proj.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import signature
 from typing import TYPE_CHECKING
 
@@ -64,8 +65,6 @@ class TokenRoles:
         Position of a token in its own sequence; -1 for padding.
     samples : list of str
         Id of the sample that each batch row is about; "" where it is unknown.
-    last : (B,) int64 tensor, optional
-        Position of the last token of the prompt; None where a row holds several questions.
     """
 
     roles: torch.Tensor
@@ -73,7 +72,6 @@ class TokenRoles:
     query_of: torch.Tensor
     positions: torch.Tensor
     samples: list[str]
-    last: torch.Tensor | None = None
 
     @classmethod
     def empty(cls, batch: int, sets: int, length: int) -> TokenRoles:
@@ -84,7 +82,6 @@ class TokenRoles:
             query_of=torch.full((batch, length), -1),
             positions=torch.full((batch, length), -1),
             samples=[""] * batch,
-            last=torch.full((batch,), -1),
         )
 
     @classmethod
@@ -93,9 +90,7 @@ class TokenRoles:
         length = max(len(t.ids) for t in tagged)
         out = cls.empty(len(tagged), 1, length)
         for row, t in enumerate(tagged):
-            padding = length - len(t.ids)
-            out.mark(row, t, padding + torch.arange(len(t.ids)), evidence_set=0)
-            out.last[row] = padding + t.last
+            out.mark(row, t, torch.arange(length - len(t.ids), length), evidence_set=0)
         return out
 
     def mark(
@@ -141,7 +136,6 @@ class TokenRoles:
             query_of=self.query_of[rows],
             positions=self.positions[rows],
             samples=[self.samples[row] for row in rows.tolist()],
-            last=None if self.last is None else self.last[rows],
         )
 
     def repeat(self, times: int) -> TokenRoles:
@@ -167,13 +161,12 @@ class TokenRoles:
             return fitted
         # padding is on the left, so that the last column holds a real token in every row
         written = fitted.positions[:, -1:] + torch.arange(1, more + 1)
-        return TokenRoles(
+        return replace(
+            fitted,
             roles=pad(fitted.roles, (0, more), value=ANSWER),
             evidence=pad(fitted.evidence, (0, more)),
             query_of=pad(fitted.query_of, (0, more), value=0),
             positions=torch.cat([fitted.positions, written], 1),
-            samples=fitted.samples,
-            last=fitted.last,
         )
 
 
@@ -227,6 +220,12 @@ class Call:
     def device(self) -> torch.device:
         return self.query.device
 
+    @property
+    def head_values(self) -> torch.Tensor:
+        """(B, H, N, D) float32, the values of every query head."""
+        value = self.value.float()
+        return value.repeat_interleave(self.query.shape[1] // value.shape[1], 1)
+
     def all_rows(self) -> torch.Tensor:
         return torch.arange(self.rows, device=self.device)
 
@@ -240,6 +239,8 @@ class Call:
 
     def in_phase(self, phase: str) -> torch.Tensor:
         """(B or 1, R) bool. Without roles, a single row behind a cache is decoding and all else is prefill."""
+        if phase == "both":  # padding as well, which nobody reads
+            return torch.ones(1, self.rows, dtype=torch.bool, device=self.device)
         if self.roles is None and phase in ("prefill", "decode"):
             # good enough for generate(), which feeds the prompt and then one token at a time
             decoding = self.rows == 1 and self.n > 1
@@ -324,11 +325,35 @@ class Hook:
         """How many cached keys the cache does not hand over (a cache that is split)."""
         return 0
 
-    @property
-    def changes_output(self) -> bool:
-        """Whether what the model computes may differ under this hook."""
-        cls = type(self)
-        return cls.output is not Hook.output or cls.mask is not Hook.mask
+
+Measure = Callable[[Call, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class Reader(Hook):
+    """Measures something at chosen rows in every layer where it hooks.
+
+    Parameters
+    ----------
+    rows : (R,) int64 array or tensor
+        Positions among the keys, ascending.
+    measure : callable
+        ``(call, rows, weights) -> (B, r, ...)`` tensor, of what `Hook.read` is given; a block of rows may also be one
+        row of sums.
+    """
+
+    def __init__(self, rows: np.ndarray | torch.Tensor, measure: Measure):
+        self.rows = np.asarray(rows)
+        self.measure = measure
+        self.measured: dict[int, list[torch.Tensor]] = defaultdict(list)
+
+    def read(self, call: Call, rows: torch.Tensor, weights: torch.Tensor) -> None:
+        # rows come in ascending blocks, chunk after chunk; their weights (N numbers a row) are gone after this
+        self.measured[call.layer].append(self.measure(call, rows, weights).cpu())
+
+    def result(self) -> np.ndarray:
+        """(L, B, R, ...) of all rows, or of all blocks."""
+        layers = [torch.cat(self.measured[layer], 1) for layer in sorted(self.measured)]
+        return torch.stack(layers).numpy()
 
 
 @dataclass
@@ -387,6 +412,12 @@ def active(module: torch.nn.Module) -> Active:
 def hooks_in_force(mllm: MLLM) -> list[Hook]:
     """The hooks of all layers."""
     return [hook for module in mllm.attentions for hook in active(module).hooks]
+
+
+def edited(mllm: MLLM) -> bool:
+    """Whether what the model computes may differ under the hooks in force."""
+    kinds = [type(hook) for hook in hooks_in_force(mllm)]
+    return any(k.output is not Hook.output or k.mask is not Hook.mask for k in kinds)
 
 
 def needs_own_rows(mllm: MLLM) -> bool:
@@ -525,9 +556,10 @@ def attention_forward(
             # a hook's rows count from the start of the sequence; of a chunk it sees those that fall into it
             rows = hook.rows - call.first
             rows = rows[(rows >= 0) & (rows < call.rows)]
-            rows = torch.from_numpy(rows).to(call.device)
-            for part, weights in row_weights(call, rows, now.hooks):
-                hook.read(call, part, weights)
+            if len(rows):
+                rows = torch.from_numpy(rows).to(call.device)
+                for part, weights in row_weights(call, rows, now.hooks):
+                    hook.read(call, part, weights)
     return call.out, None
 
 

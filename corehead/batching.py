@@ -9,9 +9,9 @@ tokens, so that activations do not grow with the context.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from .attention import CACHE, Hook, TokenRoles, hooks
+from .attention import CACHE, Hook, TokenRoles, hooks, needs_own_rows
 from .models import MLLM, PREFILL_CHUNK
 from .samples import Sample, SampleError
 from .tagging import PER_TOKEN, Prompt, TaggedSample, same_content
@@ -34,6 +34,12 @@ MAX_TOKENS = 2**17
 # --- what samples share
 
 
+def _content(message: dict[str, Any]) -> Iterable[dict[str, Any]]:
+    """The parts of a message; a bare text is one."""
+    content = message.get("content") or ()
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
 def context_of(sample: Sample) -> list[tuple[str, Any]]:
     """(role, text or medium) of all that stands in front of the question."""
     question = sample.question or ""
@@ -41,10 +47,7 @@ def context_of(sample: Sample) -> list[tuple[str, Any]]:
     asked = None
     for message in sample.messages:
         role = message.get("role")
-        content = message.get("content")
-        if isinstance(content, str):
-            content = [{"text": content}]
-        for part in content or ():
+        for part in _content(message):
             text = part.get("text")
             # the last text that quotes the question, or the user's last of all where none is given, asks it
             if text is not None and question in text and (question or role == "user"):
@@ -62,14 +65,11 @@ def same_context(a: Sample | TaggedSample | None, b: Sample | TaggedSample | Non
     """Whether the same texts and media stand in front of two samples' questions."""
     if not (isinstance(a, Sample) and isinstance(b, Sample)):
         return False
-    first = context_of(a)
-    second = context_of(b)
-    if len(first) != len(second):
-        return False
-    for (role, value), (other_role, other) in zip(first, second):
-        if role != other_role or not same_content(value, other):
-            return False
-    return True
+    first, second = context_of(a), context_of(b)
+    return len(first) == len(second) and all(
+        role == other_role and same_content(value, other)
+        for (role, value), (other_role, other) in zip(first, second)
+    )
 
 
 def has_context(sample: Sample) -> bool:
@@ -79,23 +79,22 @@ def has_context(sample: Sample) -> bool:
 
 def null_sample(sample: Sample, question: str) -> Sample:
     """The same sample with its question replaced by "N/A"."""
+    places = [
+        (m, p)
+        for m, message in enumerate(sample.messages)
+        for p, part in enumerate(_content(message))
+        if question in part.get("text", "")
+    ]
+    if not places:
+        problem = f"{question!r} is in no message"
+        raise SampleError(sample.id, "question", problem, "Quote it as it stands there")
+    m, p = places[-1]  # the question may be quoted earlier, too
     messages = list(sample.messages)
-    # from the end, since the question may be quoted earlier, too
-    for m in reversed(range(len(messages))):
-        content = messages[m]["content"]
-        parts = (
-            [{"type": "text", "text": content}]
-            if isinstance(content, str)
-            else list(content)
-        )
-        for p in reversed(range(len(parts))):
-            if question in parts[p].get("text", ""):
-                in_front, _, behind = parts[p]["text"].rpartition(question)
-                parts[p] = {**parts[p], "text": in_front + NULL + behind}
-                messages[m] = {**messages[m], "content": parts}
-                return replace(sample, messages=messages, question=NULL)
-    problem = f"{question!r} is in no message"
-    raise SampleError(sample.id, "question", problem, "Quote it as it stands there")
+    parts = list(_content(messages[m]))
+    in_front, _, behind = parts[p]["text"].rpartition(question)
+    parts[p] = parts[p] | {"text": in_front + NULL + behind}
+    messages[m] = messages[m] | {"content": parts}
+    return replace(sample, messages=messages, question=NULL)
 
 
 @dataclass
@@ -138,17 +137,16 @@ class Context:
         """Tokens of the prefix."""
         return 0 if self.prefix is None else len(self.prefix.ids)
 
-    def block_of(self, owner: int) -> int:
-        """The block that asks a sample's question."""
-        return next(k for k, b in enumerate(self.blocks) if b.owner == owner and not b.null)
-
-    def null_of(self, owner: int) -> int | None:
-        """The block with the null question and the sample's answer, if there is one."""
-        answer = self.blocks[self.block_of(owner)].answer
+    def null_of(self, asked: Block) -> int | None:
+        """The block with the null question and the same answer, if there is one."""
         for k, block in enumerate(self.blocks):
-            if block.null and np.array_equal(block.answer, answer):
+            if block.null and np.array_equal(block.answer, asked.answer):
                 return k
         return None
+
+    def name_of(self, sample: Sample) -> str:
+        """What samples on this context have in common; of a bare question, its id: it shares but the chat template."""
+        return self.name if has_context(sample) else sample.id
 
 
 def batches(
@@ -162,6 +160,8 @@ def batches(
     fail: Callable[[SampleError], None] | None = None,
 ) -> Iterator[list[Context]]:
     """Tag samples and gather them: contexts in batches of about one length, those with a prefix apart from the others.
+
+    Nothing is shared where a hook in force needs every sequence in a batch row of its own.
 
     Parameters
     ----------
@@ -186,8 +186,9 @@ def batches(
     list of Context
     """
     waiting: dict[tuple[bool, int], list[Context]] = {}
+    alone = needs_own_rows(mllm)
     for group in _groups(mllm, samples, null, need_answer, fail):
-        for context in _contexts(group, to_last):
+        for context in _contexts(group, to_last, alone):
             # half octaves: lengths within a factor of 1.4, so that little is padding
             length = context.shared or len(context.members[0].ids)
             kind = context.prefix is not None, int(2 * math.log2(length))
@@ -249,11 +250,11 @@ def _tagged(mllm, sample, null: bool, like: Prompt | None) -> tuple[_Pair, Promp
     return _Pair(prompt.tag(), Prompt(mllm, blank, like=prompt).tag()), prompt
 
 
-def _contexts(group: list[_Pair], to_last: bool) -> list[Context]:
+def _contexts(group: list[_Pair], to_last: bool, alone: bool) -> list[Context]:
     """Cut a group into the prefix that all its sequences share and a block for each; without a prefix, one each."""
     shared = _shared_tokens([t for pair in group for t in pair if t is not None], to_last)
-    if not shared:
-        return [_alone(pair) for pair in group]
+    if alone or not shared:
+        return [_alone(pair, like=group[0] if shared else pair) for pair in group]
     blocks: dict[tuple, Block] = {}
     for owner, pair in enumerate(group):
         ids = pair.tagged.ids[shared:]
@@ -305,14 +306,14 @@ def _shared_tokens(sequences: list[TaggedSample], to_last: bool) -> int:
     return 0 if behind else shared
 
 
-def _alone(pair: _Pair) -> Context:
-    """A context of one sample whose sequences are run whole."""
+def _alone(pair: _Pair, like: _Pair) -> Context:
+    """A context of one sample whose sequences are run whole, with the name of another sample on it."""
     blocks = [Block(t.ids, 0, t is pair.null, t) for t in pair if t is not None]
     return Context(
         prefix=None,
         blocks=blocks,
         members=[pair.tagged],
-        name=pair.tagged.sample.id,
+        name=like.tagged.sample.id,
     )
 
 
@@ -320,10 +321,9 @@ def _alone(pair: _Pair) -> Context:
 
 
 class Slot(NamedTuple):
-    """Where a block stands: its batch row, the padding in front of its prefix, and its first key."""
+    """Where a block stands: its batch row and its first key."""
 
     row: int
-    padding: int
     start: int
 
 
@@ -357,8 +357,7 @@ class Packed:
 
     def __post_init__(self):
         rows, size = self.chunk["input_ids"].shape
-        shares = self.prefix is not None
-        sets = max(len(c.members) for c in self.contexts) if shares else 1
+        sets = max(len(c.members) for c in self.contexts)
         self.roles = TokenRoles.empty(rows, sets, self.before + size)
         for (c, k), slot in self.slots.items():
             block = self.contexts[c].blocks[k]
@@ -368,26 +367,16 @@ class Packed:
             self.roles.mark(slot.row, block.tagged, keys, evidence_set, shared)
             # A null question looks for nothing, but the mass that it gives to V* is wanted. In a row of its own nobody
             # else has marked V*; behind a prefix the samples' own blocks have.
-            if block.null and not shares:
+            if block.null and self.prefix is None:
                 evidence = keys[torch.from_numpy(block.tagged.evidence)]
-                self.roles.evidence[slot.row, 0, evidence] = True
-            self.roles.last[slot.row] = keys[block.tagged.last]
-        if (
-            len(self.slots) > rows
-        ):  # a row has many questions, each with a last token of its own
-            self.roles.last = None
+                self.roles.evidence[slot.row, block.owner, evidence] = True
 
     def keys(self, c: int, k: int, tokens: np.ndarray) -> np.ndarray:
         """Positions among the keys, padding and prefix included, of tokens of a block's full sequence."""
-        slot = self.slots[c, k]
         shared = self.contexts[c].shared
-        return np.where(
-            tokens < shared, slot.padding + tokens, slot.start + tokens - shared
-        )
-
-    def rows(self, c: int, k: int, tokens: np.ndarray) -> np.ndarray:
-        """Rows of `chunk` of tokens behind the prefix."""
-        return self.keys(c, k, tokens) - self.before
+        behind = self.slots[c, k].start - shared + tokens
+        # prefixes are padded on the left
+        return np.where(tokens < shared, self.before - shared + tokens, behind)
 
     def blocks(self) -> Iterator[tuple[int, int, Block]]:
         """(context, block, Block) of all blocks with a slot."""
@@ -418,11 +407,10 @@ def without_answers(context: Context) -> Context:
     """The same context with the questions alone, up to where a model would write its answer."""
     blocks = []
     for block in context.blocks:
-        if not block.null:
-            tagged = block.tagged
-            inputs = _first_tokens(tagged.inputs, tagged.last + 1)
-            prompt = replace(tagged, inputs=inputs, answer=tagged.answer[:0])
-            blocks.append(Block(prompt.ids[context.shared :], block.owner, False, prompt))
+        tagged = block.tagged
+        inputs = _first_tokens(tagged.inputs, tagged.last + 1)
+        prompt = replace(tagged, inputs=inputs, answer=tagged.answer[:0])
+        blocks.append(replace(block, ids=prompt.ids[context.shared :], tagged=prompt))
     return replace(context, blocks=blocks)
 
 
@@ -438,14 +426,11 @@ def _pack_behind(mllm: MLLM, batch: list[Context], apart: bool) -> Packed:
         position_ids=_pad_left(before, width).to(mllm.device)
     )
 
-    in_rows = [(c, list(range(len(context.blocks)))) for c, context in enumerate(batch)]
-    if apart:
-        in_rows = [(c, [k]) for c, blocks in in_rows for k in blocks]
-    slots, size = _slots(batch, in_rows, width)
-    ids = torch.full((len(in_rows), size), pad_id(mllm))  # (B, S)
+    slots, prefix_row, size = _slots(batch, apart, width)
+    ids = torch.full((len(prefix_row), size), pad_id(mllm))  # (B, S)
     # (B, S) or (3, B, S): Qwen's multimodal RoPE has a position in time, height and width
-    positions = torch.zeros(*sequences[0].shape[:-1], len(in_rows), size, dtype=torch.long)
-    block_of = torch.full((len(in_rows), size), -1)
+    positions = ids.new_zeros(*sequences[0].shape[:-1], *ids.shape)
+    block_of = torch.full(ids.shape, -1)
     for (c, k), slot in slots.items():
         block = batch[c].blocks[k]
         here = slice(slot.start - width, slot.start - width + len(block.ids))
@@ -455,7 +440,6 @@ def _pack_behind(mllm: MLLM, batch: list[Context], apart: bool) -> Packed:
         first = sequences[c][..., batch[c].shared, None]
         positions[..., slot.row, here] = first + torch.arange(len(block.ids))
         block_of[slot.row, here] = k
-    prefix_row = torch.tensor([c for c, _ in in_rows])
     if apart:
         mask = torch.cat([real[prefix_row], block_of >= 0], 1).long()  # (B, W + S)
     else:
@@ -476,9 +460,12 @@ def _pack_behind(mllm: MLLM, batch: list[Context], apart: bool) -> Packed:
 
 
 def _slots(
-    batch: list[Context], in_rows: list[tuple[int, list[int]]], width: int
-) -> tuple[dict[tuple[int, int], Slot], int]:
-    """Where blocks stand behind prefixes of `width` tokens, and the length of the chunk that they make."""
+    batch: list[Context], apart: bool, width: int
+) -> tuple[dict[tuple[int, int], Slot], torch.Tensor, int]:
+    """Where blocks stand behind prefixes of `width` tokens; the prefix (B,) of each row; the length of the chunk."""
+    in_rows = [(c, list(range(len(context.blocks)))) for c, context in enumerate(batch)]
+    if apart:
+        in_rows = [(c, [k]) for c, blocks in in_rows for k in blocks]
     lengths = [sum(len(batch[c].blocks[k].ids) for k in blocks) for c, blocks in in_rows]
     size = max(lengths)
     slots = {}
@@ -486,32 +473,27 @@ def _slots(
         # at the right end: the last column then holds the last token of every row, behind which a model goes on writing
         start = width + size - lengths[row]
         for k in blocks:
-            slots[c, k] = Slot(row=row, padding=width - batch[c].shared, start=start)
+            slots[c, k] = Slot(row, start)
             start += len(batch[c].blocks[k].ids)
-    return slots, size
+    return slots, torch.tensor([c for c, _ in in_rows]), size
 
 
 def _pack_alone(mllm: MLLM, batch: list[Context]) -> Packed:
     """Whole sequences, one a row."""
     alone = []
-    jobs = []  # (context, block) of each batch row
-    for c, context in enumerate(batch):
-        blocks = [replace(block, ids=block.tagged.ids, owner=0) for block in context.blocks]
+    for context in batch:
+        blocks = [replace(block, ids=block.tagged.ids) for block in context.blocks]
         alone.append(replace(context, prefix=None, blocks=blocks))
-        jobs += [(c, k) for k in range(len(blocks))]
-    tagged = [alone[c].blocks[k].tagged for c, k in jobs]
-    inputs = collate(tagged, pad_id(mllm))
-    width = inputs["input_ids"].shape[1]
+    tagged = [block.tagged for context in alone for block in context.blocks]
+    slots, prefix_row, width = _slots(alone, apart=True, width=0)
     positions = _pad_left([_positions(mllm, t) for t in tagged], width)
-    slots = {}
-    for row, (job, t) in enumerate(zip(jobs, tagged)):
-        slots[job] = Slot(row, padding=0, start=width - len(t.ids))
-    chunk = to_model(inputs, mllm) | dict(position_ids=positions.to(mllm.device))
+    chunk = to_model(collate(tagged, pad_id(mllm)), mllm)
+    chunk |= dict(position_ids=positions.to(mllm.device))
     return Packed(
         contexts=alone,
         prefix=None,
         chunk=chunk,
-        prefix_row=torch.arange(len(jobs)),
+        prefix_row=prefix_row,
         slots=slots,
         before=0,
     )
@@ -565,42 +547,37 @@ def _pad_left(positions: list[torch.Tensor], width: int) -> torch.Tensor:
 # --- running a batch
 
 
-class Condition(Protocol):
-    """What `evaluate` compares: an ablation, hybrid attention. It says itself how it is applied.
+class Condition:
+    """What `evaluate` compares, and how it is applied. As it stands here it is the model as it is.
 
     Attributes
     ----------
     key : str
         What tells it from others in a store.
     group : hashable
-        Conditions of one group run side by side as batch rows.
+        Conditions of one group run side by side as batch rows, and have the following in common.
     leaves_context_intact : bool
         No token in front of the question is touched, so that the context's prefill is shared.
     leaves_prompt_intact : bool
-        Nor is any of the question but the last of the prompt.
+        Nor is any of the question but the last of the prompt, which is worth a longer prefix.
     needs_own_row : bool
         Every sequence must stand in a batch row of its own.
     """
 
-    key: str
-    group: Any
-    leaves_context_intact: bool
-    leaves_prompt_intact: bool
-    needs_own_row: bool
+    key = ""
+    group: Hashable = None
+    leaves_context_intact = True
+    leaves_prompt_intact = False  # a single condition gains nothing by a longer prefix
+    needs_own_row = False
 
     def check(self, mllm: MLLM) -> None:
         """Raise ValueError where it does not fit the model."""
 
-    def hooks(self, mllm: MLLM, beside: Sequence[Any], rows: int) -> dict[int, list[Hook]]:
+    def hooks(
+        self, mllm: MLLM, beside: Sequence[Any] = (), rows: int = 1
+    ) -> dict[int, list[Hook]]:
         """Hooks by layer for a batch in which each condition of `beside`, this one first, has `rows` rows."""
-
-
-def _end_tokens(mllm: MLLM) -> torch.Tensor:
-    """Tokens with which the model ends what it writes."""
-    ends = mllm.model.generation_config.eos_token_id
-    if ends is None:
-        ends = []
-    return torch.tensor(ends, dtype=torch.long, device=mllm.device).flatten()
+        return {}
 
 
 class _Stop(Exception):
@@ -702,46 +679,38 @@ class Feed:
         # of the prefixes, which no condition has touched
         self._intact: DynamicCache | None = None
 
-    @property
-    def n_rows(self) -> int:
-        return len(self.packed.prefix_row)
-
     def cost(self, intact: bool) -> int:
         """Tokens of one run, padding included; with intact contexts those are copied, eight in the time of one."""
-        before = self.packed.before
-        rows = self.n_rows * self.chunk["inputs_embeds"].shape[1]
-        return rows + (
-            self.n_rows * before // 8 if intact else len(self.packed.contexts) * before
-        )
+        rows, size = self.chunk["inputs_embeds"].shape[:2]
+        prefixes = rows / 8 if intact else len(self.packed.contexts)
+        return rows * size + int(prefixes * self.packed.before)
 
     def run(
-        self, conditions: Sequence[Condition | None] = (None,), wanted: Wanted | None = None
+        self, conditions: Sequence[Condition] = (Condition(),), wanted: Wanted | None = None
     ) -> torch.Tensor | None:
         """Run the decoder over the batch under conditions of one group, side by side.
 
         Parameters
         ----------
-        conditions : sequence of Condition or None
-            None is the model as it is.
+        conditions : sequence of Condition
         wanted : Wanted, optional
 
         Returns
         -------
         (conditions, n, hidden) tensor of the wanted hidden states, or None
         """
-        times = len(conditions)
         cache = self._cache(conditions, new_tokens=0)
-        with self._applied(conditions, self.n_rows, self.packed.roles):
-            return decode(self.mllm, self.chunk, cache, times, wanted)
+        with self._applied(conditions, self.packed.roles):
+            return decode(self.mllm, self.chunk, cache, len(conditions), wanted)
 
     def write(
-        self, conditions: Sequence[Condition | None], new_tokens: int
+        self, conditions: Sequence[Condition], new_tokens: int
     ) -> list[list[list[int]]]:
         """Let the model write greedily behind every row, under conditions of one group, side by side.
 
         Parameters
         ----------
-        conditions : sequence of Condition or None
+        conditions : sequence of Condition
         new_tokens : int
             At most so many; a row ends with the generation configuration's end token, which is left out.
 
@@ -751,9 +720,10 @@ class Feed:
         """
         mllm = self.mllm
         times = len(conditions)
-        rows = self.n_rows
+        rows, size = self.chunk["inputs_embeds"].shape[:2]
         cache = self._cache(conditions, new_tokens)
-        ends = _end_tokens(mllm)
+        ends = mllm.model.generation_config.eos_token_id  # a number, a list of them or None
+        ends = torch.tensor([] if ends is None else ends, device=mllm.device)
         # the last token of every row, as the first step goes on from it; the mask (B, W + S) grows with each step
         last = {
             "position_ids": self.chunk["position_ids"][..., -1:],
@@ -763,8 +733,8 @@ class Feed:
         written: list[list[int]] = [[] for _ in range(times * rows)]
         # rows that have not ended; the others run along, for their keys stand in the same cache
         going = torch.ones(times * rows, dtype=torch.bool, device=mllm.device)
-        with self._applied(conditions, rows, self.packed.roles):
-            behind = Wanted.last(rows, self.chunk["inputs_embeds"].shape[1])
+        with self._applied(conditions, self.packed.roles):
+            behind = Wanted.last(rows, size)
             hidden = decode(mllm, self.chunk, cache, times, behind).flatten(0, 1)
             for _ in range(new_tokens):
                 token = mllm.model.get_output_embeddings()(hidden).argmax(-1)
@@ -779,17 +749,14 @@ class Feed:
                 hidden = decode(mllm, step, cache, 1, Wanted.last(times * rows, 1))[0]
         return [written[i * rows : (i + 1) * rows] for i in range(times)]
 
-    def _applied(
-        self, conditions: Sequence[Condition | None], rows: int, roles: TokenRoles
-    ):
-        """The hooks of conditions that have `rows` batch rows each."""
+    def _applied(self, conditions: Sequence[Condition], roles: TokenRoles):
+        """The hooks of conditions that have the batch rows of these roles each."""
         # the first of a group makes the hooks for all: one hook a layer tells the batch rows apart
-        lead = conditions[0]
-        by_layer = {} if lead is None else lead.hooks(self.mllm, conditions, rows)
+        by_layer = conditions[0].hooks(self.mllm, conditions, len(roles.samples))
         return hooks(self.mllm, by_layer, roles.repeat(len(conditions)))
 
     def _cache(
-        self, conditions: Sequence[Condition | None], new_tokens: int
+        self, conditions: Sequence[Condition], new_tokens: int
     ) -> DynamicCache | None:
         """A cache that holds the prefix of every row, as the conditions leave it."""
         mllm = self.mllm
@@ -797,22 +764,19 @@ class Feed:
         length = self.packed.roles.roles.shape[1] + new_tokens
         if self.prefix is None:
             return room_for(mllm, length) if new_tokens else None
-        rows = self.packed.prefix_row
-        n_prefixes = len(self.prefix["inputs_embeds"])
-        before = self.packed.before
-        # `rows` becomes the row of the cache that holds the prefix of each batch row: (times B,)
-        if all(c is None or c.leaves_context_intact for c in conditions):
+        if conditions[0].leaves_context_intact:
             # one prefill for all such conditions, now and later
             if self._intact is None:
-                self._intact = self._prefill((None,), length)
-            cache = self._intact
-            rows = rows.repeat(times)
+                self._intact = self._prefill((Condition(),), length)
+            cache, step = self._intact, 0
         else:
-            cache = self._prefill(conditions, length)
-            rows = torch.cat([rows + i * n_prefixes for i in range(times)])
+            cache, step = self._prefill(conditions, length), len(self.packed.contexts)
+        # (times B,), the row of the cache that holds the prefix of each batch row
+        rows = self.packed.prefix_row + step * torch.arange(times)[:, None]
+        rows = rows.flatten()
         # the run before may have written its chunk behind the prefixes
         for layer in cache.layers:
-            layer.truncate(before)
+            layer.truncate(self.packed.before)
         # one batch row for each prefix: no copy, for the chunk is written into the room behind it
         if len(rows) == len(cache.layers[0].keys):
             return cache
@@ -822,18 +786,18 @@ class Feed:
             copied.update(layer.keys[here], layer.values[here], i)
         return copied
 
-    def _prefill(self, conditions: Sequence[Condition | None], length: int) -> DynamicCache:
+    def _prefill(self, conditions: Sequence[Condition], length: int) -> DynamicCache:
         """A cache with room for `length` tokens, filled with the prefixes under each condition."""
-        rows = self.packed.prefix_row.tolist()
-        n_prefixes = len(self.packed.contexts)
         # roles are those of batch rows; all rows behind one prefix have the same in front of them
-        first_rows = torch.tensor([rows.index(prefix) for prefix in range(n_prefixes)])
+        _, first_rows = np.unique(self.packed.prefix_row, return_index=True)
+        roles = self.packed.roles.select(torch.from_numpy(first_rows))
         cache = room_for(self.mllm, length)
-        with self._applied(conditions, n_prefixes, self.packed.roles.select(first_rows)):
+        with self._applied(conditions, roles):
             decode(self.mllm, self.prefix, cache, len(conditions))
         return cache
 
 
+@torch.inference_mode()
 def run_one(
     mllm: MLLM, tagged: TaggedSample, by_layer: Mapping[int, Sequence[Hook]]
 ) -> None:

@@ -116,13 +116,12 @@ def nearest_mean(train: xr.DataArray, labels, test: xr.DataArray) -> xr.DataArra
             "give one for each, and at least two different ones"
         )
     centre = train.mean("sample")
-    means = [train[labels == name].mean("sample") - centre for name in names]
-    likeness = []
-    for mean in means:
-        # of the test vectors' norms all have the same, so that they need not be divided by them
-        product = ((test - centre) * mean).sum("hidden")
-        likeness.append(product / np.sqrt((mean**2).sum("hidden")))
-    nearest = xr.concat(likeness, "label").argmax("label")
+    by_label = train.assign_coords(label=("sample", labels)).groupby("label")
+    means = by_label.mean("sample") - centre
+    # of the test vectors' norms all have the same, so that they need not be divided by them
+    product = xr.dot(test - centre, means, dim="hidden")
+    likeness = product / np.sqrt((means**2).sum("hidden"))
+    nearest = likeness.argmax("label")
     return nearest.copy(data=names[nearest.values])
 
 
@@ -138,10 +137,7 @@ def _with_evidence(samples: Iterable[Sample]) -> list[Sample]:
 
 def _from_evidence(seen: Seen) -> torch.Tensor:
     """(B, r, H, hidden), what each head would write if it looked at V* alone, in the proportions in which it does."""
-    heads = seen.o_proj.shape[1]
     on_evidence = seen.weights * seen.evidence[:, None]  # (B, H, r, N)
     on_evidence = on_evidence / on_evidence.sum(-1, keepdim=True).clamp(min=1e-30)
-    value = seen.call.value.float()
-    value = value.repeat_interleave(heads // value.shape[1], 1)  # (B, H, N, D)
-    read = torch.einsum("bhrn,bhnd->brhd", on_evidence, value)
+    read = torch.einsum("bhrn,bhnd->brhd", on_evidence, seen.call.head_values)
     return torch.einsum("brhd,ohd->brho", read, seen.o_proj)

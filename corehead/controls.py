@@ -15,14 +15,12 @@ import torch
 import xarray as xr
 from tqdm.auto import tqdm
 
-from .attention import Call, Hook, hooks, needs_own_rows
-from .batching import Feed, Packed, batches, pack, run_one
+from .attention import Call, Measure
+from .batching import Context, Packed, batches, pack
 from .gates import GatedBatch
 from .models import MLLM
-from .ranking import HeadRanking
 from .samples import Sample
-from .scoring import HeadScores
-from .tagging import TaggedSample
+from .scoring import HeadScores, read_rows, row_means
 
 
 def visual_mass(scores: HeadScores, query: str = "last") -> xr.DataArray:
@@ -74,11 +72,6 @@ def layer_index(shape: tuple[int, int], first: int, seed: int = 0) -> xr.DataArr
     return xr.DataArray(-distance - noise, dims=("layer", "head"))
 
 
-def random_ranking(shape: tuple[int, int], seed: int = 0) -> HeadRanking:
-    """All heads in random order. For a set that never meets another, see `corehead.random_heads`."""
-    return HeadRanking(np.random.default_rng(seed).random(shape), f"random {seed}")
-
-
 def output_norm(mllm: MLLM, samples: Iterable[Sample], **options) -> xr.DataArray:
     r"""Norm of what a head writes: :math:`\lVert z_h W_O^h \rVert_2`, z the head's output in front of o_proj.
 
@@ -98,8 +91,7 @@ def value_norm(mllm: MLLM, samples: Iterable[Sample], **options) -> xr.DataArray
     def measure(seen: Seen) -> torch.Tensor:
         # |v W|^2 = v (W' W) v: (H, D, D) numbers in place of v W, which has a hidden state for each key and head
         gram = torch.einsum("ohd,ohe->hde", seen.o_proj, seen.o_proj)
-        value = seen.call.value.float()
-        value = value.repeat_interleave(len(gram) // value.shape[1], 1)  # (B, H, N, D)
+        value = seen.call.head_values
         squares = torch.einsum("bhnd,hde,bhne->bhn", value, gram, value)
         norm = squares.clamp(min=0).sqrt()  # rounding may leave a small one below zero
         return torch.einsum("bhrn,bhn->brh", seen.weights, norm)
@@ -170,58 +162,49 @@ def token_patterns(
     previous, duplicate = {}, {}
     for sample in tqdm(list(samples), desc="token patterns", disable=not progress):
         tagged = mllm.tag(sample)
-        reader = _PatternReader(tagged)
-        with torch.inference_mode():
-            run_one(mllm, tagged, reader.everywhere(mllm))
-        sums = torch.stack([reader.sums[layer] for layer in range(mllm.n_layers)]).numpy()
+        length = tagged.last + 1
+        ids = torch.from_numpy(tagged.ids).clone()
+        # visual tokens have one id, and are not the same thing for that: each gets its own
+        ids[tagged.visual] = -1 - torch.arange(len(tagged.visual))
+        sums = read_rows(mllm, tagged, np.arange(length), _patterns(ids)).sum(1)
         previous[sample.id] = sums[:, 0] / max(1, tagged.last)
-        duplicate[sample.id] = sums[:, 1] / max(1, reader.repeated)
+        duplicate[sample.id] = sums[:, 1] / max(1, length - len(ids[:length].unique()))
     return xr.Dataset({"previous": _table(previous), "duplicate": _table(duplicate)})
 
 
-class _PatternReader(Hook):
-    """Sums the attention of a prompt's rows on the token in front, and on the same token before, (2, H) by layer."""
+def _patterns(ids: torch.Tensor) -> Measure:
+    """Measures sums over rows of the attention on the token in front, and on the same token before, (1, 1, 2, H)."""
 
-    def __init__(self, tagged: TaggedSample):
-        self.rows = np.arange(tagged.last + 1)
-        self.ids = torch.from_numpy(tagged.ids).clone()
-        # visual tokens have one id, and are not the same thing for that: each gets its own
-        self.ids[tagged.visual] = -1 - torch.arange(len(tagged.visual))
-        self.repeated = tagged.last + 1 - len(self.ids[: tagged.last + 1].unique())
-        self.sums: dict[int, torch.Tensor] = {}
-
-    def read(self, call: Call, rows: torch.Tensor, weights: torch.Tensor) -> None:
-        ids = self.ids[: call.n].to(call.device)
+    def measure(call: Call, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        of_keys = ids[: call.n].to(call.device)
         keys = torch.arange(call.n, device=call.device)
         at = (call.first + rows)[:, None]
         in_front = keys == at - 1  # (r, n)
-        earlier = (ids == ids[at]) & (keys < at)
+        earlier = (of_keys == of_keys[at]) & (keys < at)
         edges = torch.stack([in_front, earlier]).to(weights)
-        found = torch.einsum("hrn,prn->ph", weights[0], edges).cpu()
-        self.sums[call.layer] = self.sums.get(call.layer, 0) + found
+        return torch.einsum("bhrn,prn->bph", weights, edges)[:, None]
+
+    return measure
 
 
-def attribution(
-    mllm: MLLM, samples: Iterable[Sample], *, batch_size: int = 32, progress: bool = True
-) -> xr.DataArray:
+def attribution(mllm: MLLM, samples: Iterable[Sample], **options) -> xr.DataArray:
     r"""Gradient x activation, :math:`\langle z_h, \partial \log p(\mathrm{answer}) / \partial z_h \rangle`, all rows.
 
     The first-order estimate of what the answer's log-probability loses when the head is zeroed: attribution patching
     (arXiv 2310.10348) towards zero, the head importance of arXiv 1905.10650 with its sign. A context runs in one piece,
     as the gradient goes through all of it.
     """
-    found: dict[str, np.ndarray] = {}
-    with tqdm(desc="attribution", unit="sample", disable=not progress) as bar:
-        for contexts in batches(mllm, samples, batch_size, need_answer=True):
-            batch = GatedBatch(mllm, contexts)
-            # a factor 1 on each head's output: its derivative is <z, d log p / d z>, summed over all rows
-            shape = mllm.n_layers, len(batch.names), mllm.n_heads
-            gates = torch.ones(shape, device=mllm.device, requires_grad=True)
-            # one backward pass for all: a row's gates touch that row's answer alone
-            [gradient] = torch.autograd.grad(batch.logprobs(gates).sum(), gates)
-            found |= zip(batch.names, gradient.transpose(0, 1).cpu().numpy())
-            bar.update(len(batch.names))
-    return _table(found)
+
+    def gradients(contexts: list[Context]) -> dict[str, np.ndarray]:
+        batch = GatedBatch(mllm, contexts)
+        # a factor 1 on each head's output: its derivative is <z, d log p / d z>, summed over all rows
+        shape = mllm.n_layers, len(batch.names), mllm.n_heads
+        gates = torch.ones(shape, device=mllm.device, requires_grad=True)
+        # one backward pass for all: a row's gates touch that row's answer alone
+        [gradient] = torch.autograd.grad(batch.logprobs(gates).sum(), gates)
+        return dict(zip(batch.names, gradient.transpose(0, 1).cpu().numpy()))
+
+    return _in_batches(mllm, samples, gradients, **options)
 
 
 @dataclass
@@ -252,76 +235,19 @@ class Seen:
     visual: torch.Tensor
 
 
-Measure = Callable[[Seen], torch.Tensor]
-
-
-class _Probe(Hook):
-    """Measures (B, r, H, ...) in every layer of one batch, at the rows that predict answers."""
-
-    def __init__(self, mllm: MLLM, packed: Packed, measure: Measure):
-        self.mllm = mllm
-        self.packed = packed
-        self.measure = measure
-        shape = packed.roles.roles.shape
-        self.ids = torch.full(shape, -1)
-        self.next_ids = torch.full(shape, -1)
-        self.visual = torch.zeros(shape, dtype=torch.bool)
-        self.answer_keys: dict[tuple[int, int], np.ndarray] = {}
-        for c, k, block in packed.blocks():
-            row = packed.slots[c, k].row
-            tagged = block.tagged
-            all_keys = packed.keys(c, k, np.arange(len(tagged.ids)))
-            self.ids[row, all_keys] = torch.from_numpy(tagged.ids)
-            self.visual[row, packed.keys(c, k, tagged.visual)] = True
-            # from the prompt's last token, which predicts the answer's first, to the answer's last but one
-            keys = packed.keys(c, k, tagged.last + np.arange(len(block.answer)))
-            self.next_ids[row, keys] = torch.from_numpy(block.answer)
-            self.answer_keys[c, k] = keys
-        # these rows are read in all sequences; `means` picks each one's own
-        self.rows = np.unique(np.concatenate(list(self.answer_keys.values())))
-        self.measured: dict[int, list[torch.Tensor]] = {}
-
-    def read(self, call: Call, rows: torch.Tensor, weights: torch.Tensor) -> None:
-        weight = self.mllm.attentions[call.layer].o_proj.weight
-        seen = Seen(
-            call=call,
-            rows=rows,
-            weights=weights,
-            o_proj=weight.float().unflatten(1, (call.query.shape[1], -1)),
-            evidence=call.evidence_of(rows),
-            ids=self.ids[:, : call.n].to(call.device),
-            next_ids=self.next_ids.to(call.device),
-            visual=self.visual[:, : call.n].to(call.device),
-        )
-        self.measured.setdefault(call.layer, []).append(self.measure(seen).cpu())
-
-    def means(self) -> dict[str, np.ndarray]:
-        """(L, H, ...) of every sample, the mean over its rows."""
-        by_layer = [torch.cat(self.measured[layer], 1) for layer in sorted(self.measured)]
-        measured = torch.stack(by_layer).numpy()  # (L, B, rows, H, ...)
-        out = {}
-        for c, k, block in self.packed.blocks():
-            at = np.searchsorted(self.rows, self.answer_keys[c, k])
-            row = self.packed.slots[c, k].row
-            out[block.tagged.sample.id] = measured[:, row, at].mean(1)
-        return out
-
-
-@torch.inference_mode()
 def observe(
     mllm: MLLM,
     samples: Iterable[Sample],
-    measure: Measure,
+    measure: Callable[[Seen], torch.Tensor],
     *,
     dims: tuple[str, ...] = (),
-    batch_size: int = 32,
-    progress: bool = True,
+    **options,
 ) -> xr.DataArray:
     """Measure at the rows that predict answers, in every layer; the mean over a sample's rows.
 
     Parameters
     ----------
-    mllm, samples, batch_size, progress
+    mllm, samples, **options
         As in `output_norm`.
     measure : callable
         ``Seen -> (B, r, H, ...)`` tensor, a number or an array for each row and head.
@@ -332,16 +258,67 @@ def observe(
     -------
     DataArray (sample, layer, head, *dims)
     """
+
+    def means(batch: list[Context]) -> dict[str, np.ndarray]:
+        return _observed(mllm, pack(mllm, batch), measure)
+
+    return _in_batches(mllm, samples, means, dims, **options)
+
+
+@torch.inference_mode()
+def _observed(
+    mllm: MLLM, packed: Packed, measure: Callable[[Seen], torch.Tensor]
+) -> dict[str, np.ndarray]:
+    """(L, H, ...) of every sample of a batch, the mean over its rows."""
+    ids = torch.full(packed.roles.roles.shape, -1)
+    next_ids = ids.clone()
+    visual = torch.zeros_like(ids, dtype=torch.bool)
+    predicting = {}
+    for c, k, block in packed.blocks():
+        row = packed.slots[c, k].row
+        tagged = block.tagged
+        all_keys = packed.keys(c, k, np.arange(len(tagged.ids)))
+        ids[row, all_keys] = torch.from_numpy(tagged.ids)
+        visual[row, packed.keys(c, k, tagged.visual)] = True
+        # from the prompt's last token, which predicts the answer's first, to the answer's last but one
+        predicting[c, k] = tagged.last + np.arange(len(block.answer))
+        keys = packed.keys(c, k, predicting[c, k])
+        next_ids[row, keys] = torch.from_numpy(block.answer)
+
+    def see(call: Call, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        weight = mllm.attentions[call.layer].o_proj.weight
+        seen = Seen(
+            call=call,
+            rows=rows,
+            weights=weights,
+            o_proj=weight.float().unflatten(1, (call.query.shape[1], -1)),
+            evidence=call.evidence_of(rows),
+            ids=ids[:, : call.n].to(call.device),
+            next_ids=next_ids.to(call.device),
+            visual=visual[:, : call.n].to(call.device),
+        )
+        return measure(seen)
+
+    means = row_means(mllm, packed, predicting, see)
+    return {block.tagged.sample.id: means[c, k] for c, k, block in packed.blocks()}
+
+
+def _in_batches(
+    mllm: MLLM,
+    samples: Iterable[Sample],
+    measure: Callable[[list[Context]], dict[str, np.ndarray]],
+    dims: tuple[str, ...] = (),
+    *,
+    batch_size: int = 32,
+    progress: bool = True,
+) -> xr.DataArray:
+    """What is measured of the samples of each batch, (L, H, ...) by id, as one array."""
     found: dict[str, np.ndarray] = {}
-    with tqdm(desc="observing", unit="sample", disable=not progress) as bar:
+    with tqdm(desc="measuring", unit="sample", disable=not progress) as bar:
         for batch in batches(mllm, samples, batch_size, need_answer=True):
-            packed = pack(mllm, batch, alone=needs_own_rows(mllm))
-            probe = _Probe(mllm, packed, measure)
-            with hooks(mllm, probe.everywhere(mllm)):
-                Feed(mllm, packed).run()
-            means = probe.means()
-            found |= means
-            bar.update(len(means))
+            new = measure(batch)
+            found |= new
+            bar.update(len(new))
     return _table(found, dims)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .attention import hooks_in_force, needs_own_rows
+from .attention import edited
 from .batching import (
     Block,
     Condition,
@@ -18,7 +19,6 @@ from .batching import (
     Feed,
     Wanted,
     batches,
-    has_context,
     pack,
     without_answers,
 )
@@ -98,13 +98,12 @@ def evaluate(
     """
     if new_tokens < 0:
         raise ValueError(f"new_tokens={new_tokens}: take at least 0")
-    named = {None: None} if conditions is None else dict(conditions)
-    # by key: two names of one condition are run once
-    by_key: dict[str, Condition | None] = {}
+    given = {None: None} if conditions is None else conditions
+    named = {name: Condition() if c is None else c for name, c in given.items()}
     for condition in named.values():
-        if condition is not None:
-            condition.check(mllm)
-        by_key[_key(condition)] = condition
+        condition.check(mllm)
+    # two names of one condition are run once
+    by_key = {condition.key: condition for condition in named.values()}
     # part of the provenance only where something is written, so that other stores do not depend on it
     writing = {"new_tokens": new_tokens} if new_tokens else {}
     finished = run(
@@ -115,7 +114,7 @@ def evaluate(
         store=store,
         resume=resume,
         provenance=provenance(mllm, table="answers", **writing),
-        edited=any(hook.changes_output for hook in hooks_in_force(mllm)),
+        edited=edited(mllm),
         on_error="raise",
         engine=engine,
         workers=workers,
@@ -125,23 +124,22 @@ def evaluate(
     )
     rows = []
     for name, condition in named.items():
-        label = {} if conditions is None else {"condition": name}
-        if hasattr(name, "_asdict"):  # a named tuple, such as a point of a curve
-            label = name._asdict()
-        rows += [label | row for row in _answer_rows(finished, _key(condition), new_tokens)]
+        label = {} if conditions is None else columns_of(name, "condition")
+        rows += [label | row for row in _answer_rows(finished, condition.key, new_tokens)]
     return pd.DataFrame(rows)
 
 
-def _key(condition: Condition | None) -> str:
-    return "" if condition is None else condition.key
+def columns_of(name: Hashable, column: str) -> dict:
+    """What a name says in a table: a named tuple, such as a point of a curve, has one column a field."""
+    return name._asdict() if hasattr(name, "_asdict") else {column: name}
 
 
 def _answer_rows(finished: Finished, key: str, new_tokens: int) -> Iterator[dict]:
     """Rows of the result of one condition, in the order of the samples."""
     for sample in finished.samples.values():
         row = finished.rows[sample.id, key]
-        values = {name: row[name] for name in ("prediction", *METRICS)}
-        values |= {name: row[name] for name in ("contrast", "flipped") if name in row}
+        columns = ("prediction", *METRICS, "contrast", "flipped")
+        values = {name: row[name] for name in columns if name in row}
         if new_tokens:
             values["written"] = row["written"]
             if sample.metric is not None:
@@ -164,13 +162,13 @@ def _work(
     lacking: Callable[[Iterable[str]], list[str]],
     fail: Callable[[SampleError], None],
     *,
-    conditions: dict[str, Condition | None],
+    conditions: dict[str, Condition],
     batch_size: int,
     new_tokens: int,
 ) -> Iterator[list[dict]]:
     """Answers of every sample under the conditions that it lacks, a list a batch."""
     # without the question's own tokens, blocks are a token or two
-    late = all(c is not None and c.leaves_prompt_intact for c in conditions.values())
+    late = all(condition.leaves_prompt_intact for condition in conditions.values())
     for batch in batches(
         mllm, samples, batch_size, need_answer=True, to_last=late, fail=fail
     ):
@@ -183,32 +181,24 @@ def _work(
 def _answers(
     mllm: MLLM,
     batch: list[Context],
-    conditions: dict[str, Condition | None],
+    conditions: dict[str, Condition],
     new_tokens: int,
 ) -> list[dict]:
     """Answers of a batch of contexts under every condition, a row each; with new_tokens also written freely."""
+    groups: dict[Hashable, list[Condition]] = defaultdict(list)
+    for condition in conditions.values():
+        groups[condition.group].append(condition)
     rows = []
-    # what is edited outside, by `ablate`, counts as well
-    alone_outside = needs_own_rows(mllm)
     feeds: dict[tuple[bool, bool], _Answering] = {}
-    for group in _groups(conditions):
-        own_row = [c for c in group.values() if c is not None and c.needs_own_row]
+    for group in groups.values():
+        lead = group[0]
         # a row of its own can still stand behind a shared prefix, where the prefix is what it would be anyway
-        alone = alone_outside or any(not c.leaves_context_intact for c in own_row)
-        layout = alone, bool(own_row)
+        alone = lead.needs_own_row and not lead.leaves_context_intact
+        layout = alone, lead.needs_own_row
         if layout not in feeds:
             feeds[layout] = _Answering(mllm, batch, *layout, new_tokens)
         rows += feeds[layout].rows(group)
     return rows
-
-
-def _groups(conditions: dict[str, Condition | None]) -> list[dict[str, Condition | None]]:
-    """Conditions that run side by side."""
-    groups: dict[Hashable, dict[str, Condition | None]] = {}
-    for key, condition in conditions.items():
-        group = None if condition is None else condition.group
-        groups.setdefault(group, {})[key] = condition
-    return list(groups.values())
 
 
 class _Answering:
@@ -227,43 +217,35 @@ class _Answering:
             prompts = [without_answers(context) for context in batch]
             self.writing = Feed(mllm, pack(mllm, prompts, alone=alone, apart=True))
         self.contexts = packed.contexts
-        # (context, block) of every question, null questions left out
-        self.asked: list[tuple[int, Block]] = []
-        rows = []
-        tokens = []
-        answers = []
-        for c, k, block in packed.blocks():
-            if not block.null:
-                self.asked.append((c, block))
-                answers.append(block.answer)
-                # the token at a position predicts the next one, so that the prompt's last predicts the answer's first
-                predicting = block.tagged.last + np.arange(len(block.answer))
-                tokens.append(packed.rows(c, k, predicting))
-                rows.append(np.full(len(predicting), packed.slots[c, k].row))
+        self.blocks = list(packed.blocks())
         # the answers of all questions one behind the other, (n,), and their lengths to split them again
+        answers = [block.answer for _, _, block in self.blocks]
+        self.answer_ids = torch.from_numpy(np.concatenate(answers))
         self.lengths = [len(answer) for answer in answers]
-        rows, tokens, answers = (
-            torch.from_numpy(np.concatenate(x)) for x in (rows, tokens, answers)
+        rows = [packed.slots[c, k].row for c, k, _ in self.blocks]
+        tokens = []
+        for c, k, block in self.blocks:
+            # the token at a position predicts the next one, so that the prompt's last predicts the answer's first
+            predicting = block.tagged.last + np.arange(len(block.answer))
+            tokens.append(packed.keys(c, k, predicting) - packed.before)
+        self.wanted = Wanted(
+            rows=torch.from_numpy(np.repeat(rows, self.lengths)),
+            tokens=torch.from_numpy(np.concatenate(tokens)),
         )
-        self.wanted = Wanted(rows, tokens)
-        self.answer_ids = answers
 
-    def rows(self, conditions: dict[str, Condition | None]) -> Iterator[dict]:
+    def rows(self, conditions: list[Condition]) -> Iterator[dict]:
         """A row of the table for each condition (all of one group) and question."""
-        keys = list(conditions)
         # so many conditions run side by side as TOKENS has room for
-        intact = all(c is None or c.leaves_context_intact for c in conditions.values())
         room = TOKENS.get(self.mllm.device.type, 2**14)
-        width = max(1, room // self.feed.cost(intact))
-        for i in range(0, len(keys), width):
-            side_by_side = keys[i : i + width]
-            together = [conditions[key] for key in side_by_side]
+        width = max(1, room // self.feed.cost(conditions[0].leaves_context_intact))
+        for i in range(0, len(conditions), width):
+            together = conditions[i : i + width]
             states = self.feed.run(together, self.wanted)
             texts = [None] * len(together)
             if self.writing is not None:
                 texts = self.writing.write(together, self.new_tokens)
-            for key, hidden, written in zip(side_by_side, states, texts):
-                yield from self._condition_rows(key, hidden, written)
+            for condition, hidden, written in zip(together, states, texts):
+                yield from self._condition_rows(condition.key, hidden, written)
 
     def _condition_rows(
         self, key: str, hidden: torch.Tensor, written: list[list[int]] | None
@@ -278,14 +260,13 @@ class _Answering:
         margins = (expected - rivals).split(self.lengths)
         correct = (best == self.answer_ids).split(self.lengths)
         # (n of the answer, vocabulary) each
-        by_answer = zip(best.split(self.lengths), logits.split(self.lengths), self.asked)
-        for i, (tokens, rows, (c, block)) in enumerate(by_answer):
+        by_answer = zip(best.split(self.lengths), logits.split(self.lengths), self.blocks)
+        for i, (tokens, rows, (c, _, block)) in enumerate(by_answer):
             sample = block.tagged.sample
             row = {
                 "sample": sample.id,
                 "key": key,
-                # what a bare question shares with others is the chat template alone
-                "context": self.contexts[c].name if has_context(sample) else sample.id,
+                "context": self.contexts[c].name_of(sample),
                 "answer": sample.answer or "",
                 "prediction": self._text(tokens.tolist()),
                 "correct": bool(correct[i].all()),

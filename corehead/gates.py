@@ -57,8 +57,7 @@ class GatedBatch:
         self.packed = pack(mllm, batch, alone=True)
         with torch.no_grad():  # gates do not touch the vision tower
             self.feed = embedded(mllm, self.packed.chunk)
-        placed = {self.packed.slots[c, k].row: b for c, k, b in self.packed.blocks()}
-        blocks = [placed[row] for row in range(len(placed))]
+        blocks = [block for _, _, block in self.packed.blocks()]
         self.names = [block.tagged.sample.id for block in blocks]
         self.answers = [torch.from_numpy(block.answer) for block in blocks]
 

@@ -28,6 +28,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from .attention import CACHE, Call, Hook, active, full_attention, hooks, hooks_in_force
+from .batching import Condition
 from .models import MLLM, device_of
 from .ranking import HeadSet
 from .runs import digest
@@ -36,7 +37,7 @@ TILE = 128  # rows and keys of a block of FlexAttention
 
 
 @dataclass(frozen=True)
-class HybridAttention:
+class HybridAttention(Condition):
     """Which heads stay full, and what the others still see: a condition of `evaluate`.
 
     Parameters
@@ -61,8 +62,6 @@ class HybridAttention:
     sinks: int = 4
 
     leaves_context_intact = False
-    leaves_prompt_intact = False
-    needs_own_row = False
 
     def __post_init__(self):
         if self.window < 0:
@@ -372,14 +371,11 @@ class _Caches:
         # roles speak of positions among all keys
         if active(self.mllm.attentions[0]).roles is not None:
             return True
-        others = [
-            hook
-            for hook in hooks_in_force(self.mllm)
-            if not isinstance(hook, StreamingHeads)
-        ]
         # hooks that only change outputs do not care which keys there are
         return any(
-            hook.rows is not None or type(hook).mask is not Hook.mask for hook in others
+            hook.rows is not None or type(hook).mask is not Hook.mask
+            for hook in hooks_in_force(self.mllm)
+            if not isinstance(hook, StreamingHeads)
         )
 
     def _adopt(self, past: Cache, by_layer: dict[int, StreamingHeads]) -> None:

@@ -112,13 +112,10 @@ def use(mllm: MLLM, pairs: Pairs, *, phase: str = "last", **options) -> xr.DataA
     DataArray (sample, layer, head)
         Its mean over samples ranks heads by what they do, as that of RAM does by where they look.
     """
-    layers, heads = mllm.shape
-    singles = {
-        place: HeadSet.of([place], mllm.shape) for place in np.ndindex(layers, heads)
-    }
+    singles = {head: HeadSet.of([head], mllm.shape) for head in np.ndindex(mllm.shape)}
     table = patch(mllm, pairs, singles, phase=phase, **options)
     by_head = table.pivot(index="sample", columns="condition", values="recovered")
-    values = by_head[list(singles)].to_numpy().reshape(-1, layers, heads)
+    values = by_head[list(singles)].to_numpy().reshape(-1, *mllm.shape)
     return xr.DataArray(
         values,
         dims=("sample", "layer", "head"),

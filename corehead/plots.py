@@ -181,15 +181,9 @@ def _draw_view(
     weight: np.ndarray | None,
 ) -> None:
     """One picture with the cells of its tokens, V* framed: V* lit, or all cells as blue as their weight is large."""
-    contents = [
-        m["content"] for m in tagged.sample.messages if not isinstance(m["content"], str)
-    ]
-    media = [
-        part[medium.kind]
-        for content in contents
-        for part in content
-        if part["type"] == medium.kind
-    ]
+    contents = [m["content"] for m in tagged.sample.messages]
+    parts = [part for c in contents if not isinstance(c, str) for part in c]
+    media = [part[medium.kind] for part in parts if part["type"] == medium.kind]
     picture = media[medium.index]
     first, end = medium.frames[view][0]
     if (
@@ -492,7 +486,6 @@ def scatter(
     y: str,
     *,
     kinds: str = "kind",
-    panels: str | None = None,
     lines: Mapping[str, float] | None = None,
     **axes,
 ) -> plt.Figure:
@@ -501,13 +494,11 @@ def scatter(
     Parameters
     ----------
     table : DataFrame
-        Columns `x`, `y`, `kinds` and, if given, `panels`.
+        Columns `x`, `y` and `kinds`.
     x, y : str
         The columns against each other.
     kinds : str
         The column that colours the dots.
-    panels : str, optional
-        The column that tells panels apart.
     lines : mapping of {"x", "y"} to float
         Where quadrants meet, drawn as dashed lines.
     **axes
@@ -517,22 +508,16 @@ def scatter(
     -------
     Figure
     """
-    if panels is None:
-        panels = "panel"
-        table = table.assign(panel="")
-    figure, found = _panels(table, panels, 4, 3.4, 3.0, sharex=True, sharey=True)
-    colours = dict(zip(table[kinds].unique(), PALETTE))
+    figure, ax = plt.subplots(figsize=(4.2, 3.6))
+    for kind, colour in zip(table[kinds].unique(), PALETTE):
+        points = table[table[kinds] == kind]
+        ax.scatter(points[x], points[y], s=18, alpha=0.8, color=colour, label=kind)
+    for axis, place in (lines or {}).items():
+        draw = ax.axvline if axis == "x" else ax.axhline
+        draw(place, color="gray", lw=0.8, ls="--")
     xlabel = axes.pop("xlabel", x)
     ylabel = axes.pop("ylabel", y)
-    for ax, _, rows in found:
-        for kind, points in rows.groupby(kinds, sort=False):
-            ax.scatter(
-                points[x], points[y], s=18, alpha=0.8, color=colours[kind], label=kind
-            )
-        for axis, place in (lines or {}).items():
-            draw = ax.axvline if axis == "x" else ax.axhline
-            draw(place, color="gray", lw=0.8, ls="--")
-        ax.set(**axes)
+    ax.set(**axes)
     return _finish(figure, xlabel, ylabel)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 import numpy as np
 import pandas as pd
 
+from .evaluation import columns_of
 from .models import MLLM
 from .ranking import HeadSet
 from .samples import Sample
@@ -110,7 +111,7 @@ def recall(
         shared = {"sample": tagged.sample.id, "context": context, **tagged.sample.meta}
         shared |= {"n": len(sizes), "relevant": len(relevant)}
         found[tagged.sample.id] = [
-            _name(name) | shared | _places(row, relevant, ks)
+            columns_of(name, "heads") | shared | _places(row, relevant, ks)
             for name, row in zip(heads, scores)
         ]
     if not found:
@@ -119,10 +120,6 @@ def recall(
         )
     in_order = [found[sample.id] for sample in samples if sample.id in found]
     return pd.DataFrame([row for rows in zip(*in_order) for row in rows])
-
-
-def _name(name: Hashable) -> dict:
-    return name._asdict() if hasattr(name, "_asdict") else {"heads": name}
 
 
 def _places(scores: np.ndarray, relevant: np.ndarray, ks: Sequence[int]) -> dict:

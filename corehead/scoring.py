@@ -11,7 +11,7 @@ computed once; each question on it, and the same context with the question "N/A"
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,16 +21,8 @@ import pandas as pd
 import torch
 import xarray as xr
 
-from .attention import Call, Hook, hooks, hooks_in_force, needs_own_rows
-from .batching import (
-    Context,
-    Feed,
-    Packed,
-    batches,
-    has_context,
-    pack,
-    run_one,
-)
+from .attention import Call, Measure, Reader, edited, hooks
+from .batching import Block, Context, Feed, Packed, batches, pack, run_one
 from .models import MLLM
 from .ranking import HeadRanking
 from .runs import digest, provenance, run
@@ -264,7 +256,7 @@ def score(
         store=store,
         resume=resume,
         provenance=made_by,
-        edited=any(hook.changes_output for hook in hooks_in_force(mllm)),
+        edited=edited(mllm),
         on_error=on_error,
         engine=engine,
         workers=workers,
@@ -287,7 +279,6 @@ def score(
     return HeadScores(_dataset(rows, metas, made_by | {"data": data}), failures)
 
 
-@torch.inference_mode()
 def attention_map(mllm: MLLM, tagged: TaggedSample, query: str = "last") -> np.ndarray:
     """Where every head's rows look, for pictures of a few heads on one sample.
 
@@ -304,10 +295,8 @@ def attention_map(mllm: MLLM, tagged: TaggedSample, query: str = "last") -> np.n
         Attention weights over all tokens.
     """
     # every key is a group of its own, so that the sums are the weights themselves
-    reader = MassReader(query_rows(tagged)[query], groups=torch.eye(len(tagged.ids))[None])
-    run_one(mllm, tagged, reader.everywhere(mllm))
-    sums, _ = reader.result()
-    return sums[:, 0].mean(1)  # (L, R, H, N), the mean over the rows
+    weights = mass_on(torch.eye(len(tagged.ids))[None])
+    return read_rows(mllm, tagged, query_rows(tagged)[query], weights)[..., :-1].mean(1)
 
 
 @torch.inference_mode()
@@ -341,26 +330,20 @@ def group_mass(
     mass : (L, H, G) float32 array
         In [0, 1]; G is at least the number of the sample's groups, and groups that it lacks have no mass.
     """
-    for batch in batches(mllm, samples, batch_size):
+    for batch in batches(mllm, samples, batch_size, need_answer=query == "answer"):
         # a batch row for each question: groups may differ between questions on one context
-        packed = pack(mllm, batch, alone=needs_own_rows(mllm), apart=True)
-        blocks = [(c, block, packed.slots[c, k].row, k) for c, k, block in packed.blocks()]
-        labels = [torch.from_numpy(groups_of(block.tagged)) for _, block, _, _ in blocks]
-        n_groups = int(max(label.max() for label in labels)) + 1
+        packed = pack(mllm, batch, apart=True)
+        labels = {(c, k): groups_of(block.tagged) for c, k, block in packed.blocks()}
+        n_groups = max(label.max() for label in labels.values()) + 1
         groups = torch.zeros(*packed.roles.roles.shape, n_groups)  # (B, N, G)
-        wanted = []
-        for (c, block, row, k), label in zip(blocks, labels):
+        for (c, k), label in labels.items():
             tokens = np.flatnonzero(label >= 0)
-            groups[row, packed.keys(c, k, tokens), label[tokens]] = 1
-            wanted.append(packed.keys(c, k, query_rows(block.tagged)[query]))
-        rows = np.unique(np.concatenate(wanted))
-        reader = MassReader(rows, groups)
-        with hooks(mllm, reader.everywhere(mllm)):
-            Feed(mllm, packed).run()
-        sums, _ = reader.result()  # (L, B, R, H, G)
-        for (c, block, row, _), keys in zip(blocks, wanted):
-            mass = sums[:, row, np.searchsorted(rows, keys)].mean(1)
-            yield block.tagged, name_of(packed.contexts[c], block.tagged), mass
+            groups[packed.slots[c, k].row, packed.keys(c, k, tokens), label[tokens]] = 1
+        wanted = {(c, k): query_rows(b.tagged)[query] for c, k, b in packed.blocks()}
+        found = row_means(mllm, packed, wanted, mass_on(groups))
+        for c, k, block in packed.blocks():
+            context = packed.contexts[c].name_of(block.tagged.sample)
+            yield block.tagged, context, found[c, k][..., :-1]
 
 
 def query_rows(tagged: TaggedSample) -> dict[str, np.ndarray]:
@@ -372,7 +355,25 @@ def query_rows(tagged: TaggedSample) -> dict[str, np.ndarray]:
     }
 
 
-class MassReader(Hook):
+def mass_on(groups: torch.Tensor) -> Measure:
+    """Measures sums of attention over groups of keys and, behind them, the row's entropy in nats: (B, r, H, G + 1).
+
+    Parameters
+    ----------
+    groups : (B, N, G) float32 tensor
+        Membership of each key in each of G groups.
+    """
+
+    def measure(call: Call, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        members = groups[:, : call.n].to(call.device)
+        mass = (weights.flatten(1, 2) @ members).unflatten(1, weights.shape[1:3])
+        entropy = torch.special.entr(weights).sum(-1, keepdim=True)
+        return torch.cat([mass, entropy], -1).transpose(1, 2)
+
+    return measure
+
+
+class MassReader(Reader):
     """Sums the attention of chosen rows over groups of keys, and takes the rows' entropy.
 
     Parameters
@@ -383,30 +384,49 @@ class MassReader(Hook):
         Membership of each key in each of G groups.
     """
 
-    def __init__(self, rows: np.ndarray, groups: torch.Tensor):
-        self.rows = np.asarray(rows)
-        self.groups = groups
-        self.sums: dict[int, list[torch.Tensor]] = {}
-        self.entropy: dict[int, list[torch.Tensor]] = {}
-
-    def read(self, call: Call, rows: torch.Tensor, weights: torch.Tensor) -> None:
-        # a prefix that has none of the rows may have fewer batch rows than the chunk behind it
-        if not len(rows):
-            return
-        groups = self.groups[:, : call.n].to(call.device)
-        mass = (weights.flatten(1, 2) @ groups).unflatten(
-            1, weights.shape[1:3]
-        )  # (B, H, r, G)
-        entropy = torch.special.entr(weights).sum(-1)  # (B, H, r)
-        # rows come in ascending blocks, chunk after chunk; their weights (N numbers a row) are gone after this
-        self.sums.setdefault(call.layer, []).append(mass.transpose(1, 2).cpu())
-        self.entropy.setdefault(call.layer, []).append(entropy.transpose(1, 2).cpu())
+    def __init__(self, rows: np.ndarray | torch.Tensor, groups: torch.Tensor):
+        super().__init__(rows, mass_on(groups))
 
     def result(self) -> tuple[np.ndarray, np.ndarray]:
         """Sums (L, B, R, H, G) and entropy (L, B, R, H) float32, the latter in nats."""
-        sums = [torch.cat(self.sums[layer], 1) for layer in sorted(self.sums)]
-        entropy = [torch.cat(self.entropy[layer], 1) for layer in sorted(self.entropy)]
-        return torch.stack(sums).numpy(), torch.stack(entropy).numpy()
+        measured = super().result()
+        return measured[..., :-1], measured[..., -1]
+
+
+def read_rows(
+    mllm: MLLM, tagged: TaggedSample, rows: np.ndarray, measure: Measure
+) -> np.ndarray:
+    """What is measured at rows of one sample that runs alone, (L, R, ...); see `Reader`."""
+    reader = Reader(rows, measure)
+    run_one(mllm, tagged, reader.everywhere(mllm))
+    return reader.result()[:, 0]
+
+
+def row_means(
+    mllm: MLLM, packed: Packed, tokens: Mapping[tuple, np.ndarray], measure: Measure
+) -> dict[tuple, np.ndarray]:
+    """Run a batch; of what is measured at some tokens of its blocks the means, (L, ...).
+
+    Parameters
+    ----------
+    mllm : MLLM
+    packed : Packed
+    tokens : mapping of (context, block, ...) to (n,) int64 array
+        Of the block's full sequence; without tokens there is no mean.
+    measure : callable
+        See `Reader`.
+    """
+    keys = {job: packed.keys(*job[:2], of) for job, of in tokens.items() if len(of)}
+    # one union of rows for the whole batch, read in one pass; each takes its own from it below
+    reader = Reader(np.unique(np.concatenate(list(keys.values()))), measure)
+    with hooks(mllm, reader.everywhere(mllm)):
+        Feed(mllm, packed).run()
+    measured = reader.result()
+    means = {}
+    for job, at in keys.items():
+        rows = np.searchsorted(reader.rows, at)
+        means[job] = measured[:, packed.slots[job[:2]].row, rows].mean(1)
+    return means
 
 
 def _work(
@@ -428,39 +448,28 @@ def _scored(
     mllm: MLLM, batch: list[Context], fail: Callable[[SampleError], None]
 ) -> list[dict]:
     """Run a batch of contexts: a table row a sample."""
-    # inside ablate(mode="resample"): a donor is drawn for the sample of each batch row
-    alone = needs_own_rows(mllm)
-    packed = pack(mllm, batch, alone=alone)
+    packed = pack(mllm, batch)
     found = _read(mllm, packed)
     rows = []
-    for c, context in enumerate(packed.contexts):
-        for owner, tagged in enumerate(context.members):
+    for c, k, block in packed.blocks():
+        if not block.null:
+            context = packed.contexts[c]
             # samples with one answer share a null block: its sums are over all sets of evidence
-            null_block = context.null_of(owner)
-            null = None if null_block is None else found[c, null_block]
+            null = found.get((c, context.null_of(block)), {})
             try:
-                row = _table_row(tagged, owner, found[c, context.block_of(owner)], null)
-                rows.append(row | {"context": name_of(context, tagged)})
+                row = _table_row(block, found[c, k], null)
+                rows.append(row | {"context": context.name_of(block.tagged.sample)})
             except SampleError as error:
                 fail(error)
     return rows
 
 
-def name_of(context: Context, tagged: TaggedSample) -> str:
-    """What samples on one context have in common; of a bare question, itself: it shares but the chat template."""
-    # bare token ids have no sample, and stand alone
-    if tagged.sample is None:
-        return context.name
-    return context.name if has_context(tagged.sample) else tagged.sample.id
-
-
-Reading = dict[
-    str, tuple[np.ndarray, np.ndarray]
-]  # query set -> sums (L, H, G), entropy (L, H)
+# query set -> (L, H, groups + 1): what `mass_on` measures, the mean over its rows
+Reading = dict[str, np.ndarray]
 
 
 def _read(mllm: MLLM, packed: Packed) -> dict[tuple[int, int], Reading]:
-    """Run a batch, reading rows: for each (context, block) and query set the mean over its rows.
+    """Run a batch, reading the rows of every query set of each (context, block).
 
     Groups of keys: visual, text, sink (the first token, which is neither), then the sets of evidence.
     """
@@ -468,51 +477,35 @@ def _read(mllm: MLLM, packed: Packed) -> dict[tuple[int, int], Reading]:
     kinds = torch.zeros(*evidence.shape[:2], 3)  # (B, N, visual / text / sink)
     wanted = {}
     for c, k, block in packed.blocks():
-        row, padding, start = packed.slots[c, k]
-        # behind a prefix, the row's first token is the prefix's
-        first = padding if packed.before else start
+        row = packed.slots[c, k].row
+        first = packed.keys(c, k, np.arange(1))[0]
         kinds[row, packed.keys(c, k, block.tagged.visual), 0] = 1
         # the row's other questions count as text, but have no weight: blocks do not see each other
         kinds[row, first:, 1] = 1 - kinds[row, first:, 0]
         kinds[row, first] = torch.tensor([0.0, 0.0, 1.0])
-        wanted[c, k] = {
-            query: packed.keys(c, k, tokens)
-            for query, tokens in query_rows(block.tagged).items()
-        }
-    # one union of rows for the whole batch, read in one pass; each set picks its own from it below
-    every = [rows for sets in wanted.values() for rows in sets.values()]
-    rows = np.unique(np.concatenate(every))
-    reader = MassReader(rows, torch.cat([kinds, evidence], 2))
-    with hooks(mllm, reader.everywhere(mllm)):
-        Feed(mllm, packed).run()
-    sums, entropy = reader.result()
-    out: dict[tuple[int, int], Reading] = {}
-    for job, sets in wanted.items():
-        row = packed.slots[job].row
-        out[job] = {}
-        for query, keys in sets.items():
-            if len(keys):  # a sample without an answer has no such rows
-                at = np.searchsorted(rows, keys)
-                mass = sums[:, row, at].mean(1)
-                out[job][query] = mass, entropy[:, row, at].mean(1)
-    return out
+        for query, tokens in query_rows(block.tagged).items():
+            wanted[c, k, query] = tokens
+    means = row_means(mllm, packed, wanted, mass_on(torch.cat([kinds, evidence], 2)))
+    found: dict[tuple[int, int], Reading] = {}
+    for (c, k, query), mean in means.items():
+        found.setdefault((c, k), {})[query] = mean
+    return found
 
 
-def _table_row(
-    tagged: TaggedSample, evidence_set: int, own: Reading, null: Reading | None
-) -> dict:
+def _table_row(block: Block, own: Reading, null: Reading) -> dict:
     """One sample's row of the table: arrays (query, layer, head) by name."""
-    n_layers, n_heads = own["last"][1].shape  # every prompt has a last token
+    tagged = block.tagged
     n_evidence = len(tagged.evidence)
     n_visual = len(tagged.visual)
     on_text = n_evidence > 0 and not np.isin(tagged.evidence, tagged.visual).any()
-    shape = len(QUERIES), n_layers, n_heads
+    # every prompt has a last token
+    shape = len(QUERIES), *own["last"].shape[:2]
     out = {name: np.full(shape, np.nan, np.float32) for name in ARRAYS}
+    groups = dict(visual=0, text=1, sink=2, evidence=3 + block.owner, entropy=-1)
     for q, query in enumerate(QUERIES):
         if query in own:
-            sums, entropy = own[query]
             # a weight that is NaN reaches its row's sums: the weights need no pass of their own
-            finite = np.isfinite(sums).all((1, 2)) & np.isfinite(entropy).all(1)
+            finite = np.isfinite(own[query]).all((1, 2))
             if not finite.all():
                 raise SampleError(
                     tagged.sample.id,
@@ -520,24 +513,21 @@ def _table_row(
                     f"the attention of layer {finite.argmin()} is not finite (NaN or Inf)",
                     "Load the model in float32 or bfloat16, or look at its weights",
                 )
-            for group, name in enumerate(("visual", "text", "sink")):
-                out[name][q] = sums[..., group]
-            out["evidence"][q] = sums[..., 3 + evidence_set]
-            out["entropy"][q] = entropy
-        if null is not None and query in null:
-            sums, _ = null[query]
+            for name, group in groups.items():
+                out[name][q] = own[query][..., group]
+        if query in null:
             # the rows of "N/A" on the V* of the sample's own question: what V* attracts whatever is asked
-            out["null_evidence"][q] = sums[..., 3 + evidence_set]
-            out["null_context"][q] = sums[..., 1 if on_text else 0]
+            out["null_evidence"][q] = null[query][..., groups["evidence"]]
+            out["null_context"][q] = null[query][
+                ..., groups["text" if on_text else "visual"]
+            ]
     return {
         "sample": tagged.sample.id,
         "key": "",
         "n_evidence": n_evidence,
         "n_context": tagged.last + 1 - n_visual if on_text else n_visual,
         "on_text": bool(on_text),
-        "depth": float(tagged.evidence.mean() / tagged.last)
-        if n_evidence
-        else float("nan"),
+        "depth": float(tagged.evidence.mean() / tagged.last) if n_evidence else np.nan,
         **out,
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import numpy as np
@@ -21,30 +22,26 @@ KINDS = ("evidence", "other", "sinks in evidence", "other sinks")
 
 
 class DrawnReader(Hook):
-    """Sums what every key draws from the rows behind it.
+    """Sums what every key of one sequence draws from the rows behind it, over all layers and heads.
 
     Parameters
     ----------
     rows : int
-        The first rows of the one sequence that runs are read, so many.
+        So many first rows are read.
     tokens : int
         Of the sequence.
     """
 
     def __init__(self, rows: int, tokens: int):
         self.rows = np.arange(rows)
-        self.tokens = tokens
-        self.drawn: dict[int, torch.Tensor] = {}  # by layer, (H, N)
+        self.drawn = torch.zeros(tokens, dtype=torch.float64)
 
     def read(self, call: Call, rows: torch.Tensor, weights: torch.Tensor) -> None:
         # what a token draws from itself says nothing of what others see in it
         behind = torch.arange(call.n, device=call.device) < (call.first + rows)[:, None]
-        drawn = (weights[0] * behind).sum(1).cpu()  # (H, n) of (H, r, n)
-        total = self.drawn.setdefault(call.layer, torch.zeros(len(drawn), self.tokens))
-        total[:, : call.n] += drawn
+        self.drawn[: call.n] += (weights[0] * behind).sum((0, 1)).cpu()
 
 
-@torch.inference_mode()
 def drawn_attention(mllm: MLLM, tagged: TaggedSample) -> np.ndarray:
     r"""How much attention each token of a prompt draws, (N,), over what it would draw were all rows even.
 
@@ -57,8 +54,7 @@ def drawn_attention(mllm: MLLM, tagged: TaggedSample) -> np.ndarray:
     # the answer's rows are left out, as nobody knows them when the question is asked
     reader = DrawnReader(length, len(tagged.ids))
     run_one(mllm, tagged, reader.everywhere(mllm))
-    drawn = torch.stack(list(reader.drawn.values())).mean((0, 1)).double().numpy()
-    drawn = drawn[:length]
+    drawn = reader.drawn[:length].numpy() / math.prod(mllm.shape)
     even = 1 / np.arange(1, length + 1)
     # of the rows strictly behind each token
     even = even[::-1].cumsum()[::-1] - even

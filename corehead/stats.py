@@ -77,6 +77,11 @@ class Clustered(NamedTuple):
     df: np.ndarray
     fewest: int
 
+    @property
+    def half(self) -> np.ndarray:
+        """Half of the interval by Student's t."""
+        return t.ppf(0.975, self.df) * np.sqrt(self.variance)
+
 
 def clustered_mean(values, groups=None, name: str = "values") -> Clustered:
     """Mean over samples that share groups of one or several crossed factors, and its variance.
@@ -164,9 +169,10 @@ def design_effect(values, groups) -> np.ndarray:
     """
     variance = clustered_mean(values, groups).variance
     values = np.asarray(values, float)
-    independent = values.var(0, ddof=1) / len(values)
-    equal = (values == values[0]).all(0)
-    return np.where(equal, np.nan, variance / np.where(equal, 1, independent))[()]
+    # seen from the first sample: equal values then have exactly no variance
+    independent = (values - values[0]).var(0, ddof=1) / len(values)
+    with np.errstate(invalid="ignore"):
+        return variance / independent
 
 
 # --- resampling
@@ -313,16 +319,13 @@ def mean_interval(values, groups=None) -> tuple[np.ndarray, np.ndarray]:
     """
     values = np.asarray(values)
     found = clustered_mean(values, groups)
-    quantile = t.ppf(0.975, found.df)
     if not np.isin(values, (0, 1)).all():
-        half = quantile * np.sqrt(found.variance)
-        return found.mean - half, found.mean + half
+        return found.mean - found.half, found.mean + found.half
     n = len(values)
-    # groups that balance out exactly have no variance between them
-    with np.errstate(divide="ignore"):
-        effective = (
-            n / design_effect(values, groups) * (t.ppf(0.975, n - 1) / quantile) ** 2
-        )
+    # 0 / 0 where all answers are equal; groups that balance out exactly have no variance between them
+    with np.errstate(invalid="ignore", divide="ignore"):
+        effective = values.var(0, ddof=1) / found.variance
+    effective *= (t.ppf(0.975, n - 1) / t.ppf(0.975, found.df)) ** 2
     effective = np.where(np.isnan(effective), found.fewest, np.minimum(effective, n))
     return proportion_interval(found.mean, effective)
 
@@ -423,7 +426,7 @@ def paired(a, b, groups=None) -> Paired:
         )
     values = a.astype(float) - b.astype(float)
     found = clustered_mean(values, groups, "a - b")
-    low, high, p = _t_test(*found)
+    low, high, p = _t_test(found)
     if a.dtype == b.dtype == bool:
         unseen = _unseen(values, found.fewest)
         low = max(low - unseen, -1)
@@ -432,15 +435,13 @@ def paired(a, b, groups=None) -> Paired:
     return Paired(*map(float, (found.mean, low, high, p, effect)))
 
 
-def _t_test(
-    difference: float, variance: float, df: float, fewest: int
-) -> tuple[float, float, float]:
+def _t_test(found: Clustered) -> tuple[float, float, float]:
     """Interval, and p of no difference."""
+    difference, variance, df, fewest = found
     if variance == 0:
         return difference, difference, 2.0 ** (1 - fewest) if difference else 1.0
-    error = np.sqrt(variance)
-    half = t.ppf(0.975, df) * error
-    return difference - half, difference + half, 2 * t.sf(np.abs(difference) / error, df)
+    p = 2 * t.sf(np.abs(difference) / np.sqrt(variance), df)
+    return difference - found.half, difference + found.half, p
 
 
 def _unseen(differences: np.ndarray, fewest: int) -> float:
@@ -526,7 +527,7 @@ def contrast(first, second, first_groups=None, second_groups=None) -> Contrast:
     # Welch's: nothing says that two tasks vary alike
     uncertainty = x.variance**2 / x.df + y.variance**2 / y.df
     df = variance**2 / uncertainty if uncertainty else np.nan
-    test = _t_test(difference, variance, df, min(x.fewest, y.fewest))
+    test = _t_test(Clustered(difference, variance, df, min(x.fewest, y.fewest)))
     return Contrast(*map(float, (difference, *test)))
 
 
@@ -672,8 +673,7 @@ def _damage(group: pd.DataFrame) -> pd.Series:
     damage = lost.mean() / scale
     # a ratio of means varies, to first order, as the mean of these
     found = clustered_mean(lost - np.nan_to_num(damage) * to_lose, groups_of(group))
-    half = t.ppf(0.975, found.df) * np.sqrt(found.variance) + _unseen(lost, found.fewest)
-    half /= scale
+    half = (found.half + _unseen(lost, found.fewest)) / scale
     bounds = {"damage_low": damage - half, "damage_high": damage + half}
     return pd.Series({"n": len(group), "damage": damage} | bounds)
 

@@ -341,6 +341,22 @@ def test_scores_inside_an_ablation(family):
     np.testing.assert_allclose(total, 1, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", EVERY)
+def test_samples_on_one_context_are_scored_inside_resampling_as_each_alone(family):
+    """A donor is drawn for the sample of each batch row, so that nothing is shared but the name of the context."""
+    mllm = tiny(family)
+    samples = samples_for(mllm)[:3]
+    with ch.ablate(mllm, HEADS, "resample", reference=samples):
+        together = ch.score(mllm, samples, progress=False, on_error="raise").data
+        alone = [ch.score(mllm, [s], progress=False).data for s in samples]
+    assert set(together.context.values) == {samples[0].id}
+    for i, one in enumerate(alone):
+        for name in one.data_vars:
+            np.testing.assert_allclose(
+                together[name].isel(sample=i), one[name].isel(sample=0), atol=1e-5
+            )
+
+
 def test_nesting_repeating_and_restoring(mllm):
     [tagged] = prompts(mllm, 1)
     before = mllm.text_config._attn_implementation

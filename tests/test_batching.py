@@ -12,6 +12,7 @@ from corehead.ablation import Ablation
 from corehead.attention import ANSWER, CONTEXT, LAST, PADDING, QUESTION, TokenRoles
 from corehead.batching import (
     PER_TOKEN,
+    Condition,
     Feed,
     batches,
     context_of,
@@ -59,9 +60,9 @@ def test_writing_ends_with_the_end_token(monkeypatch):
     [batch] = batches(mllm, samples[:2], 4)
     feed = Feed(mllm, pack(mllm, batch, apart=True))
     with torch.inference_mode():
-        [whole] = feed.write([None], 4)
+        [whole] = feed.write([Condition()], 4)
         monkeypatch.setattr(mllm.model.generation_config, "eos_token_id", [whole[0][2]])
-        [ended] = feed.write([None], 4)
+        [ended] = feed.write([Condition()], 4)
     assert len(whole[0]) == len(whole[1]) == 4
     assert ended[0] == whole[0][: whole[0].index(whole[0][2])]
 

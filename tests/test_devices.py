@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import corehead as ch
 from corehead import testbed
-from corehead.ablation import Reference
+from corehead.ablation import Outputs, Reference
 from corehead.attention import hooks
 from corehead.hybrid import stream_chunked
 from corehead.scoring import MassReader
@@ -131,10 +131,8 @@ def reference_of(mllm: ch.MLLM) -> Reference:
     reference = Reference(mllm, [tagged, tagged])
     reference.__dict__["means"] = torch.ones(2, 6, 8)
     for layer in (0, 1):
-        reference._outputs[layer, "prefill"] = [
-            torch.ones(12, 6, 8, device=f"cuda:{layer}")
-        ] * 2
-    reference._rows["prefill"] = [torch.arange(12)] * 2
+        values = torch.ones(12, 6, 8, device=f"cuda:{layer}")
+        reference._outputs[layer, "prefill"] = [Outputs(torch.arange(12), values)] * 2
     return reference
 
 
@@ -160,4 +158,6 @@ def test_what_corehead_makes_follows_the_layers(two_gpus, mode, monkeypatch):
     with edit, hooks(mllm, reader.everywhere(mllm)):
         # without a cache, transformers looks for packed sequences, which a fake tensor cannot tell
         out = mllm.model(input_ids=ids, use_cache=True)
-    assert reader.sums[1][0].shape == (1, 2, 6, 2) and str(out.logits.device) == "cuda:0"
+    assert (
+        reader.measured[1][0].shape == (1, 2, 6, 3) and str(out.logits.device) == "cuda:0"
+    )

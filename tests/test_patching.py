@@ -10,7 +10,7 @@ from conftest import FAMILIES, tiny
 import corehead as ch
 from corehead import patching
 from corehead.ablation import Ablation, Reference
-from corehead.attention import hooks_in_force
+from corehead.attention import LAST, hooks_in_force
 from corehead.batching import batches, pack
 from corehead.testbed.scenes import cell_box, counterfactuals
 
@@ -212,7 +212,8 @@ def test_patched_rows_share_their_prompt(family):
     bases, donors = zip(*pairs)
     [batch] = batches(mllm, bases, 8, need_answer=True, to_last=True)
     assert all(len(block.ids) == 2 for context in batch for block in context.blocks)
-    assert pack(mllm, batch, apart=True).roles.last is not None
+    roles = pack(mllm, batch, apart=True).roles.roles
+    assert ((roles == LAST).sum(1) == 1).all()  # which tells where each prompt ends
     reference = Reference(mllm, donors, {a.id: b.id for a, b in pairs})
     heads = ch.HeadSet(np.ones(mllm.shape, bool))
     late = ch.evaluate(

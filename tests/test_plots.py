@@ -320,8 +320,6 @@ def test_scatter_colours_kinds_and_marks_where_quadrants_meet():
     assert len({tuple(dots.get_facecolor()[0]) for dots in ax.collections}) == 3
     across, up = (np.ravel(line.get_xydata()) for line in ax.lines)
     assert across[0] == across[2] == 0.4 and up[1] == up[3] == 0.05
-    two = plots.scatter(table.assign(model=["a", "a", "b"]), "look", "use", panels="model")
-    assert [ax.get_title() for ax in two.axes] == ["a", "b"]
 
 
 def test_a_name_has_one_look_and_what_it_begins_with_is_paler():

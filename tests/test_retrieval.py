@@ -1,6 +1,7 @@
 """Pages ranked by attention, and visual sinks, against the full matrices of transformers' eager attention."""
 
 from collections import namedtuple
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -150,6 +151,9 @@ def test_what_cannot_be_ranked_is_refused():
         recall(mllm, documents(), every, unit="word")
     with pytest.raises(ValueError, match="rank the heads of this model"):
         recall(mllm, documents(), {"other": ch.HeadSet(np.ones((1, 2), bool))})
+    mute = [replace(sample, answer=None) for sample in documents()]
+    with pytest.raises(ch.SampleError, match="'d0', answer: is missing"):
+        recall(mllm, mute, every, query="answer")
 
 
 # --- sinks
