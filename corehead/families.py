@@ -462,6 +462,7 @@ def _resample(axis: np.ndarray, n: int) -> np.ndarray:
     return np.stack([axis[low, 0], axis[high, 1]], 1)
 
 
+TEXT = ("llama", "qwen2", "qwen3", "qwen3_moe", "mistral", "gemma", "gemma3_text")
 FAMILIES: dict[str, Family] = {
     **{
         name: QwenVL(name)
@@ -476,7 +477,7 @@ FAMILIES: dict[str, Family] = {
     "smolvlm": Idefics3("smolvlm"),
     "mistral3": Mistral3(),
     # plain language models differ in nothing that corehead must know
-    **dict.fromkeys(("llama", "qwen2", "qwen3"), Text()),
+    **dict.fromkeys(TEXT, Text()),
 }
 
 
