@@ -19,6 +19,7 @@ import torch
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, LlamaModel
+from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, flash_attention_mask, sdpa_mask
 
@@ -187,6 +188,8 @@ class Call:
         Position of the first query row among the keys.
     attention_mask : tensor, optional
         As transformers hands it over: (B or 1, 1, R, N), (B, N) or None.
+    window : int, optional
+        How many of the last keys a row of this layer sees, its own included; None is all.
     roles : TokenRoles, optional
         What the tokens are, where that is known.
     out : (B, R, H, D) tensor
@@ -200,6 +203,7 @@ class Call:
     scaling: float
     first: int
     attention_mask: torch.Tensor | None = None
+    window: int | None = None
     roles: TokenRoles | None = None
     out: torch.Tensor | None = None
 
@@ -269,6 +273,26 @@ class Call:
 
     def allowed(self, rows: torch.Tensor) -> torch.Tensor:
         """(B or 1, 1, R, N) bool, where some rows of this call may attend, hooks left out."""
+        seen = self._unmasked(rows)
+        if not self.has_window:
+            return seen
+        # in tokens of its own sequence, of which a row may hold several, with padding in between
+        if self.roles is None:
+            positions = torch.arange(self.n, device=self.device)[None]
+        else:
+            positions = self.roles.positions[:, : self.n].to(self.device)
+        behind = (
+            positions[:, self.first + rows, None] - positions[:, None]
+        )  # (B or 1, R, N)
+        return seen & (behind < self.window)[:, None]
+
+    @property
+    def has_window(self) -> bool:
+        """Whether some row does not see all keys up to its own."""
+        return self.window is not None and self.n > self.window
+
+    def _unmasked(self, rows: torch.Tensor) -> torch.Tensor:
+        """The same by the attention mask alone."""
         mask = self.attention_mask
         if mask is not None and mask.dim() == 4:
             mask = mask[:, :1, rows, : self.n]
@@ -388,6 +412,10 @@ def hooks(
     implementation = config._attn_implementation
     before = [active(module) for module in modules]
     config._attn_implementation = NAME
+    handle = None
+    if roles is not None and any(mllm.windows):
+        decoder = mllm.family.decoder(mllm.model)
+        handle = decoder.register_forward_pre_hook(_keep_all_keys, with_kwargs=True)
     try:
         for layer, (module, outer) in enumerate(zip(modules, before)):
             mine = tuple((by_layer or {}).get(layer, ()))
@@ -397,11 +425,25 @@ def hooks(
         yield
     finally:
         config._attn_implementation = implementation
+        if handle is not None:
+            handle.remove()
         for module, outer in zip(modules, before):
             if implementation == NAME:
                 module.corehead = outer
             else:  # the outermost context leaves no trace
                 del module.corehead
+
+
+def _keep_all_keys(decoder: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+    """Let an empty cache keep what falls out of a layer's window, since roles count positions among all keys."""
+    cache = kwargs.get(CACHE)
+    for i, layer in enumerate(cache.layers if cache is not None else ()):
+        if layer.is_sliding:
+            if layer.get_seq_length():
+                raise ValueError(
+                    "this cache lets go of keys outside a window: begin with an empty DynamicCache()"
+                )
+            cache.layers[i] = DynamicLayer()
 
 
 def active(module: torch.nn.Module) -> Active:
@@ -478,7 +520,9 @@ def full_attention(
     whole = call.first == 0
     states = call.query, call.key, call.value
     # nothing cached, or one row that sees every key: what transformers does is right and fast
-    if mask is None:
+    if call.has_window:
+        native = False
+    elif mask is None:
         native = whole or call.rows == 1
     else:
         native = whole and mask.dim() == 4
@@ -488,7 +532,8 @@ def full_attention(
     # Flash attention of a chunk behind a cache, which exists for 16-bit types on GPUs alone. The causal triangle stands
     # at the lower right of the R x N rectangle, since row 0 sees all `first` cached keys; SDPA's own is_causal puts it
     # at the upper left, where row 0 sees key 0 alone.
-    if mask is None and call.query.is_cuda and call.query.element_size() == 2:
+    causal = mask is None and not call.has_window
+    if causal and call.query.is_cuda and call.query.element_size() == 2:
         bias = causal_lower_right(call.rows, call.n)
         grouped = call.query.shape[1] > call.key.shape[1]
         out = scaled_dot_product_attention(
@@ -544,6 +589,7 @@ def attention_forward(
         scaling=scaling,
         first=first,
         attention_mask=attention_mask,
+        window=options.get("sliding_window"),
     )
     if now.roles is not None:
         call.roles = now.roles.covering(call.batch, call.n)
@@ -590,13 +636,15 @@ def _attend(
     return out
 
 
-def _mask(*args, mask_function=causal_mask_function, **options):
+def _mask(*args, mask_function=causal_mask_function, local_size=None, **options):
     """Causal masks stay (B, N), for N x N of them would not fit where it matters; what else a model asks for is built.
 
-    Sliding windows and blocks that attend both ways come as a `mask_function` of their own.
+    Blocks that attend both ways come as a `mask_function` of their own. A sliding window, which has a `local_size`, is
+    left to `Call.allowed`: it counts a sequence's own tokens, where padding may stand behind a prefix.
     """
+    stays = mask_function is causal_mask_function or local_size is not None
     # the builder of flash attention hands the (B, N) mask on, or None where there is no padding
-    build = flash_attention_mask if mask_function is causal_mask_function else sdpa_mask
+    build = flash_attention_mask if stays else sdpa_mask
     return build(*args, mask_function=mask_function, **options)
 
 

@@ -509,14 +509,19 @@ def collate(tagged: Sequence[TaggedSample], pad_token: int) -> dict[str, torch.T
         if name in PER_TOKEN:
             fill = pad_token if name == "input_ids" else 0
             rows = [pad(row, (length - row.shape[1], 0), value=fill) for row in rows]
-        # anyres: (1, crops, 3, S, S), and pictures have different numbers of crops
-        elif name == "pixel_values" and rows[0].dim() == 5:
-            crops = max(row.shape[1] for row in rows)
-            no_more = (0, 0) * 3  # of channels, rows and columns
-            rows = [pad(row, (*no_more, 0, crops - row.shape[1])) for row in rows]
+        # pictures have different numbers of crops, (1, crops, 3, S, S), or sizes of their own, (1, 3, H, W)
+        elif name.startswith("pixel_"):
+            most = np.max([row.shape for row in rows], 0)
+            rows = [_grown(row, most) for row in rows]
         # pictures are large: no needless copy
         out[name] = rows[0] if len(rows) == 1 else torch.cat(rows)
     return out
+
+
+def _grown(pixels: torch.Tensor, shape: np.ndarray) -> torch.Tensor:
+    """A tensor with zeros behind it, up to a shape in all dimensions but the first."""
+    missing = (shape - pixels.shape)[:0:-1]  # `pad` begins with the last dimension
+    return pad(pixels, [n for more in missing.tolist() for n in (0, more)])
 
 
 def pad_id(mllm: MLLM) -> int:
@@ -605,6 +610,9 @@ def embedded(mllm: MLLM, inputs: dict[str, Any]) -> dict[str, Any]:
         handle.remove()
     if "inputs_embeds" not in caught:  # a plain language model hands the ids on
         caught["inputs_embeds"] = mllm.model.get_input_embeddings()(caught.pop("input_ids"))
+    # Gemma 3 makes a mask for each kind of layer; the windows are laid over the full one where layers attend
+    if isinstance(caught.get("attention_mask"), dict):
+        caught["attention_mask"] = caught["attention_mask"]["full_attention"]
     return {k: v for k, v in caught.items() if k not in ("use_cache", CACHE)}
 
 

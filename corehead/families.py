@@ -97,13 +97,17 @@ class Family:
             inputs["input_ids"].shape[1], device=inputs["input_ids"].device
         )[None]
 
-    def views(self, kind, index, size, config, processor, inputs) -> list[np.ndarray]:
+    def views(
+        self, kind, index, size, count, config, processor, inputs
+    ) -> list[np.ndarray]:
         """The pixels that the visual tokens of one image or video look at, in the order of the tokens.
 
         Parameters
         ----------
         kind, index, size : str, int, tuple of int
             As in `Medium`.
+        count : int
+            How many tokens it has.
         config, processor, inputs : PretrainedConfig, ProcessorMixin, dict of tensors
             Those of the model, and what the processor made of the prompt.
 
@@ -145,7 +149,8 @@ class Family:
         self, kind: str, index: int, size, tokens: np.ndarray, config, processor, inputs
     ) -> Medium:
         """Geometry of one image or video, of which `tokens` are the positions in input_ids."""
-        views = self.views(kind, index, size, config, processor, inputs)
+        count = len(tokens)
+        views = self.views(kind, index, size, count, config, processor, inputs)
         boxes = np.concatenate(views)
         # boxes are clipped to the picture, so that those beside it come out empty
         on_padding = (boxes[:, 2] <= boxes[:, 0]) | (boxes[:, 3] <= boxes[:, 1])
@@ -175,12 +180,19 @@ class Text(Family):
     auto_processor = AutoTokenizer
 
 
-class Qwen3VL(Family):
-    """One token a merged patch of the resized picture; a video has one grid for each pair of frames."""
+class QwenVL(Family):
+    """One token a merged patch of the resized picture; a video has one grid for each pair of frames.
 
-    name = "qwen3_vl"
+    Parameters
+    ----------
+    name : str
+        "qwen2_vl", "qwen2_5_vl", "qwen3_vl" or "qwen3_vl_moe", which differ in what stands between the frames.
+    """
 
-    def views(self, kind, index, size, config, processor, inputs):
+    def __init__(self, name: str):
+        self.name = name
+
+    def views(self, kind, index, size, count, config, processor, inputs):
         # the grid counts patches, of which merge x merge become one token
         times, rows, columns = inputs[f"{kind}_grid_thw"][index].tolist()
         merge = config.vision_config.spatial_merge_size
@@ -196,6 +208,9 @@ class Qwen3VL(Family):
             return super().positions(model, inputs)
         names = ("mm_token_type_ids", "image_grid_thw", "video_grid_thw")
         grids = {name: inputs.get(name) for name in names}
+        # Qwen2.5-VL's positions in time are seconds, the others' count the pairs of frames
+        if "second_per_grid_ts" in inputs:
+            grids["second_per_grid_ts"] = inputs["second_per_grid_ts"]
         # what comes second is by how much positions lag behind a count of tokens
         return model.model.get_rope_index(inputs["input_ids"], **grids)[0]
 
@@ -205,7 +220,7 @@ class InternVL(Family):
 
     name = "internvl"
 
-    def views(self, kind, index, size, config, processor, inputs):
+    def views(self, kind, index, size, count, config, processor, inputs):
         frames, height, width = size
         unit = math.isqrt(processor.image_seq_length)
         whole = _grid(unit, unit, height, width)
@@ -218,10 +233,7 @@ class InternVL(Family):
         )
         if rows * columns == 1:
             return [whole]
-        # the grid runs row by row over the whole picture, the tokens tile by tile
-        cells = _grid(rows * unit, columns * unit, height, width)
-        cells = cells.reshape(rows, unit, columns, unit, 4).swapaxes(1, 2)
-        return [cells.reshape(-1, 4), whole]
+        return [_tiled(rows, columns, unit, height, width), whole]
 
     def block_lengths(self, kind, sizes, total, config, processor, inputs):
         tile = processor.image_seq_length
@@ -234,26 +246,59 @@ class InternVL(Family):
         return [[n * tile] for n in tiles]
 
 
-class LlavaOnevision(Family):
+class Llava(Family):
+    """A picture is fitted into one square; what the processor crops off is seen by no token."""
+
+    name = "llava"
+
+    def views(self, kind, index, size, count, config, processor, inputs):
+        patches, side = _tower_patches(config)
+        settings = processor.image_processor
+        shortest = settings.size.get("shortest_edge")
+        axes = []
+        for x in size[1:]:
+            scale, padding = x / side, 0
+            if getattr(settings, "do_pad", False):  # to a square, in front of all else
+                scale, padding = max(size) / side, (max(size) - x) // 2
+            elif shortest:  # the longer side keeps the ratio, and its ends are cropped off
+                fitted = int(shortest * x / min(size[1:]))
+                scale = x / fitted
+                padding = -((fitted - side) // 2) * scale
+            axes.append(_pixels(patches, scale, padding, x))
+        return [_cells(*axes)]
+
+
+class LlavaNext(Family):
     """A base view, then the crops' features unpadded, each row closed by a newline slot (anyres)."""
+
+    name = "llava_next"
+
+    def views(self, kind, index, size, count, config, processor, inputs):
+        patches, side = _tower_patches(config)
+        crops = _crops(size[1:], patches, side, config.image_grid_pinpoints)
+        return [_stretched(size[1:], patches, side), _with_newlines(*crops)]
+
+
+class LlavaOnevision(Family):
+    """As `LlavaNext`, but many crops' features are resampled, and several images or a video are not cropped."""
 
     name = "llava_onevision"
 
-    def views(self, kind, index, size, config, processor, inputs):
-        side = config.vision_config.image_size
-        patch = config.vision_config.patch_size
-        # (n, 2) pixels of one axis of a tile; a strip behind the last whole patch is dropped
-        patches = np.arange(side // patch)[:, None] * patch + [0, patch]
-        # the base view stretches the picture to a square: each axis has a scale of its own
-        base = [_pixels(patches, x / side, 0, x) for x in size[1:]]
+    def views(self, kind, index, size, count, config, processor, inputs):
+        patches, side = _tower_patches(config)
         if kind == "video":
             # the model halves the features of a frame, and closes the video with one newline
+            base = [_pixels(patches, x / side, 0, x) for x in size[1:]]
             pooled = [_resample(axis, math.ceil(len(axis) / 2)) for axis in base]
             return [_cells(*pooled)] * size[0] + [NEWLINE]
         if int(inputs["batch_num_images"][0]) == 1:
-            resolutions = config.image_grid_pinpoints
-            limit = processor.vision_aspect_ratio
-            return [_cells(*base), self._crops(size[1:], patches, side, resolutions, limit)]
+            axes = _crops(size[1:], patches, side, config.image_grid_pinpoints)
+            # "anyres_max_9": features of more than 9 tiles are resampled; the model lets 10 % a side pass
+            budget = int(processor.vision_aspect_ratio.removeprefix("anyres_max_"))
+            ratio = math.sqrt(math.prod(map(len, axes)) / budget) / len(patches)
+            if ratio > 1.1:
+                axes = [_resample(axis, int(len(axis) // ratio)) for axis in axes]
+            return [_stretched(size[1:], patches, side), _with_newlines(*axes)]
         # of several images each is padded to a square and not cropped
         long = max(size[1:])
         square = [_pixels(patches, long / side, (long - x) // 2, x) for x in size[1:]]
@@ -267,34 +312,125 @@ class LlavaOnevision(Family):
         # one newline slot behind all frames of a video
         return [[pooled] * frames + [1] for frames, _, _ in sizes]
 
-    def _crops(self, size, patches, side, resolutions, limit) -> np.ndarray:
-        """Boxes (n, 4) of the crops: the picture is fitted into a canvas of tiles, and its features are unpadded."""
-        canvas = select_best_resolution(size, resolutions)
-        scale = min(new / old for new, old in zip(canvas, size, strict=True))
-        # rows and columns are independent of each other, so that an axis at a time will do
-        axes = []
-        for old, new in zip(size, canvas, strict=True):
-            fitted = min(math.ceil(old * scale), new)
-            tiles = np.arange(new // side)[:, None, None] * side + patches
-            padding = (new - fitted) // 2
-            scale_back = old / fitted
-            axes.append(
-                _pixels(tiles.reshape(-1, 2), scale_back, padding * scale_back, old)
-            )
-        # the model's own function says how many rows and columns of features it keeps
-        features = torch.empty(1, *map(len, axes))
-        kept = unpad_image(features, size).shape[1:]
-        for i, n in enumerate(kept):
-            cut = (len(axes[i]) - n) // 2
-            axes[i] = axes[i][cut : cut + n]
-        # "anyres_max_9": features of more than 9 tiles are resampled; the model lets 10 % a side pass
-        budget = int(limit.removeprefix("anyres_max_")) * len(patches) ** 2
-        ratio = math.sqrt(math.prod(kept) / budget)
-        if ratio > 1.1:
-            axes = [_resample(axis, int(len(axis) // ratio)) for axis in axes]
-        rows, columns = axes
-        cells = _cells(rows, columns).reshape(len(rows), len(columns), 4)
-        return np.insert(cells, len(columns), NEWLINE, axis=1).reshape(-1, 4)
+
+class Gemma3(Family):
+    """A picture is stretched to a square; with pan and scan, crops that cut its longer side into equal parts follow.
+
+    Images attend to themselves both ways, and most layers have a window. Pan and scan is the processor's
+    ``do_pan_and_scan``, off by default.
+    """
+
+    name = "gemma3"
+
+    def views(self, kind, index, size, count, config, processor, inputs):
+        _, height, width = size
+        unit = math.isqrt(processor.image_seq_length)
+        whole = _grid(unit, unit, height, width)
+        views = [whole]
+        crops = count // len(whole) - 1
+        if crops:
+            long = max(height, width)
+            part = math.ceil(long / crops)
+            for start in range(0, long, part):
+                length = min(part, long - start)
+                wide = width >= height
+                crop = (height, length) if wide else (length, width)
+                shift = (start, 0) if wide else (0, start)
+                views.append(_grid(unit, unit, *crop) + [*shift, *shift])
+        return views
+
+
+class Idefics3(Family):
+    """A picture is stretched over R x C tiles, separated by text, and all of it follows as one; a frame is one tile.
+
+    Parameters
+    ----------
+    name : str
+        "idefics3" or "smolvlm", which reads videos as well.
+    """
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def views(self, kind, index, size, count, config, processor, inputs):
+        frames, height, width = size
+        unit = math.isqrt(processor.image_seq_len)
+        whole = _grid(unit, unit, height, width)
+        if kind == "video":
+            return [whole] * frames
+        tiles = count // len(whole) - 1
+        if tiles < 1:
+            return [whole]
+        # the longer side always has as many tiles
+        settings = processor.image_processor
+        tile = settings.max_image_size["longest_edge"]
+        along = math.ceil(settings.size["longest_edge"] / tile)
+        across = tiles // along
+        rows, columns = (across, along) if width >= height else (along, across)
+        return [_tiled(rows, columns, unit, height, width), whole]
+
+    def block_lengths(self, kind, sizes, total, config, processor, inputs):
+        if kind == "image":
+            return super().block_lengths(kind, sizes, total, config, processor, inputs)
+        return [[processor.image_seq_len] * frames for frames, _, _ in sizes]
+
+
+class Mistral3(Family):
+    """One token a merged patch of the resized picture, each row closed by a text token."""
+
+    name = "mistral3"
+
+    def views(self, kind, index, size, count, config, processor, inputs):
+        unit = config.vision_config.patch_size * config.spatial_merge_size
+        rows, columns = (inputs["image_sizes"][index] // unit).tolist()
+        return [_grid(rows, columns, *size[1:])]
+
+
+def _tower_patches(config: PretrainedConfig) -> tuple[np.ndarray, int]:
+    """(n, 2) pixels of the patches along one axis of a tile, and its side; a strip behind the last is dropped."""
+    side = config.vision_config.image_size
+    patch = config.vision_config.patch_size
+    return np.arange(side // patch)[:, None] * patch + [0, patch], side
+
+
+def _stretched(size, patches, side) -> np.ndarray:
+    """Boxes (n, 4) of a picture that is stretched to a square: each axis has a scale of its own."""
+    return _cells(*(_pixels(patches, x / side, 0, x) for x in size))
+
+
+def _crops(size, patches, side, resolutions) -> list[np.ndarray]:
+    """Pixels of the rows and of the columns of a picture in a canvas of tiles, whose features are unpadded."""
+    canvas = select_best_resolution(size, resolutions)
+    scale = min(new / old for new, old in zip(canvas, size, strict=True))
+    # rows and columns are independent of each other, so that an axis at a time will do
+    axes = []
+    for old, new in zip(size, canvas, strict=True):
+        fitted = min(math.ceil(old * scale), new)
+        tiles = np.arange(new // side)[:, None, None] * side + patches
+        padding = (new - fitted) // 2
+        scale_back = old / fitted
+        axes.append(_pixels(tiles.reshape(-1, 2), scale_back, padding * scale_back, old))
+    # the model's own function says how many rows and columns of features it keeps
+    features = torch.empty(1, *map(len, axes))
+    kept = unpad_image(features, size).shape[1:]
+    for i, n in enumerate(kept):
+        cut = (len(axes[i]) - n) // 2
+        axes[i] = axes[i][cut : cut + n]
+    return axes
+
+
+def _with_newlines(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """Boxes of cells, each row closed by a newline slot."""
+    cells = _cells(rows, columns).reshape(len(rows), len(columns), 4)
+    return np.insert(cells, len(columns), NEWLINE, axis=1).reshape(-1, 4)
+
+
+def _tiled(rows: int, columns: int, unit: int, height: float, width: float) -> np.ndarray:
+    """Boxes of a picture stretched over tiles of `unit` x `unit` tokens, tile by tile."""
+    # the grid runs row by row over the whole picture, the tokens tile by tile
+    cells = _grid(rows * unit, columns * unit, height, width)
+    cells = cells.reshape(rows, unit, columns, unit, 4).swapaxes(1, 2)
+    return cells.reshape(-1, 4)
 
 
 def _cells(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
@@ -326,12 +462,22 @@ def _resample(axis: np.ndarray, n: int) -> np.ndarray:
     return np.stack([axis[low, 0], axis[high, 1]], 1)
 
 
+TEXT = ("llama", "qwen2", "qwen3", "qwen3_moe", "mistral", "gemma", "gemma3_text")
 FAMILIES: dict[str, Family] = {
-    "qwen3_vl": Qwen3VL(),
+    **{
+        name: QwenVL(name)
+        for name in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
+    },
     "internvl": InternVL(),
+    "llava": Llava(),
+    "llava_next": LlavaNext(),
     "llava_onevision": LlavaOnevision(),
+    "gemma3": Gemma3(),
+    "idefics3": Idefics3("idefics3"),
+    "smolvlm": Idefics3("smolvlm"),
+    "mistral3": Mistral3(),
     # plain language models differ in nothing that corehead must know
-    **dict.fromkeys(("llama", "qwen2", "qwen3"), Text()),
+    **dict.fromkeys(TEXT, Text()),
 }
 
 

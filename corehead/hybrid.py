@@ -87,16 +87,22 @@ class HybridAttention(Condition):
         return "hybrid", self.key
 
     def check(self, mllm: MLLM) -> None:
-        """Raise ValueError where heads are another model's, or the model has other patterns of its own."""
+        """Raise ValueError where heads are another model's, or would stream in a layer with a pattern of its own."""
         streaming = ~self.full
         (self.full or streaming).check(mllm.shape)  # either may be empty
         config = mllm.text_config
-        sliding = any(getattr(module, "sliding_window", None) for module in mllm.attentions)
-        others = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
-        crosses = config.is_encoder_decoder or getattr(config, "add_cross_attention", False)
-        if sliding or others or crosses:
+        kept = self.full.mask.all(1)  # (L,)
+        windowed = [i for i, window in enumerate(mllm.windows) if window and not kept[i]]
+        if windowed:
             raise ValueError(
-                "the model has sliding windows or cross attention: hybrid attention needs full attention"
+                f"layers {windowed} have a window of their own, and cannot have this one: give all their heads as full"
+            )
+        kinds = set(getattr(config, "layer_types", None) or ())
+        others = kinds - {"full_attention", "sliding_attention"}
+        crosses = config.is_encoder_decoder or getattr(config, "add_cross_attention", False)
+        if others or crosses:
+            raise ValueError(
+                "the model has other attention than full, windowed and causal: hybrid attention does not fit it"
             )
         # the kernels of one pattern would not know the other
         if any(isinstance(hook, StreamingHeads) for hook in hooks_in_force(mllm)):
@@ -134,8 +140,9 @@ def hybrid_attention(
     Raises
     ------
     ValueError
-        A bad window or number of sinks; heads of another geometry; a model with sliding windows or cross attention;
-        inside: a cache that was filled outside, an attention mask of four dimensions.
+        A bad window or number of sinks; heads of another geometry; streaming heads in a layer that has a window of its
+        own (`MLLM.windows`); cross attention; inside: a cache that was filled outside, an attention mask of four
+        dimensions.
 
     Examples
     --------
@@ -351,6 +358,8 @@ class _Caches:
             hook.pending = None  # of a forward pass that was stopped
         past = kwargs.get(CACHE)
         mask = kwargs.get("attention_mask")
+        if isinstance(mask, dict):  # by kind of layer; those with a window run as ever
+            mask = mask["full_attention"]
         read = self._keys_are_read()
         # rows of a padded batch would write different slots of a ring: such a batch keeps all keys
         padded = mask is not None and (mask.dim() == 4 or not mask.all())

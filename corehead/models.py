@@ -87,6 +87,17 @@ class MLLM:
         return [layer.self_attn for layer in self.family.decoder(self.model).layers]
 
     @property
+    def windows(self) -> list[int | None]:
+        """How many of the last keys each layer sees, a row's own included; None is all."""
+        config = self.text_config
+        window = getattr(config, "sliding_window", None)
+        # where layers are all of one kind, some configurations name none
+        kinds = (
+            getattr(config, "layer_types", None) or ["sliding_attention"] * self.n_layers
+        )
+        return [window if kind == "sliding_attention" else None for kind in kinds]
+
+    @property
     def device(self) -> torch.device:
         """Where token ids go in; layers may be on others."""
         return device_of(self.model.get_input_embeddings())
@@ -129,6 +140,9 @@ class MLLM:
     def __repr__(self) -> str:
         name = self.source or type(self.model).__name__
         heads = f"{self.n_layers} layers x {self.n_heads} heads ({self.n_kv_heads} KV)"
+        windows = [window for window in self.windows if window is not None]
+        if windows:
+            heads += f", {len(windows)} layers with a window of {windows[0]}"
         return f"MLLM({name}: {self.family.name}, {heads}, {self.model.num_parameters():,} parameters)"
 
 

@@ -332,9 +332,9 @@ class Prompt:
             fix = "Give each image and video as a part of its own, and write no placeholder of one into the text"
             self._fail("messages", f"the processor refuses them ({error})", fix)
 
-    def _record(self, *given):
+    def _record(self, *given, **named):
         """The processor's own method; it alone knows where each placeholder's tokens come to stand."""
-        expanded = self.mllm.processor.get_text_with_replacements(*given)
+        expanded = self.mllm.processor.get_text_with_replacements(*given, **named)
         [self.text], [self.replaced] = expanded  # lists over a batch, here of one
         return expanded
 
@@ -601,11 +601,12 @@ def _by_counting(prompt: Prompt) -> np.ndarray:
     sizes = [medium.size for medium in prompt.media]
     sources = mllm.model.config, mllm.processor, prompt.inputs
     lengths = mllm.family.block_lengths(*kinds, sizes, total, *sources)
+    held = [len(medium.tokens) for medium in prompt.media]
+    if held != [sum(blocks) for blocks in lengths]:
+        problem = f"blocks of {lengths} tokens, but its media have {held}"
+        prompt._fail("messages", problem, "Take construction='geometry'")
     # edges of all blocks: O_k, and the end of the last
     offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
-    if offsets[-1] != total:
-        problem = f"blocks of {lengths} tokens, but {total} visual tokens"
-        prompt._fail("messages", problem, "Take construction='geometry'")
     first_block = np.cumsum([0, *map(len, lengths)])  # of each image or video
     blocks = []
     for piece in prompt.sample.evidence:

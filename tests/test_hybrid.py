@@ -9,7 +9,7 @@ from conftest import tiny
 from test_ablation import logits_of, oracle, prompts
 from test_scoring import EVERY, brute_force, samples_for
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM, StaticCache
+from transformers import DynamicCache, StaticCache
 
 import corehead as ch
 from corehead import hybrid
@@ -631,16 +631,6 @@ def test_bad_input_is_named():
             ch.hybrid_attention(mllm, [(0, 0)], 4),
         ):
             mllm.model(input_ids=ids, past_key_values=cache)
-    config = Qwen2Config(
-        hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=50, use_sliding_window=True, sliding_window=8, max_window_layers=1,
-    )  # fmt: skip
-    sliding = ch.MLLM(Qwen2ForCausalLM(config).eval())
-    with (
-        pytest.raises(ValueError, match="sliding windows or cross attention"),
-        ch.hybrid_attention(sliding, [(0, 0)], 4),
-    ):
-        pass
 
 
 def test_duo_attention_files(tmp_path):

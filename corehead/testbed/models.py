@@ -16,19 +16,35 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    CLIPImageProcessor,
+    Gemma3ImageProcessor,
+    Gemma3Processor,
     GotOcr2ImageProcessor,
+    Idefics3ImageProcessor,
+    Idefics3Processor,
     InternVLProcessor,
     InternVLVideoProcessor,
+    LlavaNextImageProcessor,
+    LlavaNextProcessor,
     LlavaOnevisionImageProcessor,
     LlavaOnevisionProcessor,
     LlavaOnevisionVideoProcessor,
+    LlavaProcessor,
+    PixtralImageProcessor,
+    PixtralProcessor,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     ProcessorMixin,
+    Qwen2_5_VLProcessor,
     Qwen2VLImageProcessor,
+    Qwen2VLProcessor,
+    Qwen2VLVideoProcessor,
     Qwen3VLProcessor,
     Qwen3VLVideoProcessor,
+    SmolVLMImageProcessor,
+    SmolVLMProcessor,
+    SmolVLMVideoProcessor,
 )
 
 from ..models import MLLM
@@ -56,9 +72,10 @@ PLAIN = (
 # pixels from -1 to 1, in every family
 LOOK = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 FAMILIES = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
+TINY_DECODERS = FAMILIES.pop("tiny_decoders")
 
 
-def _qwen3_vl(tokenizer, template, text, vision, patch, most):
+def _qwen(family, tokenizer, template, text, vision, patch, most):
     """At most `most` tokens of 2 x 2 patches a picture; nothing that has fewer is resized."""
     area = (2 * patch) ** 2
     pixels = {"shortest_edge": area, "longest_edge": area * most}
@@ -68,11 +85,12 @@ def _qwen3_vl(tokenizer, template, text, vision, patch, most):
         "temporal_patch_size": 2,
         "size": pixels,
     }
-    processor = Qwen3VLProcessor(
+    of_prompt, of_video = QWEN[family]
+    processor = of_prompt(
         Qwen2VLImageProcessor(**look),
         tokenizer,
         # all frames as they are given: the evidence names them by number
-        Qwen3VLVideoProcessor(**look, do_sample_frames=False, cap_pixels_per_frame=False),
+        of_video(**look, do_sample_frames=False, cap_pixels_per_frame=False),
         chat_template=template,
     )
     # M-RoPE: half of head_dim are rotary frequencies, shared among time (which gets the rest), height and width
@@ -82,16 +100,18 @@ def _qwen3_vl(tokenizer, template, text, vision, patch, most):
         "rope_type": "default",
         "rope_theta": 10000.0,
         "mrope_section": sections,
-        "mrope_interleaved": True,
     }
+    if family.startswith("qwen3"):
+        rope["mrope_interleaved"] = True
     start, end, image, video = tokenizer.convert_tokens_to_ids(
-        list(FAMILIES["qwen3_vl"]["tokens"].values())
+        list(FAMILIES[family]["tokens"].values())
     )
+    # what the vision tower hands to the decoder is as wide as the decoder
+    out = "hidden_size" if family == "qwen2_vl" else "out_hidden_size"
     config = AutoConfig.for_model(
-        "qwen3_vl",
+        family,
         text_config={"rope_parameters": rope} | text,
-        vision_config=vision
-        | {"patch_size": patch, "out_hidden_size": text["hidden_size"]},
+        vision_config=vision | {"patch_size": patch, out: text["hidden_size"]},
         image_token_id=image,
         video_token_id=video,
         vision_start_token_id=start,
@@ -100,7 +120,16 @@ def _qwen3_vl(tokenizer, template, text, vision, patch, most):
     return config, processor
 
 
-def _internvl(tokenizer, template, text, vision, side, patch, most):
+# each with its processor and its video processor
+QWEN = {
+    "qwen2_vl": (Qwen2VLProcessor, Qwen2VLVideoProcessor),
+    "qwen2_5_vl": (Qwen2_5_VLProcessor, Qwen2VLVideoProcessor),
+    "qwen3_vl": (Qwen3VLProcessor, Qwen3VLVideoProcessor),
+    "qwen3_vl_moe": (Qwen3VLProcessor, Qwen3VLVideoProcessor),
+}
+
+
+def _internvl(family, tokenizer, template, text, vision, side, patch, most):
     """At most `most` tiles of a picture and a thumbnail; a token is a pixel shuffle of 2 x 2 patches."""
     size = {"height": side, "width": side}
     tokens = (side // patch // 2) ** 2  # processor and model must agree on it
@@ -124,15 +153,10 @@ def _internvl(tokenizer, template, text, vision, side, patch, most):
     return config, processor
 
 
-def _llava_onevision(tokenizer, template, text, vision, side, patch, most, aspect):
+def _llava_onevision(family, tokenizer, template, text, vision, side, patch, most, aspect):
     """At most `most` x `most` crops of a picture, and all of it; their features are halved where `aspect` says so."""
     size = {"height": side, "width": side}
-    # every grid of crops: the processor takes the one that fits a picture best
-    pinpoints = [
-        [rows * side, columns * side]
-        for rows in range(1, most + 1)
-        for columns in range(1, most + 1)
-    ]
+    pinpoints = _pinpoints(side, most)
     processor = LlavaOnevisionProcessor(
         LlavaOnevisionImageProcessor(size=size, image_grid_pinpoints=pinpoints, **LOOK),
         tokenizer,
@@ -161,10 +185,129 @@ def _llava_onevision(tokenizer, template, text, vision, side, patch, most, aspec
     return config, processor
 
 
+def _pinpoints(side: int, most: int) -> list[list[int]]:
+    """Every grid of crops: the processor takes the one that fits a picture best."""
+    edges = range(side, side * most + 1, side)
+    return [[height, width] for height in edges for width in edges]
+
+
+def _llava(family, tokenizer, template, text, vision, side, patch, most=1):
+    """The middle of a picture; LLaVA-NeXT: all of it, and at most `most` x `most` crops."""
+    edges = {"shortest_edge": side}
+    square = {"height": side, "width": side}
+    pinpoints = {}
+    image_processor = CLIPImageProcessor(size=edges, crop_size=square, **LOOK)
+    if family == "llava_next":
+        pinpoints = {"image_grid_pinpoints": _pinpoints(side, most)}
+        image_processor = LlavaNextImageProcessor(
+            size=edges, crop_size=square, **pinpoints, **LOOK
+        )
+    of_prompt = LlavaNextProcessor if family == "llava_next" else LlavaProcessor
+    processor = of_prompt(
+        image_processor,
+        tokenizer,
+        patch_size=patch,
+        # CLIP's tower has a token for the whole picture, which "default" leaves out
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=template,
+    )
+    config = AutoConfig.for_model(
+        family,
+        text_config={"model_type": "llama"} | text,
+        vision_config=vision
+        | {"model_type": "clip_vision_model", "image_size": side, "patch_size": patch},
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        **pinpoints,
+    )
+    return config, processor
+
+
+def _gemma3(family, tokenizer, template, text, vision, side, patch, tokens):
+    """A picture is stretched to a square of `tokens` tokens."""
+    processor = Gemma3Processor(
+        Gemma3ImageProcessor(size={"height": side, "width": side}, **LOOK),
+        tokenizer,
+        chat_template=template,
+        image_seq_length=tokens,
+    )
+    begin, end, image = tokenizer.convert_tokens_to_ids(
+        list(FAMILIES[family]["tokens"].values())
+    )
+    tower = {
+        "model_type": "siglip_vision_model",
+        "image_size": side,
+        "patch_size": patch,
+        "vision_use_head": False,
+    }
+    config = AutoConfig.for_model(
+        family,
+        text_config=text,
+        vision_config=vision | tower,
+        mm_tokens_per_image=tokens,
+        boi_token_index=begin,
+        eoi_token_index=end,
+        image_token_index=image,
+    )
+    return config, processor
+
+
+def _idefics3(family, tokenizer, template, text, vision, side, patch, most):
+    """At most `most` tiles along the longer side of a picture, and all of it; a token is 2 x 2 patches."""
+    look = LOOK | {
+        "size": {"longest_edge": most * side},
+        "max_image_size": {"longest_edge": side},
+    }
+    tokens = (side // patch // 2) ** 2
+    options = {"image_seq_len": tokens, "chat_template": template}
+    if family == "smolvlm":
+        video_processor = SmolVLMVideoProcessor(**look)
+        processor = SmolVLMProcessor(
+            SmolVLMImageProcessor(**look), tokenizer, video_processor, **options
+        )
+    else:
+        processor = Idefics3Processor(Idefics3ImageProcessor(**look), tokenizer, **options)
+    config = AutoConfig.for_model(
+        family,
+        text_config={"model_type": "llama"} | text,
+        vision_config=vision | {"image_size": side, "patch_size": patch},
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        scale_factor=2,
+    )
+    return config, processor
+
+
+def _mistral3(family, tokenizer, template, text, vision, patch, longest):
+    """A picture at its own size, `longest` px at most; a token is 2 x 2 patches."""
+    processor = PixtralProcessor(
+        PixtralImageProcessor(size={"longest_edge": longest}, patch_size=patch, **LOOK),
+        tokenizer,
+        patch_size=patch,
+        spatial_merge_size=2,
+        chat_template=template,
+    )
+    config = AutoConfig.for_model(
+        family,
+        text_config={"model_type": "mistral", "sliding_window": None} | text,
+        vision_config=vision
+        | {"model_type": "pixtral", "image_size": longest, "patch_size": patch},
+        image_token_index=tokenizer.convert_tokens_to_ids("[IMG]"),
+        spatial_merge_size=2,
+        tie_word_embeddings=False,
+    )
+    return config, processor
+
+
 BUILDERS = {
-    "qwen3_vl": _qwen3_vl,
+    **dict.fromkeys(QWEN, _qwen),
     "internvl": _internvl,
     "llava_onevision": _llava_onevision,
+    "llava": _llava,
+    "llava_next": _llava,
+    "gemma3": _gemma3,
+    "idefics3": _idefics3,
+    "smolvlm": _idefics3,
+    "mistral3": _mistral3,
 }
 
 
@@ -191,9 +334,11 @@ def build(
     tuple of PreTrainedModel and ProcessorMixin
     """
     known = FAMILIES[family]
-    template = template.replace("IMAGE", known["image"]).replace("VIDEO", known["video"])
+    for kind in ("image", "video"):
+        template = template.replace(kind.upper(), known.get(kind, ""))
     vision, geometry = known[design]["vision"], known[design]["geometry"]
-    config, processor = BUILDERS[family](tokenizer, template, text, vision, **geometry)
+    builder = BUILDERS[family]
+    config, processor = builder(family, tokenizer, template, text, vision, **geometry)
     return AutoModelForImageTextToText.from_config(config), processor
 
 
@@ -367,7 +512,9 @@ def tiny(
         "num_attention_heads": 6,
         "num_key_value_heads": 2,
         "max_position_embeddings": 2**15,
-    } | (text or {})
+    }
+    # what an architecture needs beside: experts, layers with a window
+    decoder |= TINY_DECODERS.get(family, {}) | (text or {})
     decoder.setdefault("head_dim", decoder["hidden_size"] // decoder["num_attention_heads"])
     if family in BUILDERS:
         model, processor = build(
@@ -382,6 +529,10 @@ def tiny(
     for layer in mllm.attentions:
         for projection in (layer.q_proj, layer.k_proj):
             torch.nn.init.normal_(projection.weight, std=0.25)
+    # Gemma 3's projector starts at zero, and all pictures would be alike
+    for name, parameter in mllm.model.named_parameters():
+        if "mm_input_projection" in name:
+            torch.nn.init.normal_(parameter, std=0.25)
     return mllm
 
 
