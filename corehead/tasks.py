@@ -34,8 +34,8 @@ def samples(
     ----------
     task : str
         Of the digit-needle testbed ("image", "document", "video", "text", "majority", "count", "text_only", "memory"),
-        in plain English ("traits", "codes"), of `corehead.zeroshot.TASKS`, for the grafted SmolLM2 ("copy_text", "copy_image", "facts"), or one of
-        `corehead.benchmarks.BENCHMARKS`.
+        in plain English ("traits", "codes"), for the grafted SmolLM2 ("copy_text", "copy_image", "facts"), or one of
+        `corehead.zeroshot.TASKS` or `corehead.benchmarks.BENCHMARKS`.
     split : {"train", "validation", "test"}
         RefCOCOg and VidSTG have these splits; of the other benchmarks, every context (picture, document, video) belongs
         to "validation" or "test" by the hash of its name.
@@ -47,8 +47,8 @@ def samples(
     questions : int
         Questions that share one context; they follow each other. Of a benchmark, at most as many.
     **layout
-        What the task takes besides: see `samples` in `corehead.testbed.scenes`, `.prose` and `.graft`, and
-        `corehead.benchmarks.load`, whose bad rows are left out with a warning.
+        What the task takes besides: see `samples` in `corehead.testbed.scenes`, `.prose` and `.graft` and
+        in `corehead.zeroshot`, and `corehead.benchmarks.load`, whose bad rows are left out with a warning.
 
     Returns
     -------

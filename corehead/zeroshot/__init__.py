@@ -50,8 +50,8 @@ def samples(
     Returns
     -------
     list of Sample
-        Their evidence is where the answer stands, or the whole picture. Their meta: domain, scene, item (the answer),
-        and of rendered text line_height, the height of the answer's line in pixels of the picture as given.
+        Their evidence is where the answer stands, or the whole picture. Their meta: domain; item, the answer;
+        line_height, how many pixels of the picture as given the answer's line is high, 0 where it is not drawn.
 
     Raises
     ------
@@ -92,7 +92,9 @@ def counterfactuals(
         As in `samples`; a task that looks nothing up.
     """
     if task not in RETRIEVAL:
-        raise ValueError(f"task={task!r} looks nothing up: take one of {', '.join(RETRIEVAL)}")
+        raise ValueError(
+            f"task={task!r} looks nothing up: take one of {', '.join(RETRIEVAL)}"
+        )
     pairs = []
     for name, scene, [which] in _scenes(f"{task}-pair", split, n, seed, 1, layout):
         question = scene.questions[which]
@@ -127,14 +129,11 @@ def _scenes(
         yield f"{name}-{number}", scene, rng.permutation(known)[:questions].tolist()
 
 
-def _sample(
-    name: str, task: str, context: tuple, which: int, question: Question
-) -> Sample:
+def _sample(name: str, task: str, context: tuple, which: int, question: Question) -> Sample:
     parts, evidence, heights = context
     text = f"{question.text} {INSTRUCTION.format(question.kind)}"
     meta = {
         "domain": task,
-        "scene": name.split("-")[-1],
         # what an answer is read from comes back with the value, but not where all of a picture is looked at
         "item": question.value if question.other else name,
         "line_height": heights[which],

@@ -39,16 +39,18 @@ class Clips(Scene):
         evidence: str = "tube",
     ):
         check(1, 16, cards=cards)
-        check(2 * cards, 1024, frames=frames)
         check(192, 4096, side=side)
         if frames % 2:
             raise ValueError(f"frames={frames}: take an even number")
+        check(2 * cards, 1024, frames=frames)
         if evidence not in ("tube", "frames"):
             raise ValueError(f"evidence={evidence!r}: take 'tube' or 'frames'")
         self.evidence = evidence
         self.looks = shuffled(rng, looks(split))[:cards]
         self.questions = [
-            Question(f"Which number was on the card with the {' '.join(look)}?", "number", *pair)
+            Question(
+                f"Which number was on the card with the {' '.join(look)}?", "number", *pair
+            )
             for look, pair in zip(self.looks, draw(rng, numbers(split, 3), cards))
         ]
         width, height = side, side * 3 // 4

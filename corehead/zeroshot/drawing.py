@@ -26,7 +26,7 @@ OUTLINES = {
 ROOM = {
     "circle": (1.4, 0.8, 0),
     "square": (1.2, 0.9, 0),
-    "triangle": (0.95, 0.4, 0.2),
+    "triangle": (0.85, 0.4, 0.12),
     "diamond": (1.1, 0.7, 0),
     "star": (1.0, 0.36, 0),
     "hexagon": (1.3, 0.7, 0),

@@ -21,7 +21,7 @@ from .words import (
     shuffled,
 )
 
-LINES = 25  # a page is so many lines high
+LINES = 22  # a page is so many lines high
 MARGIN = 0.04  # in widths of the page
 COLUMNS = (MARGIN, 0.5, 0.76)  # of the table
 HEADER = ("Entry", "Value", "Checked")
@@ -57,8 +57,8 @@ class Document(Scene):
     facts : int
         A page, 3 to 9: one is a name, the others are numbers of four digits.
     distractors : int, optional
-        Other pages that tell the same of other places as the page that is asked about; the rest tell other things. None:
-        all of them.
+        Other pages that tell the same of other places as the page that is asked about; the rest tell other things.
+        None: all of them.
     """
 
     def __init__(
@@ -106,28 +106,30 @@ def _sections(
     rng: np.random.Generator, lines: list[tuple[str, str, int]]
 ) -> dict[str, list[Piece]]:
     """Keys with their values and questions, on three sections in any order."""
-    *lines, name = lines  # who is who is no sentence: names differ in width
-    third = (len(lines) + 1) // 3
+    *counted, named = (
+        lines  # names differ in width, and would break a paragraph's lines elsewhere
+    )
+    counted = shuffled(rng, counted)
+    third = (len(counted) + 1) // 3
     sentences = [
-        Piece((WORDS["numbers"][key].format(value),), i) for key, value, i in lines[:third]
+        Piece((WORDS["numbers"][key].format(value),), i)
+        for key, value, i in counted[:third]
     ]
     filler = [Piece((text,)) for text in shuffled(rng, WORDS["filler"])[:FILLER]]
-    rest = shuffled(rng, [*lines[third:], name])
+    rest = shuffled(rng, [*counted[third:], named])
     half = len(rest) // 2
     months = shuffled(rng, WORDS["months"])
     sections = {
         "prose": shuffled(rng, sentences + filler),
-        "entries": [Piece((_title(key) + ": " + value,), i) for key, value, i in rest[:half]],
+        "entries": [
+            Piece((f"{key.capitalize()}: {value}",), i) for key, value, i in rest[:half]
+        ],
         "table": [
-            Piece((_title(key), value, month), i)
+            Piece((key.capitalize(), value, month), i)
             for (key, value, i), month in zip(rest[half:], months)
         ],
     }
     return {name: sections[name] for name in shuffled(rng, list(sections))}
-
-
-def _title(key: str) -> str:
-    return key[0].upper() + key[1:]
 
 
 class Letters(Document):
@@ -187,7 +189,7 @@ class Sheet:
     ----------
     image : PIL.Image.Image
     boxes : dict of int to list
-        For every question the boxes that its piece takes, one a line.
+        For every question the lines, or parts of lines, that its piece takes; -1 is of no question.
     size : int
         Of the text.
     """
@@ -196,7 +198,7 @@ class Sheet:
         self.side = side
         self.pitch = side // LINES
         self.size = self.pitch * 4 // 5
-        self.left = round(MARGIN * side)
+        self.left, self.right = round(MARGIN * side), side - round(MARGIN * side)
         self.image = Image.new("RGB", (side, side), "white")
         self.pencil = ImageDraw.Draw(self.image)
         self.boxes: dict[int, list[tuple[int, int, int, int]]] = {}
@@ -208,38 +210,42 @@ class Sheet:
             self.y += self.pitch // 2
             getattr(self, f"_{name}")(pieces, values)
 
-    def _write(self, x: int, text: str, question: int = -1, bold: bool = False) -> int:
+    def _write(self, x: int, text: str, bold: bool = False) -> int:
         """Put a text into the line, and return where it ends."""
         letters = font(self.size, bold)
         self.pencil.text((x, self.y), text, BLACK, letters)
-        end = x + int(np.ceil(letters.getlength(text)))
-        if question >= 0:
-            boxes = self.boxes.setdefault(question, [])
-            # what a line has of a piece is one box
-            if boxes and boxes[-1][1] == self.y:
-                x = boxes.pop()[0]
-            boxes.append((x, self.y, end, self.y + self.pitch))
-        return end
+        return x + int(np.ceil(letters.getlength(text)))
+
+    def _cover(self, question: int, x: int, end: int) -> None:
+        """Count a piece of the line as a question's evidence."""
+        boxes = self.boxes.setdefault(question, [])
+        # what a line has of a sentence is one box
+        if boxes and boxes[-1][1] == self.y:
+            x = boxes.pop()[0]
+        boxes.append((x, self.y, end, self.y + self.pitch))
 
     def _prose(self, pieces: list[Piece], values: list[str]) -> None:
         x, space = self.left, round(font(self.size).getlength(" "))
         for piece in pieces:
             for word in piece.told(values)[0].split():
-                if x + font(self.size).getlength(word) > self.side - self.left:
+                if x + font(self.size).getlength(word) > self.right:
                     x, self.y = self.left, self.y + self.pitch
-                x = self._write(x, word, piece.question) + space
+                end = self._write(x, word)
+                self._cover(piece.question, x, end)
+                x = end + space
         self.y += self.pitch
 
     def _entries(self, pieces: list[Piece], values: list[str]) -> None:
         for piece in pieces:
-            self._write(self.left, piece.told(values)[0], piece.question)
+            self._write(self.left, piece.told(values)[0])
+            self._cover(piece.question, self.left, self.right)
             self.y += self.pitch
 
     def _table(self, pieces: list[Piece], values: list[str]) -> None:
         for piece in [Piece(HEADER), *pieces]:
             for column, cell in zip(COLUMNS, piece.told(values)):
-                x = round(column * self.side)
-                self._write(x, cell, piece.question, bold=piece.cells is HEADER)
+                self._write(round(column * self.side), cell, bold=piece.cells is HEADER)
+            self._cover(piece.question, self.left, self.right)
             self.y += self.pitch
             rule = self.y - 1
-            self.pencil.line([(self.left, rule), (self.side - self.left, rule)], "silver")
+            self.pencil.line([(self.left, rule), (self.right, rule)], "silver")

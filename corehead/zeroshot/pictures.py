@@ -30,7 +30,9 @@ class Picture(Scene):
         Pixels of the shorter edge, at least 192; pictures may be up to a sixth smaller.
     """
 
-    def __init__(self, rng: np.random.Generator, split: str, cells: int = 9, side: int = 384):
+    def __init__(
+        self, rng: np.random.Generator, split: str, cells: int = 9, side: int = 384
+    ):
         check(1, 16, cells=cells)
         check(192, 4096, side=side)
         self.cells = cells
@@ -71,15 +73,16 @@ class Labels(Picture):
 
     def __init__(self, rng, split, **sizes):
         super().__init__(rng, split, **sizes)
-        half = self.cells // 2
-        values = [
-            *(("word", *pair) for pair in draw(rng, words(split), half)),
-            *(("number", *pair) for pair in draw(rng, numbers(split, 3), self.cells - half)),
-        ]
-        self.questions = [
-            Question(f"Which {kind} is in the {' '.join(look)}?", kind, value, other)
-            for look, (kind, value, other) in zip(self.looks, values)
-        ]
+        named = draw(rng, words(split), self.cells)
+        counted = draw(rng, numbers(split, 3), self.cells)
+        self.questions = []
+        for look, word, number in zip(self.looks, named, counted):
+            roomy = look[1] not in ("triangle", "star")  # words need more room than numbers
+            kind, pair = (
+                ("word", word) if roomy and rng.random() < 0.6 else ("number", number)
+            )
+            text = f"Which {kind} is in the {' '.join(look)}?"
+            self.questions.append(Question(text, kind, *pair))
 
     def show(self, values):
         picture, heights = self.render(values)

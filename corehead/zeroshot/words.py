@@ -15,6 +15,7 @@ from ..testbed.scenes import SPLITS
 
 WORDS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
 COLOURS: dict[str, list[int]] = WORDS["colours"]
+# of one colour a split has two shapes that stand three apart here, and look nothing like each other
 SHAPES = ("circle", "square", "triangle", "diamond", "star", "hexagon")
 INSTRUCTION = "Answer with the {} alone."
 
@@ -89,9 +90,7 @@ def people(split: str) -> list[str]:
     known = [name for each in SPLITS for name in prose.people(each)]
     taken = [*known, *(city for each in SPLITS for city in cities(each))]
     return [
-        name
-        for name in prose.people(split)
-        if sum(name in longer for longer in taken) == 1
+        name for name in prose.people(split) if sum(name in longer for longer in taken) == 1
     ]
 
 
@@ -104,7 +103,9 @@ def looks(split: str) -> list[tuple[str, str]]:
     first = list(SPLITS).index(split)
     pairs = product(enumerate(COLOURS), enumerate(SHAPES))
     return [
-        (colour, shape) for (i, colour), (j, shape) in pairs if (i + j) % len(SPLITS) == first
+        (colour, shape)
+        for (i, colour), (j, shape) in pairs
+        if (i + j) % len(SPLITS) == first
     ]
 
 
