@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 from pathlib import Path
 
@@ -75,6 +76,7 @@ def part(items: list, split: str) -> list:
     return [items[i] for i in order[list(SPLITS).index(split) :: len(SPLITS)]]
 
 
+@cache
 def numbers(split: str, digits: int) -> list[str]:
     """Numbers of so many digits."""
     return part([str(i) for i in range(10 ** (digits - 1), 10**digits)], split)
@@ -85,6 +87,7 @@ def words(split: str) -> list[str]:
     return part(WORDS["words"].split(), split)
 
 
+@cache
 def people(split: str) -> list[str]:
     """First names; none stands in another or is a city, so that a span of text is found once."""
     known = [name for each in SPLITS for name in prose.people(each)]
