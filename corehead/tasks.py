@@ -261,8 +261,9 @@ def task_set(name: str, **changes) -> TaskSet:
 
     Parameters
     ----------
-    name : {"digits", "english", "benchmarks"}
-        Of tasks.yaml: the digit-needle testbed, plain English and copying for SmolLM2, or the paper's benchmarks.
+    name : {"digits", "english", "benchmarks", "zeroshot"}
+        Of tasks.yaml: the digit-needle testbed, plain English and copying for SmolLM2, the paper's benchmarks, or tasks
+        for released checkpoints that need none.
     **changes
         Fields of `TaskSet` that a profile has otherwise, such as layouts of fewer pages.
 

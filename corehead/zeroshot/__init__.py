@@ -45,13 +45,15 @@ def samples(
     questions : int
         Questions that share one context; they follow each other.
     **layout
-        What the task takes: see `pages.RenderedPages`, `pictures.Labels`, `clips.Clips`, `pages.Letters`.
+        What the task takes: see `pages.Document` (of letters), `pages.RenderedPages`, `pictures.Picture` and
+        `clips.Clips`.
 
     Returns
     -------
     list of Sample
-        Their evidence is where the answer stands, or the whole picture. Their meta: domain; item, the answer;
-        line_height, how many pixels of the picture as given the answer's line is high, 0 where it is not drawn.
+        Their evidence is where the answer stands, or the whole picture. Their meta: domain; item, which is the answer,
+        as other samples may share it, but of a whole picture the sample's own id; line_height, how many pixels of the
+        picture as given the answer's line is high, 0 where it is not drawn.
 
     Raises
     ------

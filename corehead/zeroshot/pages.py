@@ -106,9 +106,8 @@ def _sections(
     rng: np.random.Generator, lines: list[tuple[str, str, int]]
 ) -> dict[str, list[Piece]]:
     """Keys with their values and questions, on three sections in any order."""
-    *counted, named = (
-        lines  # names differ in width, and would break a paragraph's lines elsewhere
-    )
+    # a name is in no paragraph: another one, wider, would break its lines elsewhere
+    *counted, named = lines
     counted = shuffled(rng, counted)
     third = (len(counted) + 1) // 3
     sentences = [

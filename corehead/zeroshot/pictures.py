@@ -11,14 +11,14 @@ from ..samples import Region
 from .drawing import draw_shape, photograph, shape_box
 from .words import COLOURS, Question, Scene, check, draw, looks, numbers, shuffled, words
 
-# width by height. Near a square, twice as wide, twice as high: of these InternVL makes three tiles at most
+# Width by height: near a square, twice as wide, twice as high. Of these InternVL makes three tiles at most.
 ASPECTS = (1.0, 1.0, 1.1, 0.9, 2.0, 0.5)
 COUNTED = 4  # colours in a picture whose shapes are counted
 MOST = 9  # shapes of one colour: a digit says how many
 
 
 class Picture(Scene):
-    """Shapes that are scattered over a picture, no two of one look.
+    """Shapes that are scattered over a photograph.
 
     Parameters
     ----------
@@ -69,7 +69,7 @@ class Picture(Scene):
 
 
 class Labels(Picture):
-    """A number or a word stands in every shape."""
+    """No two shapes look alike, and in each stands a number or a word."""
 
     def __init__(self, rng, split, **sizes):
         super().__init__(rng, split, **sizes)
@@ -77,10 +77,10 @@ class Labels(Picture):
         counted = draw(rng, numbers(split, 3), self.cells)
         self.questions = []
         for look, word, number in zip(self.looks, named, counted):
-            roomy = look[1] not in ("triangle", "star")  # words need more room than numbers
-            kind, pair = (
-                ("word", word) if roomy and rng.random() < 0.6 else ("number", number)
-            )
+            kind, pair = "number", number
+            # words need more room than numbers
+            if look[1] not in ("triangle", "star") and rng.random() < 0.6:
+                kind, pair = "word", word
             text = f"Which {kind} is in the {' '.join(look)}?"
             self.questions.append(Question(text, kind, *pair))
 
@@ -91,7 +91,7 @@ class Labels(Picture):
 
 
 class _Coloured(Picture):
-    """Few colours, one of them more often than any other."""
+    """Shapes of four colours, of which one is there more often than any other."""
 
     def __init__(self, rng, split, **sizes):
         super().__init__(rng, split, **sizes)
@@ -120,12 +120,16 @@ class _Coloured(Picture):
 
 
 class Majority(_Coloured):
+    """Which colour is there most often?"""
+
     def ask(self):
         most = max(self.tally, key=self.tally.get)
         return [Question("Which colour do most of the shapes have?", "colour", most)]
 
 
 class Count(_Coloured):
+    """How often is a colour there? Four questions; a colour may be missing."""
+
     def ask(self):
         return [
             Question(f"How many {colour} shapes are there?", "number", str(count))
