@@ -11,18 +11,15 @@ CORES    := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 export HF_HUB_DISABLE_TELEMETRY := 1
 export HF_HUB_DISABLE_PROGRESS_BARS := 1
 
-# --- profiles: one YAML each; those of released checkpoints have another one in common
+# --- profiles: one YAML each; those of released checkpoints, in folders, have what stands in shared.yaml in common
 
-RELEASED := $(filter-out shared,$(basename $(notdir $(wildcard notebooks/params/benchmarks/*.yaml))))
+RELEASED := $(filter-out shared,$(basename $(notdir $(wildcard notebooks/params/*/*.yaml))))
 PROFILES := testbed $(basename $(notdir $(wildcard notebooks/params/*.yaml))) $(RELEASED)
 ifeq ($(filter $(PROFILE),$(PROFILES)),)
 $(error no profile "$(PROFILE)" in notebooks/params: PROFILE is one of $(PROFILES))
 endif
-ifneq ($(filter $(PROFILE),$(RELEASED)),)
-PARAMS   := notebooks/params/benchmarks/shared.yaml notebooks/params/benchmarks/$(PROFILE).yaml
-else
-PARAMS   := $(wildcard notebooks/params/$(PROFILE).yaml)
-endif
+PARAMS   := $(wildcard notebooks/params/$(PROFILE).yaml notebooks/params/*/$(PROFILE).yaml)
+PARAMS   := $(wildcard $(dir $(PARAMS))shared.yaml) $(PARAMS)
 
 # --- running: small models gain little from a second thread, so notebooks and tests run side by side with one each;
 # released checkpoints take the whole machine, one notebook at a time

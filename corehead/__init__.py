@@ -23,7 +23,7 @@ evaluation    accuracy, log-probability and margin under many conditions: evalua
 stats         intervals and tests over crossed contexts and items; summary(), compare()
 plots, tasks  figures; the named task sets of the profiles
 
-Beside the core: testbed, benchmarks, bench, distributed (engine="ray").
+Beside the core: testbed, zeroshot, benchmarks, bench, distributed (engine="ray").
 """
 
 from importlib import import_module as _import

@@ -35,7 +35,7 @@ def samples(
     task : str
         Of the digit-needle testbed ("image", "document", "video", "text", "majority", "count", "text_only", "memory"),
         in plain English ("traits", "codes"), for the grafted SmolLM2 ("copy_text", "copy_image", "facts"), or one of
-        `corehead.benchmarks.BENCHMARKS`.
+        `corehead.zeroshot.TASKS` or `corehead.benchmarks.BENCHMARKS`.
     split : {"train", "validation", "test"}
         RefCOCOg and VidSTG have these splits; of the other benchmarks, every context (picture, document, video) belongs
         to "validation" or "test" by the hash of its name.
@@ -47,8 +47,8 @@ def samples(
     questions : int
         Questions that share one context; they follow each other. Of a benchmark, at most as many.
     **layout
-        What the task takes besides: see `samples` in `corehead.testbed.scenes`, `.prose` and `.graft`, and
-        `corehead.benchmarks.load`, whose bad rows are left out with a warning.
+        What the task takes besides: see `samples` in `corehead.testbed.scenes`, `.prose` and `.graft` and
+        in `corehead.zeroshot`, and `corehead.benchmarks.load`, whose bad rows are left out with a warning.
 
     Returns
     -------
@@ -61,12 +61,12 @@ def samples(
         No such task or split; a benchmark has fewer samples than n * (seed + 1).
     """
     # not at the top: the core imports neither testbed nor benchmarks
-    from . import benchmarks
+    from . import benchmarks, zeroshot
     from .testbed import graft, prose, scenes
 
     if task in benchmarks.BENCHMARKS:
         return _of_benchmark(task, split, n, seed, questions, layout)
-    source = next((s for s in (graft, prose) if task in s.TASKS), scenes)
+    source = next((s for s in (graft, prose, zeroshot) if task in s.TASKS), scenes)
     return source.samples(task, split, n, seed, questions=questions, **layout)
 
 
@@ -85,10 +85,13 @@ def counterfactuals(
     list of (Sample, Sample)
         Empty where a task cannot be redrawn with another answer, as benchmarks cannot.
     """
+    from . import zeroshot
     from .testbed import prose, scenes
 
     if task in prose.TASKS:
         return prose.counterfactuals(task, split, n, seed, **layout)
+    if task in zeroshot.RETRIEVAL:
+        return zeroshot.counterfactuals(task, split, n, seed, **layout)
     if task in scenes.WITH_NEEDLE:
         return scenes.counterfactuals(task, split, n, seed, **layout)
     return []
@@ -258,8 +261,9 @@ def task_set(name: str, **changes) -> TaskSet:
 
     Parameters
     ----------
-    name : {"digits", "english", "benchmarks"}
-        Of tasks.yaml: the digit-needle testbed, plain English and copying for SmolLM2, or the paper's benchmarks.
+    name : {"digits", "english", "benchmarks", "zeroshot"}
+        Of tasks.yaml: the digit-needle testbed, plain English and copying for SmolLM2, the paper's benchmarks, or tasks
+        for released checkpoints that need none.
     **changes
         Fields of `TaskSet` that a profile has otherwise, such as layouts of fewer pages.
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-import yaml
 from test_benchmarks import (
     docir_question,
     docir_row,
@@ -21,17 +20,17 @@ from test_benchmarks import (
     tracks,
     vidstg_row,
 )
-from test_project import NOTEBOOKS, PARAMS, ROOT, code_cells, saved, tags
+from test_project import NOTEBOOKS, PARAMS, ROOT, code_cells, saved, tags, values_of
 
 import corehead as ch
-from corehead.tasks import samples
+from corehead.tasks import samples, task_set
 from corehead.testbed import save, tiny
 
-# one profile a family
+# one profile a family, on the paper's benchmarks
 PROFILES = {
-    "qwen3-vl-8b": "qwen3_vl",
-    "internvl3_5-8b": "internvl",
-    "llava-onevision-7b": "llava_onevision",
+    "qwen3-vl-8b-benchmarks": "qwen3_vl",
+    "internvl3_5-8b-benchmarks": "internvl",
+    "llava-onevision-7b-benchmarks": "llava_onevision",
 }
 # Families differ in how media become tokens, which the first two notebooks draw: they run in every family. The others
 # work on heads, by functions that are tested in every family: they run in one, each family in its turn.
@@ -160,12 +159,7 @@ def run(path: Path, given: dict) -> dict:
 def test_a_notebook_runs_on_a_checkpoint_of_the_family(
     path, profile, checkpoints, data, tmp_path, monkeypatch
 ):
-    files = [PARAMS / f"benchmarks/{name}.yaml" for name in ("shared", profile)]
-    values = {
-        name: value
-        for file in files
-        for name, value in yaml.safe_load(file.read_text()).items()
-    }
+    values = values_of(PARAMS / f"benchmarks/{profile}.yaml")
     # what the real profile sets of its tasks must be what is made smaller here
     assert set(values["tasks"]) <= set(TASKS)
     source = checkpoints[PROFILES[profile]]
@@ -188,6 +182,52 @@ def test_a_notebook_runs_on_a_checkpoint_of_the_family(
     # no benchmark of the profile is text
     assert saved(path, "plots") - figures <= sometimes(path, "plots") | {"01_span"}
     assert {file.name for file in tmp_path.iterdir()} == {"data", "figures"}
+
+
+ZEROSHOT = sorted(p for p in (PARAMS / "zeroshot").glob("*.yaml") if p.stem != "shared")
+DRAWN = ("qwen3-vl-2b", "internvl3_5-1b", "qwen3-vl-8b")
+
+
+@pytest.mark.parametrize("profile", ZEROSHOT, ids=lambda p: p.stem)
+def test_numbers_of_samples_go_with_questions_on_a_context(profile):
+    values = values_of(profile)
+    chosen, n = task_set(**values["tasks"]), values["n"]
+    for task in chosen.layouts:
+        group = "retrieval" if task in chosen.retrieval else chosen.groups[task]
+        counts = [n[name] for name in ("ranking", "validation", "test", "long", group)]
+        assert all(count % min(8, chosen.questions.get(task, 1)) == 0 for count in counts)
+    # notebook 2 asks four questions on a context
+    assert n["accuracy"] % 4 == 0 and values["check_claims"] is False
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_samples_of_a_zero_shot_profile_can_be_drawn(name):
+    """Of all layouts: the other profiles have those of one of these."""
+    profiles = {path.stem: values_of(path)["tasks"] for path in ZEROSHOT}
+    assert all(tasks in (profiles[n] for n in DRAWN) for tasks in profiles.values())
+    chosen = task_set(**profiles[name])
+    for task in chosen.layouts:
+        for layout in chosen.growing(task).values():
+            chosen.samples("test", 4, tasks={task: layout}, questions=4)
+        assert len(chosen.samples("test", 8, tasks=[task], questions=8)) == 8
+    chosen.samples("validation", 8, tasks=chosen.long, questions=8)
+    for task, layout in chosen.evidence.values():
+        assert samples(task, n=1, **layout)[0].evidence
+    assert len(chosen.pairs("validation", 1)) == len(chosen.retrieval)
+
+
+@pytest.mark.slow("runs a whole notebook: only so is seen what its cells need of the tasks")
+def test_a_notebook_runs_on_zero_shot_tasks(tmp_path, monkeypatch):
+    """The first one, which shows every kind of evidence; the others work on heads, whatever is asked."""
+    values = values_of(PARAMS / "zeroshot/internvl3_5-1b.yaml")
+    source = save(tiny("internvl"), tmp_path / "checkpoint")
+    monkeypatch.setenv("COREHEAD_OUTPUT", str(tmp_path))
+    monkeypatch.chdir(ROOT / "notebooks")
+    plt.switch_backend("agg")
+    scope = run(NOTEBOOKS[0], values | {"model": {"source": str(source)}})
+    assert set(scope["shown"]) == {"region", "pages", "finer", "tube", "span"}
+    figures = {file.stem for file in (tmp_path / "figures/internvl3_5-1b").iterdir()}
+    assert figures == saved(NOTEBOOKS[0], "plots")
 
 
 def test_splits_and_seeds_of_a_benchmark_share_no_context(data):

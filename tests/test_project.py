@@ -38,11 +38,11 @@ PACKAGE = ROOT / "corehead"
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("0*.ipynb"))
 RUNNER = ROOT / "notebooks/run.py"
 PARAMS = ROOT / "notebooks/params"
-SHARED = PARAMS / "benchmarks/shared.yaml"  # by all profiles beside it
 LEFT_OUT = {
     "smollm2": ("01_", "06_")
 }  # notebooks that a profile has no use for, as in the Makefile
-PROFILES = sorted(p for p in PARAMS.glob("**/*.yaml") if p != SHARED)
+# what stands in shared.yaml holds for all profiles beside it
+PROFILES = sorted(p for p in PARAMS.glob("**/*.yaml") if p.stem != "shared")
 
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 
@@ -77,6 +77,15 @@ def parameters(path: Path) -> dict:
             else dict(zip([t.id for t in target.elts], value))
         )
     return values
+
+
+def values_of(profile: Path) -> dict:
+    """What a profile sets, with what it shares; nothing is set twice."""
+    values = yaml.safe_load(profile.read_text())
+    shared = profile.with_name("shared.yaml")
+    common = yaml.safe_load(shared.read_text()) if shared.exists() else {}
+    assert not set(common) & set(values)
+    return common | values
 
 
 @pytest.fixture(scope="module")
@@ -183,11 +192,7 @@ def test_every_key_of_a_profile_is_a_parameter_somewhere(profile):
     from corehead.tasks import task_set
 
     known = set().union(*map(parameters, NOTEBOOKS))
-    values = yaml.safe_load(profile.read_text())
-    if profile.parent == SHARED.parent:
-        shared = yaml.safe_load(SHARED.read_text())
-        assert not set(shared) & set(values)
-        values |= shared
+    values = values_of(profile)
     assert set(values) <= known and values["profile"] == profile.stem
     counts = {path: set(parameters(path).get("n", ())) for path in NOTEBOOKS}
     needed = [
@@ -431,12 +436,14 @@ def test_make_gives_each_profile_its_parameters_and_its_place(clone):
     assert make(clone, "reproduce", "PROFILE=testbed").returncode == 0
     make(clone, "reproduce", "PROFILE=quick")
     assert len(ran(clone)) == 2 * len(NOTEBOOKS)
-    told = make(clone, "--dry-run", "reproduce", "PROFILE=qwen3-vl-8b").stdout
-    assert "1 at once" in told
-    assert (
-        "-f notebooks/params/benchmarks/shared.yaml -f notebooks/params/benchmarks/qwen3-vl-8b.yaml"
-        in told
-    )
+    for folder, name in (
+        ("zeroshot", "qwen3-vl-8b"),
+        ("benchmarks", "qwen3-vl-8b-benchmarks"),
+    ):
+        told = make(clone, "--dry-run", "reproduce", f"PROFILE={name}").stdout
+        there = f"notebooks/params/{folder}"
+        assert "1 at once" in told
+        assert f"-f {there}/shared.yaml -f {there}/{name}.yaml" in told
 
 
 def test_a_notebook_that_fails_does_not_stop_the_others(clone):
