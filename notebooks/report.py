@@ -72,6 +72,7 @@ def committed(path):
     return git("show", f"HEAD:./{path}")
 
 
+@cache
 def parse(name, text):
     return pd.json_normalize(json.loads(text)) if name.endswith(".json") else pd.read_csv(StringIO(text))
 
@@ -161,6 +162,8 @@ def change(name, before, now):
     """How many cells of a table differ and by how much numbers do at most; empty if none does."""
     if before is None or now is None:
         return "not committed" if before is None else "committed, and not there any more"
+    if before == now:
+        return ""
     before, now = (parse(name, text).astype(str).fillna("") for text in (before, now))
     if before.shape != now.shape or list(before.columns) != list(now.columns):
         return f"other rows or columns ({before.shape[0]} x {before.shape[1]}, now {now.shape[0]} x {now.shape[1]})"
