@@ -55,6 +55,7 @@ INPUTS   := notebooks/run.py $(wildcard corehead/*.py corehead/*/*.py corehead/*
             $(filter-out $(if $(filter-out smollm2,$(PROFILE)),data/testbed/smollm2/%),\
               $(wildcard data/testbed/*/*.safetensors data/testbed/*/training*))
 GRAFT    := data/testbed/smollm2/training.json
+REPORT   := $(BIN)/python notebooks/report.py $(PROFILE)
 
 help:  ## print this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -76,13 +77,17 @@ $(READY): pyproject.toml
 	  echo "could not install: is there a network, or a proxy or index to name? See $(VENV)/install.log" >&2; exit 1; }
 	@touch $@
 
-reproduce: $(READY) $(if $(filter smollm2,$(PROFILE)),$(GRAFT))  ## run the notebooks and rewrite notebooks/, figures/ and data/results/
+reproduce: $(READY) $(if $(filter smollm2,$(PROFILE)),$(GRAFT))  ## run the notebooks, rewrite notebooks/, figures/ and data/results/, and report
 	@if [ -z "$(FORCE)" ] && $(MAKE) --silent --question $(STAMPS); then \
 	  echo "nothing has changed since the notebooks ran: make reproduce FORCE=1 runs them all the same"; \
 	else \
 	  echo "$(words $(STAMPS)) notebooks, $(JOBS) at once ($(PROFILE))"; \
 	  $(MAKE) --silent --keep-going -j$(JOBS) $(STAMPS); \
-	fi
+	fi; \
+	status=$$?; $(REPORT); exit $$status
+
+report: $(READY)  ## say which claims came out again and which tables changed; rewrites the claims in README.md
+	@$(REPORT)
 
 $(CACHE)/%.done: notebooks/%.ipynb $(PARAMS) $(INPUTS) $(if $(FORCE),FORCE)
 	@$(BIN)/python notebooks/run.py $< $(@:.done=.ipynb) $(addprefix -f ,$(PARAMS))
@@ -129,5 +134,5 @@ clean:  ## remove caches and half-written files
 	rm -rf data/cache .pytest_cache .hypothesis .ruff_cache build *.egg-info
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
-.PHONY: help setup reproduce test test-fast lint testbed survey bench bench-gpu clean FORCE
+.PHONY: help setup reproduce report test test-fast lint testbed survey bench bench-gpu clean FORCE
 .DEFAULT_GOAL := help
