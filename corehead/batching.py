@@ -21,7 +21,7 @@ from transformers.cache_utils import DynamicLayer
 
 from .attention import CACHE, Hook, TokenRoles, hooks
 from .models import MLLM, PREFILL_CHUNK
-from .samples import Sample, SampleError
+from .samples import Sample, SampleError, read_messages
 from .tagging import PER_TOKEN, Prompt, TaggedSample, same_content
 
 NULL = "N/A"
@@ -39,18 +39,18 @@ def context_of(sample: Sample) -> list[tuple[str, Any]]:
     question = sample.question or ""
     parts = []
     asked = None
-    for message in sample.messages:
+    for message in read_messages(sample):
         role = message.get("role")
-        content = message.get("content")
-        if isinstance(content, str):
-            content = [{"text": content}]
-        for part in content or ():
-            text = part.get("text")
+        for part in message["content"]:
+            value = part[part["type"]]
             # the last text that quotes the question, or the user's last of all where none is given, asks it
-            if text is not None and question in text and (question or role == "user"):
+            if (
+                part["type"] == "text"
+                and question in value
+                and (question or role == "user")
+            ):
                 asked = len(parts)
-            medium = part.get("image", part.get("video"))
-            parts.append((role, medium if text is None else text))
+            parts.append((role, value))
     if asked is None:
         return parts
     role, text = parts[asked]
@@ -62,8 +62,10 @@ def same_context(a: Sample | TaggedSample | None, b: Sample | TaggedSample | Non
     """Whether the same texts and media stand in front of two samples' questions."""
     if not (isinstance(a, Sample) and isinstance(b, Sample)):
         return False
-    first = context_of(a)
-    second = context_of(b)
+    try:
+        first, second = context_of(a), context_of(b)
+    except SampleError:  # is raised again where the sample is tagged
+        return False
     if len(first) != len(second):
         return False
     for (role, value), (other_role, other) in zip(first, second):
@@ -79,20 +81,13 @@ def has_context(sample: Sample) -> bool:
 
 def null_sample(sample: Sample, question: str) -> Sample:
     """The same sample with its question replaced by "N/A"."""
-    messages = list(sample.messages)
+    messages = read_messages(sample)
     # from the end, since the question may be quoted earlier, too
-    for m in reversed(range(len(messages))):
-        content = messages[m]["content"]
-        parts = (
-            [{"type": "text", "text": content}]
-            if isinstance(content, str)
-            else list(content)
-        )
-        for p in reversed(range(len(parts))):
-            if question in parts[p].get("text", ""):
-                in_front, _, behind = parts[p]["text"].rpartition(question)
-                parts[p] = {**parts[p], "text": in_front + NULL + behind}
-                messages[m] = {**messages[m], "content": parts}
+    for message in reversed(messages):
+        for part in reversed(message["content"]):
+            if question in part.get("text", ""):
+                in_front, _, behind = part["text"].rpartition(question)
+                part["text"] = in_front + NULL + behind
                 return replace(sample, messages=messages, question=NULL)
     problem = f"{question!r} is in no message"
     raise SampleError(sample.id, "question", problem, "Quote it as it stands there")
@@ -226,9 +221,15 @@ def _groups(mllm, samples, null, need_answer, fail) -> Iterator[list[_Pair]]:
             if need_answer and not len(pair.tagged.answer):
                 fix = "Give the text that the model should say"
                 raise SampleError(pair.tagged.sample.id, "answer", "is missing", fix)
-        except SampleError as error:
+        except Exception as error:
             if fail is None:
                 raise
+            # whatever a sample holds, a run goes on to the next
+            if not isinstance(error, SampleError):
+                problem = f"cannot be tagged ({type(error).__name__}: {error})"
+                error = SampleError(
+                    sample.id, "messages", problem, "Give it as Sample describes"
+                )
             fail(error)
             continue
         group.append(pair)
