@@ -282,7 +282,7 @@ class _Probe(Hook):
         self.measured: dict[int, list[torch.Tensor]] = {}
 
     def read(self, call: Call, rows: torch.Tensor, weights: torch.Tensor) -> None:
-        weight = self.mllm.attentions[call.layer].o_proj.weight
+        weight = self.mllm.o_proj(call.layer)
         seen = Seen(
             call=call,
             rows=rows,

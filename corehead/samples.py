@@ -235,6 +235,27 @@ def read_messages(sample: Sample) -> list[dict[str, Any]]:
         A message or part that is none, or one with a setting that no processor would see; a field of the sample that is
         of another type than `Sample` says.
     """
+    _check_fields(sample)
+    messages = []
+    for m, message in enumerate(sample.messages):
+        where = f"messages[{m}]"
+        content = message.get("content") if isinstance(message, Mapping) else None
+        if isinstance(content, str):
+            content = [content]
+        # the call itself is the template's to render
+        if content is None and isinstance(message, Mapping) and message.get("tool_calls"):
+            content = []
+        if not isinstance(content, (list, tuple)):
+            sample.fail(where, "has no content", "Give a text, or a list of parts")
+        parts = [
+            _read_part(sample, p, f"{where}.content[{i}]") for i, p in enumerate(content)
+        ]
+        messages.append({**message, "content": parts})
+    return messages
+
+
+def _check_fields(sample: Sample) -> None:
+    """Fields are of the types that `Sample` says."""
     for name in ("messages", "evidence"):
         value = getattr(sample, name)
         if not isinstance(value, (list, tuple)):
@@ -252,22 +273,6 @@ def read_messages(sample: Sample) -> list[dict[str, Any]]:
             sample.fail(
                 "meta", f"{name!r} is {value!r}", "Give a dictionary of strings and numbers"
             )
-    messages = []
-    for m, message in enumerate(sample.messages):
-        where = f"messages[{m}]"
-        content = message.get("content") if isinstance(message, Mapping) else None
-        if isinstance(content, str):
-            content = [content]
-        # the call itself is the template's to render
-        if content is None and isinstance(message, Mapping) and message.get("tool_calls"):
-            content = []
-        if not isinstance(content, (list, tuple)):
-            sample.fail(where, "has no content", "Give a text, or a list of parts")
-        parts = [
-            _read_part(sample, p, f"{where}.content[{i}]") for i, p in enumerate(content)
-        ]
-        messages.append({**message, "content": parts})
-    return messages
 
 
 def _read_part(sample: Sample, given: Any, where: str) -> dict[str, Any]:
