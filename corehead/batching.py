@@ -179,7 +179,15 @@ def batches(
     Yields
     ------
     list of Context
+
+    Raises
+    ------
+    ValueError
+        The model is in training mode.
     """
+    if mllm.model.training:
+        # numbers of dropout are random, and gradient checkpointing runs layers again without hooks
+        raise ValueError("the model is in training mode: call mllm.model.eval()")
     waiting: dict[tuple[bool, int], list[Context]] = {}
     for group in _groups(mllm, samples, null, need_answer, fail):
         for context in _contexts(group, to_last):

@@ -95,8 +95,8 @@ def evaluate(
     SampleError
         A sample cannot be tagged, or has no answer; what was finished before is in the store.
     ValueError
-        Two samples have one id; heads of another geometry; the store belongs to another model, or is used inside
-        `ablate`.
+        Two samples have one id; no sample could be evaluated; heads of another geometry; the store belongs to another
+        model, or is used inside `ablate`.
     ImportError
         engine="ray", and Ray is not installed.
     """
@@ -136,6 +136,9 @@ def evaluate(
     # comparisons are paired: a sample that fails under one condition is left out of all
     failed = {failure["sample"] for failure in finished.failures}
     answers = pd.DataFrame([row for row in rows if row["sample"] not in failed])
+    if failed and answers.empty:
+        reason = finished.failures[0]["reason"]
+        raise ValueError(f"no sample could be evaluated; the first: {reason}")
     answers.attrs["failures"] = finished.failures
     return answers
 

@@ -32,9 +32,9 @@ class MLLM:
     Parameters
     ----------
     model : PreTrainedModel
-        A transformers model of a supported family, in eval mode or not, of any dtype and with any attention; it is not
-        changed. Of one that torch.compile or PEFT wraps, what is inside is taken: adapters stay in its layers, and
-        what is compiled runs as it was written while corehead looks.
+        A transformers model of a supported family, of any dtype and with any attention. It is put in eval mode. Of one
+        that torch.compile or PEFT wraps, what is inside is taken: adapters stay in its layers, and what is compiled
+        runs as it was written while corehead looks.
     processor : ProcessorMixin or PreTrainedTokenizerBase, optional
         Its processor (a tokenizer for plain language models); None for bare token ids.
     source : str
@@ -65,6 +65,7 @@ class MLLM:
                 )
             self.model = inside
         self.family = family_of(self.model.config)
+        self.model.eval()
 
     @cached_property
     def text_config(self) -> PretrainedConfig:
@@ -283,7 +284,7 @@ def _dtype(
 def _check_device(device: str) -> None:
     try:
         if device != "auto":
-            torch.empty(0, device=device)
+            torch.empty(0, device=torch.device(device))
     # each backend raises a kind of its own
     except Exception as error:
         said = str(error).splitlines()[0].rstrip(".")

@@ -141,6 +141,11 @@ def _upright(image: Image.Image) -> Image.Image:
     if image.mode.startswith(("I", "F")):
         # 16 bits and more: PIL would cut them off at 255, and leave a white picture
         raise TypeError(f"mode {image.mode!r}: scale it to 8 bits a channel")
+    # phones write a picture and its preview (MPO); of a film or a document the rest would be lost
+    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+        raise TypeError(
+            f"{image.n_frames} frames or pages: give each as an image, or a video"
+        )
     image = ImageOps.exif_transpose(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -164,14 +169,13 @@ def _channels_last(value: Any) -> np.ndarray:
 def to_video(part: dict, sample_id: str, where: str) -> tuple[np.ndarray, dict[str, Any]]:
     """Frames (T, H, W, 3) uint8 of the video part of a message (see `Sample`), and the processor's metadata of them."""
     video = part["video"]
-    fps = part.get("fps", 1.0)
+    fps = part.get("fps", math.nan)
     indices = part.get("frames_indices")
     try:
+        # no default: Qwen3-VL writes time stamps into the prompt, and would write wrong ones
         if not 0 < fps < math.inf:
-            raise ValueError(f"fps={fps}")
+            raise ValueError(f"its 'fps' is {fps}")
         if isinstance(video, (str, os.PathLike)):
-            if "fps" not in part:
-                raise ValueError("a file needs 'fps', at which frames are taken")
             path = os.fspath(video).removeprefix("file://")
             frames, metadata = load_video(path, fps=fps)
             fps, indices = metadata.fps, metadata.frames_indices
@@ -397,7 +401,12 @@ class Prompt:
             # a copy, since the model's processor must not keep a method of this prompt
             processor = copy.copy(processor)
             processor.get_text_with_replacements = self._record
-        options = {"return_tensors": "pt", "add_special_tokens": self.add_special_tokens}
+        # checkpoints may bring a length along at which their tokenizer cuts
+        options = {
+            "return_tensors": "pt",
+            "add_special_tokens": self.add_special_tokens,
+            "truncation": False,
+        }
         try:
             self.inputs = dict(processor(text=[self.rendered], **options, **media))
         # processors raise many kinds; the sample's name must not be lost
@@ -415,6 +424,7 @@ class Prompt:
         """Token ids (L,) of a text, and the characters (L, 2) that they stand for."""
         options = {
             "return_offsets_mapping": True,
+            "truncation": False,
             "add_special_tokens": self.add_special_tokens,
         }
         encoded = tokenizer(text, **options)

@@ -323,6 +323,21 @@ def test_pictures_of_more_than_8_bits_are_refused(make):
     assert caught.value.where == "messages[0].content[0]"
 
 
+def test_pictures_of_several_frames_are_refused():
+    """Of a film or a scanned document all but the first would be lost."""
+    for name in ("GIF", "TIFF", "PNG", "WEBP"):
+        file = io.BytesIO()
+        PAGE.save(file, name, save_all=True, append_images=[NEXT])
+        with pytest.raises(ch.SampleError, match="2 frames or pages: give each"):
+            to_image(file, "s", "here")
+        file = io.BytesIO()
+        PAGE.save(file, name)
+        assert to_image(file, "s", "here").size == PAGE.size
+    preview = io.BytesIO()
+    PAGE.save(preview, "MPO", save_all=True, append_images=[PAGE.resize((9, 6))])
+    assert to_image(preview, "s", "here").size == PAGE.size
+
+
 def test_an_error_does_not_quote_a_whole_picture():
     part = {"type": "image", "base64": base64.b64encode(bytes(10**5)).decode()}
     for given in (part, image_part("no/such/" + "x" * 10**5)):
@@ -379,8 +394,9 @@ def test_video_files_are_sampled_at_the_rate_that_is_given(clip):
         frame.mean() for frame in Prompt(mllm, ask(part))._read_media()["video"][0]
     ]
     assert np.allclose(brightness, [20, 70, 120, 170], atol=4)
-    with pytest.raises(ch.SampleError, match="a file needs 'fps'"):
-        mllm.tag(ask({"type": "video", "path": str(clip)}))
+    for part in ({"path": str(clip)}, {"video": FILM}):
+        with pytest.raises(ch.SampleError, match="its 'fps' is nan"):
+            mllm.tag(ask({"type": "video", **part}))
     for wrong in (9, 0, "often"):
         with pytest.raises(ch.SampleError, match="no video that can be read"):
             mllm.tag(ask({"type": "video", "path": str(clip), "fps": wrong}))
@@ -388,6 +404,49 @@ def test_video_files_are_sampled_at_the_rate_that_is_given(clip):
         mllm.tag(ask(video_part([PAGE, "nowhere.png"])))
     with pytest.raises(ch.SampleError, match="same shape"):
         mllm.tag(ask(video_part([PAGE, picture(60, 60)])))
+
+
+def test_videos_have_time_stamps_of_their_own():
+    """Not the first one's for all, nor any that were made up."""
+    sample = ask(video_part(FILM, fps=2.0), video_part(film(4, 60, 60, seed=1), fps=8.0))
+    text = (mllm := tiny("qwen3_vl")).tokenizer.decode(mllm.tag(sample).ids)
+    assert re.findall(r"<([\d.]+) seconds>", text) == ["0.2", "1.2", "0.1", "0.3"]
+
+
+def test_single_images_are_read_alike_behind_several():
+    """LLaVA-OneVision crops single images alone; no setting may stay behind."""
+    mllm = tiny("llava_onevision")
+    page = ch.Pages(0)
+    single = ask(image_part(PAGE), evidence=[page], id="single")
+    several = ask(image_part(PAGE), image_part(NEXT), evidence=[page], id="several")
+    before = mllm.tag(single)
+    assert not np.array_equal(mllm.tag(several).evidence, before.evidence)
+    assert np.array_equal(mllm.tag(single).evidence, before.evidence)
+    options = dict(progress=False, null=False)
+    together = ch.score(mllm, [single, several], **options).per_sample("ram").values
+    for found, sample in zip(together, (single, several)):
+        alone = ch.score(mllm, [sample], **options).per_sample("ram").values[0]
+        assert np.allclose(found, alone, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "llama"])
+def test_a_tokenizers_own_limits_and_padding_are_not_used(family):
+    """A cut would take the end of the prompt in silence; padding stands in front, whatever the tokenizer says."""
+    plain = tiny(family)
+    mllm = testbed.tiny(family)
+    tokenizer = mllm.tokenizer
+    tokenizer.init_kwargs |= {"max_length": 20, "truncation": True}
+    tokenizer._tokenizer.enable_truncation(max_length=20)
+    tokenizer.model_max_length = 20
+    tokenizer.padding_side = "right"
+    samples = [
+        ask("x" * i, "alpha is 5. ", id=str(i), evidence=[ch.Span("alpha")])
+        for i in range(3)
+    ]
+    for sample in samples:
+        assert np.array_equal(mllm.tag(sample).ids, plain.tag(sample).ids)
+    found, expected = (ch.evaluate(m, samples, progress=False) for m in (mllm, plain))
+    assert np.allclose(found.logprob, expected.logprob, atol=1e-5)
 
 
 # --- messages of every convention
@@ -589,6 +648,10 @@ def test_evaluate_leaves_a_bad_sample_out_under_every_condition():
     assert set(failed) == {"a number", "metric"} and "ZeroDivisionError" in failed["metric"]
     with pytest.raises(ch.SampleError, match="'a number', answer: 7 is no text"):
         ch.evaluate(mllm, samples, conditions, **options)
+    with pytest.raises(
+        ValueError, match=r"no sample could be evaluated; the first: .*answer"
+    ):
+        ch.evaluate(mllm, samples[1:2], on_error="record", **options)
 
 
 @pytest.mark.parametrize("samples, problem", [
