@@ -293,9 +293,8 @@ def _read_part(sample: Sample, given: Any, where: str) -> dict[str, Any]:
         sample.fail(where, problem, fix)
     [source] = sources
     value = part.pop(source)
-    if isinstance(
-        value, Mapping
-    ):  # OpenAI's {"url": ...}, or an undecoded row of a data set
+    # OpenAI's {"url": ...}, or an undecoded row of a data set
+    if isinstance(value, Mapping):
         value = next((value[n] for n in ("url", "bytes", "path") if value.get(n)), None)
     if source == "base64":
         value = f"data:;base64,{value}"

@@ -16,7 +16,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
-from urllib.request import urlopen
+from urllib.request import url2pathname, urlopen
 
 import numpy as np
 import torch
@@ -128,9 +128,8 @@ def to_image(value: Any, sample_id: str, where: str) -> Image.Image:
         if not isinstance(value, Image.Image):
             value = Image.fromarray(_channels_last(value))
         return _upright(value)
-    except (
-        Exception
-    ) as error:  # PIL raises many kinds, from a missing file to one that is cut off
+    # PIL raises many kinds, from a missing file to one that is cut off
+    except Exception as error:
         fix = "Give a PIL image, the path of a whole image file or a uint8 array (H, W, 3)"
         problem = f"cannot be read as an image ({_brief(error)})"
         raise SampleError(sample_id, where, problem, fix) from error
@@ -176,7 +175,9 @@ def to_video(part: dict, sample_id: str, where: str) -> tuple[np.ndarray, dict[s
         if not 0 < fps < math.inf:
             raise ValueError(f"its 'fps' is {fps}")
         if isinstance(video, (str, os.PathLike)):
-            path = os.fspath(video).removeprefix("file://")
+            path = os.fspath(video)
+            if path.startswith("file://"):
+                path = url2pathname(path.removeprefix("file://"))
             frames, metadata = load_video(path, fps=fps)
             fps, indices = metadata.fps, metadata.frames_indices
         elif isinstance(video, (list, tuple)):

@@ -349,7 +349,7 @@ def test_an_error_does_not_quote_a_whole_picture():
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
     """A film of eight frames of one grey each, at four a second."""
-    path = tmp_path_factory.mktemp("films") / "clip.mp4"
+    path = tmp_path_factory.mktemp("films") / "a clip.mp4"
     with av.open(str(path), "w") as container:
         stream = container.add_stream("mpeg4", rate=4)
         stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"

@@ -15,7 +15,8 @@ from conftest import FAMILIES, ask, image_part, picture, tiny
 from safetensors.torch import load_file, save_file
 
 import corehead as ch
-from corehead import controls, models, testbed
+from corehead import controls, hybrid, models, testbed
+from corehead.attention import Call, hooks
 from corehead.models import memory
 from corehead.runs import provenance
 
@@ -187,6 +188,24 @@ def test_a_compiled_model_is_ablated_after_its_first_run():
             assert torch.allclose(found, expected, atol=1e-5)
             assert not torch.allclose(found, intact, atol=1e-3)
         assert torch.allclose(model(ids).logits, intact, atol=1e-5)
+
+
+def test_the_fused_kernel_is_compiled_where_nothing_else_is(monkeypatch):
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    kernel = torch.compile(lambda query, *_, **__: query * 1, backend=backend)
+    monkeypatch.setattr(hybrid, "_compiled", lambda: kernel)
+    states = [torch.rand(1, 2, 300, 8) for _ in range(3)]
+    call = Call(0, *states, scaling=1.0, first=0, attention_mask=None)
+    with hooks(tiny("llama")):
+        torch.compile(torch.sin, backend=backend)(states[0])
+        assert not compiled
+        out = hybrid.stream_flex(call, sinks=4, recent=64)
+    assert len(compiled) == 1 and torch.equal(out, states[0].transpose(1, 2))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
