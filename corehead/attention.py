@@ -422,7 +422,9 @@ def hooks(
             module.corehead = Active(
                 outer.hooks + mine, outer.roles if roles is None else roles
             )
-        yield
+        # a graph that was compiled without hooks knows nothing of them
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
         config._attn_implementation = implementation
         if handle is not None:

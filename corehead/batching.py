@@ -21,7 +21,7 @@ from transformers.cache_utils import DynamicLayer
 
 from .attention import CACHE, Hook, TokenRoles, hooks, needs_own_rows
 from .models import MLLM, PREFILL_CHUNK
-from .samples import Sample, SampleError
+from .samples import Sample, SampleError, read_messages
 from .tagging import PER_TOKEN, Prompt, TaggedSample, same_content
 
 NULL = "N/A"
@@ -34,26 +34,23 @@ MAX_TOKENS = 2**17
 # --- what samples share
 
 
-def _content(message: dict[str, Any]) -> Iterable[dict[str, Any]]:
-    """The parts of a message; a bare text is one."""
-    content = message.get("content") or ()
-    return [{"type": "text", "text": content}] if isinstance(content, str) else content
-
-
 def context_of(sample: Sample) -> list[tuple[str, Any]]:
     """(role, text or medium) of all that stands in front of the question."""
     question = sample.question or ""
     parts = []
     asked = None
-    for message in sample.messages:
+    for message in read_messages(sample):
         role = message.get("role")
-        for part in _content(message):
-            text = part.get("text")
+        for part in message["content"]:
+            value = part[part["type"]]
             # the last text that quotes the question, or the user's last of all where none is given, asks it
-            if text is not None and question in text and (question or role == "user"):
+            if (
+                part["type"] == "text"
+                and question in value
+                and (question or role == "user")
+            ):
                 asked = len(parts)
-            medium = part.get("image", part.get("video"))
-            parts.append((role, medium if text is None else text))
+            parts.append((role, value))
     if asked is None:
         return parts
     role, text = parts[asked]
@@ -65,7 +62,10 @@ def same_context(a: Sample | TaggedSample | None, b: Sample | TaggedSample | Non
     """Whether the same texts and media stand in front of two samples' questions."""
     if not (isinstance(a, Sample) and isinstance(b, Sample)):
         return False
-    first, second = context_of(a), context_of(b)
+    try:
+        first, second = context_of(a), context_of(b)
+    except SampleError:  # is raised again where the sample is tagged
+        return False
     return len(first) == len(second) and all(
         role == other_role and same_content(value, other)
         for (role, value), (other_role, other) in zip(first, second)
@@ -79,22 +79,16 @@ def has_context(sample: Sample) -> bool:
 
 def null_sample(sample: Sample, question: str) -> Sample:
     """The same sample with its question replaced by "N/A"."""
-    places = [
-        (m, p)
-        for m, message in enumerate(sample.messages)
-        for p, part in enumerate(_content(message))
-        if question in part.get("text", "")
-    ]
-    if not places:
-        problem = f"{question!r} is in no message"
-        raise SampleError(sample.id, "question", problem, "Quote it as it stands there")
-    m, p = places[-1]  # the question may be quoted earlier, too
-    messages = list(sample.messages)
-    parts = list(_content(messages[m]))
-    in_front, _, behind = parts[p]["text"].rpartition(question)
-    parts[p] = parts[p] | {"text": in_front + NULL + behind}
-    messages[m] = messages[m] | {"content": parts}
-    return replace(sample, messages=messages, question=NULL)
+    messages = read_messages(sample)
+    # from the end, since the question may be quoted earlier, too
+    for message in reversed(messages):
+        for part in reversed(message["content"]):
+            if question in part.get("text", ""):
+                in_front, _, behind = part["text"].rpartition(question)
+                part["text"] = in_front + NULL + behind
+                return replace(sample, messages=messages, question=NULL)
+    problem = f"{question!r} is in no message"
+    raise SampleError(sample.id, "question", problem, "Quote it as it stands there")
 
 
 @dataclass
@@ -184,7 +178,15 @@ def batches(
     Yields
     ------
     list of Context
+
+    Raises
+    ------
+    ValueError
+        The model is in training mode.
     """
+    if mllm.model.training:
+        # numbers of dropout are random, and gradient checkpointing runs layers again without hooks
+        raise ValueError("the model is in training mode: call mllm.model.eval()")
     waiting: dict[tuple[bool, int], list[Context]] = {}
     alone = needs_own_rows(mllm)
     for group in _groups(mllm, samples, null, need_answer, fail):
@@ -227,9 +229,15 @@ def _groups(mllm, samples, null, need_answer, fail) -> Iterator[list[_Pair]]:
             if need_answer and not len(pair.tagged.answer):
                 fix = "Give the text that the model should say"
                 raise SampleError(pair.tagged.sample.id, "answer", "is missing", fix)
-        except SampleError as error:
+        except Exception as error:
             if fail is None:
                 raise
+            # whatever a sample holds, a run goes on to the next
+            if not isinstance(error, SampleError):
+                problem = f"cannot be tagged ({type(error).__name__}: {error})"
+                error = SampleError(
+                    sample.id, "messages", problem, "Give it as Sample describes"
+                )
             fail(error)
             continue
         group.append(pair)

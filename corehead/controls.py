@@ -286,7 +286,7 @@ def _observed(
         next_ids[row, keys] = torch.from_numpy(block.answer)
 
     def see(call: Call, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        weight = mllm.attentions[call.layer].o_proj.weight
+        weight = mllm.o_proj(call.layer)
         seen = Seen(
             call=call,
             rows=rows,

@@ -41,6 +41,7 @@ def evaluate(
     new_tokens: int = 0,
     store: str | Path | None = None,
     resume: bool = False,
+    on_error: str = "raise",
     engine: str = "local",
     workers: int | None = None,
     progress: bool = True,
@@ -68,6 +69,8 @@ def evaluate(
         run has done is not done again.
     resume : bool
         Go on with what the store has. Without it a store that is not empty is an error.
+    on_error : {"raise", "record"}
+        "raise" stops at the first sample that fails, "record" leaves it out under every condition and notes it.
     engine, workers
         As in `score`.
     progress : bool
@@ -84,15 +87,16 @@ def evaluate(
         logprob (of the whole answer, nats), margin (first token: logit of the answer less the best other logit); where
         a sample has a foil, contrast (logit of the answer less that of the foil, at the first token in which they
         differ) and flipped (the foil's token is the likeliest there); with new_tokens, written (the text) and, where a
-        sample has a metric, its values, of which correct then says whether the first is at least one half.
+        sample has a metric, its values, of which correct then says whether the first is at least one half. The "sample"
+        and "reason" of those that failed are in its ``attrs["failures"]``.
 
     Raises
     ------
     SampleError
         A sample cannot be tagged, or has no answer; what was finished before is in the store.
     ValueError
-        Two samples have one id; heads of another geometry; the store belongs to another model, or is used inside
-        `ablate`.
+        Two samples have one id; no sample could be evaluated; heads of another geometry; the store belongs to another
+        model, or is used inside `ablate`.
     ImportError
         engine="ray", and Ray is not installed.
     """
@@ -115,7 +119,7 @@ def evaluate(
         resume=resume,
         provenance=provenance(mllm, table="answers", **writing),
         edited=edited(mllm),
-        on_error="raise",
+        on_error=on_error,
         engine=engine,
         workers=workers,
         batch_size=batch_size,
@@ -126,7 +130,14 @@ def evaluate(
     for name, condition in named.items():
         label = {} if conditions is None else columns_of(name, "condition")
         rows += [label | row for row in _answer_rows(finished, condition.key, new_tokens)]
-    return pd.DataFrame(rows)
+    # comparisons are paired: a sample that fails under one condition is left out of all
+    failed = {failure["sample"] for failure in finished.failures}
+    answers = pd.DataFrame([row for row in rows if row["sample"] not in failed])
+    if failed and answers.empty:
+        reason = finished.failures[0]["reason"]
+        raise ValueError(f"no sample could be evaluated; the first: {reason}")
+    answers.attrs["failures"] = finished.failures
+    return answers
 
 
 def columns_of(name: Hashable, column: str) -> dict:
@@ -137,16 +148,25 @@ def columns_of(name: Hashable, column: str) -> dict:
 def _answer_rows(finished: Finished, key: str, new_tokens: int) -> Iterator[dict]:
     """Rows of the result of one condition, in the order of the samples."""
     for sample in finished.samples.values():
-        row = finished.rows[sample.id, key]
+        row = finished.rows.get((sample.id, key))
+        if row is None:
+            continue
         columns = ("prediction", *METRICS, "contrast", "flipped")
         values = {name: row[name] for name in columns if name in row}
         if new_tokens:
             values["written"] = row["written"]
             if sample.metric is not None:
                 # now and not in the run: the store keeps texts, so that a metric may change without a new run
-                worth = sample.metric(row["written"])
-                first = next(value for name, value in worth.items() if name != "parsed")
-                values |= worth | {"correct": first >= 0.5}
+                try:
+                    worth = sample.metric(row["written"])
+                    first = next(value for name, value in worth.items() if name != "parsed")
+                    values |= worth | {"correct": first >= 0.5}
+                except Exception as error:  # of whoever wrote the metric
+                    problem = (
+                        f"fails on {row['written']!r} ({type(error).__name__}: {error})"
+                    )
+                    fix = "Let it give values by name, also for a text that it cannot read"
+                    finished.fail(SampleError(sample.id, "metric", problem, fix))
         yield {
             "sample": sample.id,
             "context": row["context"],

@@ -597,14 +597,16 @@ def stream_chunked(call: Call, sinks: int, recent: int) -> torch.Tensor:
 def stream_flex(call: Call, sinks: int, recent: int) -> torch.Tensor:
     """`stream_chunked` by FlexAttention (arXiv 2412.05496), one kernel over the blocks that any row sees."""
     table = blocks(call.rows, call.key.shape[2], sinks, recent, call.device)
-    out = _compiled()(
-        call.query,
-        call.key.contiguous(),
-        call.value.contiguous(),
-        block_mask=table,
-        scale=call.scaling,
-        enable_gqa=call.query.shape[1] > call.key.shape[1],
-    )
+    # a kernel of our own, which is compiled where nothing else must be (see `hooks`)
+    with torch.compiler.set_stance("default"):
+        out = _compiled()(
+            call.query,
+            call.key.contiguous(),
+            call.value.contiguous(),
+            block_mask=table,
+            scale=call.scaling,
+            enable_gqa=call.query.shape[1] > call.key.shape[1],
+        )
     return out.transpose(1, 2)
 
 

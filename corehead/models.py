@@ -32,7 +32,9 @@ class MLLM:
     Parameters
     ----------
     model : PreTrainedModel
-        A transformers model of a supported family, in eval mode or not; it is not changed.
+        A transformers model of a supported family, of any dtype and with any attention. It is put in eval mode. Of one
+        that torch.compile or PEFT wraps, what is inside is taken: adapters stay in its layers, and what is compiled
+        runs as it was written while corehead looks.
     processor : ProcessorMixin or PreTrainedTokenizerBase, optional
         Its processor (a tokenizer for plain language models); None for bare token ids.
     source : str
@@ -43,7 +45,7 @@ class MLLM:
     Raises
     ------
     ValueError
-        The architecture is not supported.
+        The architecture is not supported, or PEFT adds a prompt, which is no part of the model inside.
     """
 
     model: PreTrainedModel
@@ -53,7 +55,17 @@ class MLLM:
     family: Family = field(init=False)
 
     def __post_init__(self):
+        self.model = getattr(self.model, "_orig_mod", self.model)
+        if hasattr(self.model, "get_base_model"):
+            inside = self.model.get_base_model()
+            # PEFT has nothing else to give where a learned prompt stands in front of the tokens
+            if inside is getattr(self.model, "base_model", None):
+                raise ValueError(
+                    "the model has a learned prompt, whose tokens corehead cannot see"
+                )
+            self.model = inside
         self.family = family_of(self.model.config)
+        self.model.eval()
 
     @cached_property
     def text_config(self) -> PretrainedConfig:
@@ -85,6 +97,22 @@ class MLLM:
     def attentions(self) -> list[torch.nn.Module]:
         """The self-attention module of every decoder layer."""
         return [layer.self_attn for layer in self.family.decoder(self.model).layers]
+
+    def o_proj(self, layer: int) -> torch.Tensor:
+        """What the heads of a layer write with, (hidden, H * D).
+
+        Raises
+        ------
+        ValueError
+            The weight alone does not say it: there is an adapter beside it, or it is packed.
+        """
+        linear = self.attentions[layer].o_proj
+        if type(linear) is not torch.nn.Linear:
+            raise ValueError(
+                f"o_proj of layer {layer} is a {type(linear).__name__}: merge adapters into the model "
+                "(merge_and_unload), or load it without quantisation"
+            )
+        return linear.weight
 
     @property
     def windows(self) -> list[int | None]:
@@ -255,12 +283,27 @@ def _dtype(
 ) -> torch.dtype:
     """A dtype by name; "auto" is the one that the checkpoint was saved in, but float32 for float16 on a CPU."""
     if dtype != "auto":
-        return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+        if not isinstance(found, torch.dtype) or not found.is_floating_point:
+            names = "'auto', 'float32', 'bfloat16' or 'float16'"
+            raise ValueError(f"dtype={dtype!r}: take {names}")
+        return found
     # a configuration may hold its dtype as a string, or none at all
     saved = _dtype(config, config.dtype or torch.float32)
     on_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
     # float16 on disk is for size: CPUs compute it slowly and imprecisely
     return torch.float32 if on_cpu and saved == torch.float16 else saved
+
+
+def _check_device(device: str) -> None:
+    try:
+        if device != "auto":
+            torch.empty(0, device=torch.device(device))
+    # each backend raises a kind of its own
+    except Exception as error:
+        said = str(error).splitlines()[0].rstrip(".")
+        fix = "take 'cpu', 'auto', or what torch.accelerator.current_accelerator() names"
+        raise ValueError(f"device={device!r} is not there ({said}): {fix}") from error
 
 
 def _free(device: str) -> int:
@@ -326,6 +369,14 @@ def _read_config(folder: Path) -> PretrainedConfig:
             "along is not run: take the checkpoint in transformers' own format (InternVL's end in -HF)"
         ) from error
     family_of(config)
+    if quantised := getattr(config, "quantization_config", None):
+        method = (
+            quantised.get("quant_method", "") if isinstance(quantised, dict) else quantised
+        )
+        raise ValueError(
+            f"{folder}: its weights are quantised ({method}), which needs a package of its own: load it by "
+            "transformers, and wrap it: corehead.MLLM(model, processor)"
+        )
     return config
 
 
@@ -383,9 +434,10 @@ def load(
     MemoryError
         The weights do not fit on the device: see `memory`.
     ValueError
-        The architecture is not supported; a file of weights is missing, damaged or no safetensors; the weights do not
-        fit the architecture.
+        The architecture is not supported; a file of weights is missing, damaged, quantised or no safetensors; the
+        weights do not fit the architecture; the dtype or device is not to be had.
     """
+    _check_device(device)
     name = str(source)
     folder = _find(name, revision)
     config = _read_config(folder)

@@ -18,7 +18,8 @@ from PIL import Image
 from .families import Medium
 from .ranking import HeadSet
 from .results import output
-from .tagging import TaggedSample, to_image
+from .samples import read_messages
+from .tagging import TaggedSample, to_image, to_video
 
 PALETTE = sns.color_palette("colorblind").as_hex()
 EVIDENCE = PALETTE[3]  # vermilion: V*, and the heads that look at it
@@ -181,17 +182,16 @@ def _draw_view(
     weight: np.ndarray | None,
 ) -> None:
     """One picture with the cells of its tokens, V* framed: V* lit, or all cells as blue as their weight is large."""
-    contents = [m["content"] for m in tagged.sample.messages]
-    parts = [part for c in contents if not isinstance(c, str) for part in c]
-    media = [part[medium.kind] for part in parts if part["type"] == medium.kind]
-    picture = media[medium.index]
+    sample = tagged.sample
+    parts = [part for message in read_messages(sample) for part in message["content"]]
+    part = [part for part in parts if part["type"] == medium.kind][medium.index]
     first, end = medium.frames[view][0]
-    if (
-        medium.kind == "video"
-    ):  # of a pair of frames the mean, which is about what its tokens see
-        picture = np.asarray(picture)[first:end].mean(0).astype(np.uint8)
+    if medium.kind == "video":
+        frames, _ = to_video(part, sample.id, "video")
+        # of a pair of frames the mean, which is about what its tokens see
+        part = {"image": frames[first:end].mean(0).astype(np.uint8)}
     _, height, width = medium.size
-    shown = to_image(picture, tagged.sample.id, medium.kind)
+    shown = to_image(part["image"], sample.id, medium.kind)
     # in the pixels that boxes are in, y downwards; pale, so that cells stand out
     ax.imshow(shown, extent=(0, width, height, 0), alpha=0.55)
     tokens = medium.tokens[view]

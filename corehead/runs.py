@@ -66,6 +66,11 @@ def _as_json(value: Any) -> Any:
         ]
     if isinstance(value, Image.Image):
         return [value.mode, np.asarray(value)]  # pixels, wherever the picture was read from
+    if torch.is_tensor(value):
+        value = value.numpy(force=True)
+    if hasattr(value, "read"):  # an open file
+        value.seek(0)
+        value = np.frombuffer(value.read(), np.uint8)
     if isinstance(value, np.ndarray):
         return [value.shape, value.dtype.str, hashlib.sha256(value.tobytes()).hexdigest()]
     return repr(value)  # evidence: dataclasses, whose repr holds all fields
@@ -153,10 +158,13 @@ class Finished:
         Of each sample's whole content.
     failures : list of dict
         "sample" (its id) and "reason" of each sample that failed.
+    on_error : {"raise", "record"}
+        What to do with a sample that fails.
     """
 
     keys: Sequence[str]
     rows: dict[tuple[str, str], dict]
+    on_error: str = "raise"
     samples: dict[str, Sample] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)
     failures: list[dict] = field(default_factory=list)
@@ -168,6 +176,12 @@ class Finished:
             key for key in self.keys if any((name, key) not in self.rows for name in ids)
         ]
 
+    def fail(self, error: SampleError) -> None:
+        """Raise or record the error of a sample."""
+        if self.on_error == "raise":
+            raise error
+        self.failures.append({"sample": error.sample_id, "reason": str(error)})
+
     def draw(
         self, samples: Iterable[Sample | TaggedSample], bar: tqdm
     ) -> Iterator[Sample | TaggedSample | None]:
@@ -176,6 +190,10 @@ class Finished:
             if isinstance(item, TaggedSample) and item.sample is None:
                 item = replace(item, sample=Sample(str(index), []))
             sample = item.sample if isinstance(item, TaggedSample) else item
+            if not isinstance(sample, Sample):
+                raise TypeError(
+                    f"samples[{index}] is a {type(item).__name__}: give Samples"
+                )
             name = sample.id
             if name in self.samples:
                 raise ValueError(f"two samples have the id {name!r}: ids must differ")
@@ -266,6 +284,8 @@ def run(
     ------
     ValueError
         An option is misspelt or cannot be; two samples have one id; a sample or the whole store is of another content.
+    TypeError
+        Samples that are none, or one that stands alone.
     SampleError
         With on_error="raise", what is wrong with a sample. What was finished before is in the store.
     ImportError
@@ -287,18 +307,18 @@ def run(
         raise ValueError(
             "inside ablate() there is neither a store nor engine='ray': they would know nothing of it"
         )
+    if isinstance(samples, (Sample, TaggedSample, str)):
+        raise TypeError(f"samples is a {type(samples).__name__}: give a list of Samples")
     # None, for an iterator of unknown length, makes a bar without an end
     total = length_hint(samples) * len(keys) or None
     with (
         Store(store, provenance, resume) as keep,
         tqdm(total=total, desc=description, unit="row", disable=not progress) as bar,
     ):
-        finished = Finished(keys, {_place(row): row for row in keep.rows})
+        finished = Finished(keys, {_place(row): row for row in keep.rows}, on_error)
 
         def fail(error: SampleError) -> None:
-            if on_error == "raise":
-                raise error
-            finished.failures.append({"sample": error.sample_id, "reason": str(error)})
+            finished.fail(error)
             # so that the bar arrives at its end all the same
             bar.update(len(finished.lacking([error.sample_id])))
 

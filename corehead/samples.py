@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from numbers import Number
+from typing import Any, NoReturn
+
+# what a part of a message holds beside its text, image or video
+BESIDE = {"text": (), "image": (), "video": ("fps", "frames_indices")}
+# where transformers' templates look for an image or a video, besides under its own name
+SOURCES = ("url", "path", "base64")
 
 
 class SampleError(ValueError):
@@ -29,6 +35,25 @@ class SampleError(ValueError):
         return type(self), (self.sample_id, self.where, self.problem, self.fix)
 
 
+# Evidence is compared and printed by value, so that it keeps plain numbers, whatever array they came in. What is no
+# number stays as it is: tagging reports it, with the sample's name.
+
+
+def _plain(value: Any) -> Any:
+    """Python's numbers for those of numpy and torch; several as a tuple."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, Iterable) and not isinstance(value, (str, Mapping)):
+        return tuple(map(_plain, value))
+    return value
+
+
+def _several(value: Any) -> tuple:
+    """One index or many, as a tuple."""
+    value = _plain(value)
+    return value if isinstance(value, tuple) else (value,)
+
+
 @dataclass(frozen=True)
 class Region:
     """A rectangle of one image.
@@ -37,13 +62,21 @@ class Region:
     ----------
     image : int
         Index of the image in the order of the messages, from 0.
-    box : tuple of float
-        (x1, y1, x2, y2) in pixels of the image as given, half-open: the box of a whole image of width w and height h is
-        (0, 0, w, h).
+    box : sequence of float
+        (x1, y1, x2, y2) of the upright image (see `Sample`), half-open: the box of a whole image of width w and height
+        h is (0, 0, w, h) in pixels.
+    unit : {"pixel", "fraction", "thousandth"}
+        Of the box. Fractions and thousandths are of the image's width and height; Qwen3-VL writes thousandths.
     """
 
     image: int
     box: tuple[float, float, float, float]
+    unit: str = "pixel"
+
+    def __post_init__(self):
+        # `frozen` bars plain assignment
+        object.__setattr__(self, "image", _plain(self.image))
+        object.__setattr__(self, "box", _plain(self.box))
 
 
 @dataclass(frozen=True)
@@ -52,15 +85,14 @@ class Pages:
 
     Parameters
     ----------
-    pages : sequence of int
+    pages : int or sequence of int
         Indices of the images in the order of the messages, from 0.
     """
 
     pages: tuple[int, ...]
 
-    def __init__(self, pages: Sequence[int]):
-        # `frozen` bars plain assignment; a tuple of ints is compared by value, whatever sequence was given
-        object.__setattr__(self, "pages", tuple(int(p) for p in pages))
+    def __init__(self, pages: int | Sequence[int]):
+        object.__setattr__(self, "pages", _several(pages))
 
 
 @dataclass(frozen=True)
@@ -71,16 +103,16 @@ class Frames:
     ----------
     video : int
         Index of the video in the order of the messages, from 0.
-    frames : sequence of int
+    frames : int or sequence of int
         Indices into the frames that are handed to the processor, from 0.
     """
 
     video: int
     frames: tuple[int, ...]
 
-    def __init__(self, video: int, frames: Sequence[int]):
-        object.__setattr__(self, "video", int(video))
-        object.__setattr__(self, "frames", tuple(int(f) for f in frames))
+    def __init__(self, video: int, frames: int | Sequence[int]):
+        object.__setattr__(self, "video", _plain(video))
+        object.__setattr__(self, "frames", _several(frames))
 
 
 @dataclass(frozen=True)
@@ -91,12 +123,21 @@ class Tube:
     ----------
     video : int
         Index of the video in the order of the messages, from 0.
-    boxes : mapping of int to tuple of float
-        ``{frame: (x1, y1, x2, y2)}``, frames as in `Frames`, pixels as in `Region`.
+    boxes : mapping of int to sequence of float
+        ``{frame: (x1, y1, x2, y2)}``, frames as in `Frames`, boxes as in `Region`.
+    unit : {"pixel", "fraction", "thousandth"}
+        Of the boxes.
     """
 
     video: int
     boxes: Mapping[int, tuple[float, float, float, float]]
+    unit: str = "pixel"
+
+    def __post_init__(self):
+        object.__setattr__(self, "video", _plain(self.video))
+        if isinstance(self.boxes, Mapping):
+            boxes = {_plain(frame): _plain(box) for frame, box in self.boxes.items()}
+            object.__setattr__(self, "boxes", boxes)
 
 
 @dataclass(frozen=True)
@@ -125,11 +166,18 @@ class Sample:
     id : str
         A name that is unique in a run; stores and error messages use it.
     messages : list of dict
-        Chat messages as transformers' processors take them. An image part holds a PIL image, an array (H, W, 3) uint8
-        or a path; a video part holds an array (T, H, W, 3) uint8 of frames already sampled, with ``fps`` beside it (and
-        ``frames_indices`` where the frames are not evenly 0, 1, 2 ...).
+        Chat messages as transformers' processors take them: ``{"role": ..., "content": ...}``, the content a text or a
+        list of parts (`read_messages` says how they may be written).
+
+        An image part holds a PIL image, a uint8 array or tensor (H, W, 3) or (3, H, W), a path, a URL, a data URI,
+        bytes or an open file. It is turned upright where EXIF says how, and put on white where it is transparent:
+        indices and boxes of evidence are of that picture, as viewers show it.
+
+        A video part holds frames already sampled, a uint8 array or tensor (T, H, W, 3) or (T, 3, H, W) or a list of
+        images, with their ``fps`` (and ``frames_indices`` of the source, and its ``fps``, where they are not evenly
+        0, 1, 2 ...); or a path or URL, of which ``fps`` frames a second are taken.
     evidence : list of Region, Pages, Frames, Tube or Span
-        Where the answer stands; several pieces count as their union.
+        Where the answer stands; several pieces count as their union. A single piece may stand for a list of one.
     answer : str, optional
         The text that the model should say; None where there is none.
     foil : str, optional
@@ -151,3 +199,112 @@ class Sample:
     meta: dict[str, Any] = field(default_factory=dict)
     metric: Callable[[str], dict[str, float]] | None = None
     foil: str | None = None
+
+    def __post_init__(self):
+        self.id = str(self.id)
+        if isinstance(self.evidence, Evidence):
+            self.evidence = [self.evidence]
+
+    def fail(self, where: str, problem: str, fix: str) -> NoReturn:
+        """Raise a `SampleError` that names this sample."""
+        raise SampleError(self.id, where, problem, fix)
+
+
+def read_messages(sample: Sample) -> list[dict[str, Any]]:
+    """A sample's messages in the one form that corehead reads, whichever convention they were written in.
+
+    A content may be a text, or a list of texts and parts. What a part holds may stand under the name of its type
+    ("image"), under "url", "path" or "base64" (transformers), or under "image_url", as a text or as ``{"url": ...}``
+    (OpenAI). The type may be left out (Qwen), and what is None counts as left out (tables of parts).
+
+    Parameters
+    ----------
+    sample : Sample
+        It is not changed.
+
+    Returns
+    -------
+    list of dict
+        Every "content" is a list of ``{"type": "text", "text": ...}``, ``{"type": "image", "image": ...}`` and
+        ``{"type": "video", "video": ..., "fps": ..., "frames_indices": ...}``, the last two where they were given. A
+        message that calls tools may have no part.
+
+    Raises
+    ------
+    SampleError
+        A message or part that is none, or one with a setting that no processor would see; a field of the sample that is
+        of another type than `Sample` says.
+    """
+    _check_fields(sample)
+    messages = []
+    for m, message in enumerate(sample.messages):
+        where = f"messages[{m}]"
+        content = message.get("content") if isinstance(message, Mapping) else None
+        if isinstance(content, str):
+            content = [content]
+        # the call itself is the template's to render
+        if content is None and isinstance(message, Mapping) and message.get("tool_calls"):
+            content = []
+        if not isinstance(content, (list, tuple)):
+            sample.fail(where, "has no content", "Give a text, or a list of parts")
+        parts = [
+            _read_part(sample, p, f"{where}.content[{i}]") for i, p in enumerate(content)
+        ]
+        messages.append({**message, "content": parts})
+    return messages
+
+
+def _check_fields(sample: Sample) -> None:
+    """Fields are of the types that `Sample` says."""
+    for name in ("messages", "evidence"):
+        value = getattr(sample, name)
+        if not isinstance(value, (list, tuple)):
+            sample.fail(name, f"{type(value).__name__} is no list", "Give a list of them")
+    for name in ("question", "answer", "foil"):
+        value = getattr(sample, name)
+        if not isinstance(value, (str, type(None))):
+            sample.fail(
+                name, f"{value!r} is no text", "Give it as it is written, in quotes"
+            )
+    meta = sample.meta if isinstance(sample.meta, Mapping) else {"meta": sample.meta}
+    for name, value in meta.items():
+        # columns of tables, at the end of a run
+        if not isinstance(value, (str, Number, type(None))) or meta is not sample.meta:
+            sample.fail(
+                "meta", f"{name!r} is {value!r}", "Give a dictionary of strings and numbers"
+            )
+
+
+def _read_part(sample: Sample, given: Any, where: str) -> dict[str, Any]:
+    """One part of a message; see `read_messages`."""
+    if isinstance(given, str):
+        given = {"type": "text", "text": given}
+    if not isinstance(given, Mapping):
+        fix = "Give a text, or a dictionary as Sample describes it"
+        sample.fail(where, f"{type(given).__name__} is no part of a message", fix)
+    part = {name: value for name, value in given.items() if value is not None}
+    names = [*BESIDE, "image_url", "video_url"]
+    kind = part.pop("type", None) or next((n for n in names if n in part), None)
+    kind = str(kind).removesuffix("_url")
+    sources = [n for n in (kind, f"{kind}_url", *SOURCES) if n in part]
+    if kind not in BESIDE or len(sources) != 1:
+        problem = f"its type {kind!r} is unknown, or there is no {kind!r} in it"
+        fix = "Give a part as Sample describes it, one text, image or video each"
+        sample.fail(where, problem, fix)
+    [source] = sources
+    value = part.pop(source)
+    # OpenAI's {"url": ...}, or an undecoded row of a data set
+    if isinstance(value, Mapping):
+        value = next((value[n] for n in ("url", "bytes", "path") if value.get(n)), None)
+    if source == "base64":
+        value = f"data:;base64,{value}"
+    if kind == "text":
+        if not isinstance(value, str):
+            sample.fail(where, f"its text is {value!r}", "Give a string")
+        return {"type": "text", "text": value}
+    # such as Qwen's "max_pixels": another picture than the one that was asked for, in silence
+    if unread := part.keys() - set(BESIDE[kind]):
+        problem = f"{', '.join(sorted(unread))} would not be heeded"
+        fix = f"Leave it out: the processor sets sizes. Read is {', '.join([kind, *BESIDE[kind]])}"
+        sample.fail(where, problem, fix)
+    return {"type": kind, kind: value, **part}

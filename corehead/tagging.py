@@ -10,20 +10,38 @@ two know whole frames: of a tube they take its frames, whatever its boxes.
 from __future__ import annotations
 
 import copy
+import io
+import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
+from urllib.request import url2pathname, urlopen
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
+from transformers.video_utils import load_video
 
 from .families import Medium
-from .samples import Evidence, Frames, Pages, Region, Sample, SampleError, Span, Tube
+from .samples import (
+    Evidence,
+    Frames,
+    Pages,
+    Region,
+    Sample,
+    SampleError,
+    Span,
+    Tube,
+    read_messages,
+)
 
 if TYPE_CHECKING:
     from .models import MLLM
 
+URLS = ("http://", "https://", "file://", "data:")
+# how much of a picture's width or height a unit of a box is; pixels are counted, not scaled
+UNITS = {"pixel": None, "fraction": 1, "thousandth": 1000}
 MARKERS = "<GT_START>", "<GT_END>"
 # what processors give for each token, to be cut and padded with the sequence; all else belongs to the media
 PER_TOKEN = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
@@ -44,9 +62,13 @@ class TaggedSample:
     question : ndarray (n,) int64
         Tokens of the question's text.
     answer : ndarray (n,) int64
-        Tokens of the answer (teacher-forced), empty without one.
+        Tokens of the answer (teacher-forced), empty without one. They follow the prompt at once.
     last : int
-        The last token of the prompt, which predicts the answer's first.
+        The last token of the prompt, which predicts what comes next: of the template's generation prompt, if it has
+        one. Instruct models' ends in ``<|im_start|>assistant\\n``, and the answer comes next. Thinking models' opens
+        the reasoning as well (Qwen3-VL Thinking: ``<think>\\n``): `last` is the newline behind it, and predicts
+        the first word of the reasoning. An answer that is teacher-forced there is one given without reasoning, which
+        such a model would hardly write by itself; to score it behind its reasoning, let `answer` begin with that.
     media : list of Medium
         Geometry of every image and video, in the order in which they stand in the prompt.
     sample : Sample or None
@@ -92,26 +114,100 @@ def with_text(
 
 
 def to_image(value: Any, sample_id: str, where: str) -> Image.Image:
-    """A PIL image from what a message holds: a PIL image, an array (H, W, 3) or (H, W) uint8, or a path."""
+    """An upright RGB image on white from whatever the image part of a message holds: see `Sample`."""
     try:
-        if isinstance(value, (str, os.PathLike)):
+        # load_image of transformers would fetch these as well, but put what is transparent on black
+        if isinstance(value, str) and value.startswith(URLS):
+            with urlopen(value, timeout=60) as reply:
+                value = reply.read()
+        if isinstance(value, bytes):
+            value = io.BytesIO(value)
+        if isinstance(value, (str, os.PathLike)) or hasattr(value, "read"):
             with Image.open(value) as image:
-                return image.convert("RGB")
+                return _upright(image)
         if not isinstance(value, Image.Image):
-            array = np.asarray(value)
-            if array.dtype != np.uint8 or array.ndim < 2:
-                raise TypeError(
-                    f"{type(value).__name__} of {array.dtype}, shape {array.shape}"
-                )
-            value = Image.fromarray(array)
-        return value.convert("RGB")
-    except (
-        Exception
-    ) as error:  # PIL raises many kinds, from a missing file to one that is cut off
+            value = Image.fromarray(_channels_last(value))
+        return _upright(value)
+    # PIL raises many kinds, from a missing file to one that is cut off
+    except Exception as error:
         fix = "Give a PIL image, the path of a whole image file or a uint8 array (H, W, 3)"
-        raise SampleError(
-            sample_id, where, f"cannot be read as an image ({error})", fix
-        ) from error
+        problem = f"cannot be read as an image ({_brief(error)})"
+        raise SampleError(sample_id, where, problem, fix) from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """RGB, turned as EXIF says, on white where it is transparent."""
+    if image.mode.startswith(("I", "F")):
+        # 16 bits and more: PIL would cut them off at 255, and leave a white picture
+        raise TypeError(f"mode {image.mode!r}: scale it to 8 bits a channel")
+    # phones write a picture and its preview (MPO); of a film or a document the rest would be lost
+    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+        raise TypeError(
+            f"{image.n_frames} frames or pages: give each as an image, or a video"
+        )
+    image = ImageOps.exif_transpose(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def _channels_last(value: Any) -> np.ndarray:
+    """(..., H, W, C) uint8 from an array or tensor with the channels there, or in front of H as in torchvision."""
+    array = value.numpy(force=True) if torch.is_tensor(value) else np.asarray(value)
+    if array.dtype != np.uint8 or array.ndim < 2:
+        raise TypeError(f"{type(value).__name__} of {array.dtype}, shape {array.shape}")
+    channels = (1, 3, 4)
+    first = array.ndim > 2 and array.shape[-3] in channels
+    if first and array.shape[-1] not in channels:
+        array = np.moveaxis(array, -3, -1)
+    return array[..., 0] if array.ndim > 2 and array.shape[-1] == 1 else array
+
+
+def to_video(part: dict, sample_id: str, where: str) -> tuple[np.ndarray, dict[str, Any]]:
+    """Frames (T, H, W, 3) uint8 of the video part of a message (see `Sample`), and the processor's metadata of them."""
+    video = part["video"]
+    fps = part.get("fps", math.nan)
+    indices = part.get("frames_indices")
+    try:
+        # no default: Qwen3-VL writes time stamps into the prompt, and would write wrong ones
+        if not 0 < fps < math.inf:
+            raise ValueError(f"its 'fps' is {fps}")
+        if isinstance(video, (str, os.PathLike)):
+            path = os.fspath(video)
+            if path.startswith("file://"):
+                path = url2pathname(path.removeprefix("file://"))
+            frames, metadata = load_video(path, fps=fps)
+            fps, indices = metadata.fps, metadata.frames_indices
+        elif isinstance(video, (list, tuple)):
+            images = [
+                to_image(x, sample_id, f"{where}.video[{i}]") for i, x in enumerate(video)
+            ]
+            frames = np.stack(images)
+        else:
+            frames = _channels_last(video)
+        if frames.ndim != 4 or frames.shape[-1] != 3 or not frames.size:
+            raise ValueError(f"its shape is {frames.shape}")
+        # a list of its own, because processors write into it
+        indices = list(range(len(frames))) if indices is None else [int(i) for i in indices]
+        if len(indices) != len(frames):
+            raise ValueError(f"{len(indices)} frames_indices for {len(frames)} frames")
+    except SampleError:
+        raise
+    except Exception as error:  # decoders raise many kinds
+        fix = "Give a uint8 array (T, H, W, 3) of sampled frames, a list of images, or a path with 'fps'"
+        problem = f"is no video that can be read ({_brief(error)})"
+        raise SampleError(sample_id, where, problem, fix) from error
+    # time stamps that a processor writes into the prompt come from fps and indices
+    timing = {"fps": fps, "frames_indices": indices, "total_num_frames": max(indices) + 1}
+    return frames, timing
+
+
+def _brief(error: Exception) -> str:
+    """What an error says, without the base64 text of a whole picture that it may quote."""
+    text = str(error)
+    return text if len(text) < 300 else f"{text[:300]} ..."
 
 
 def same_content(a: Any, b: Any) -> bool:
@@ -119,8 +215,10 @@ def same_content(a: Any, b: Any) -> bool:
     if a is b or type(a) is not type(b):
         return a is b
     try:
-        # array_equal would make an array of each image first; PIL compares their sizes before their pixels
-        return bool(a == b) if isinstance(a, Image.Image) else np.array_equal(a, b)
+        # array_equal would make an array of each first; PIL compares sizes before pixels
+        if isinstance(a, (str, bytes, Image.Image)):
+            return bool(a == b)
+        return np.array_equal(a, b)
     except Exception:  # what cannot be read is reported where it is read
         return False
 
@@ -161,6 +259,10 @@ class Prompt:
         self.sample = sample
         self._read_messages()
         self.rendered = self._render()
+        # what the template opens the model's turn with quotes nothing of the messages
+        before = self._render(add_generation_prompt=False)
+        opens = self.rendered.startswith(before)
+        self.opening = len(self.rendered) - len(before) if opens else 0
         # chat templates write the start token themselves; it must not stand there twice
         start = mllm.tokenizer.bos_token
         self.add_special_tokens = not (start and self.rendered.startswith(start))
@@ -188,6 +290,14 @@ class Prompt:
                 f"construction={construction!r}: take one of {', '.join(map(repr, CONSTRUCTIONS))}"
             )
         evidence = CONSTRUCTIONS[construction](self)
+        expected = evidence
+        if construction != "geometry":
+            expected = _by_geometry(self, whole_frames=True)
+        if not np.array_equal(evidence, expected):
+            problem = (
+                f"{construction} finds {len(evidence)} tokens, geometry {len(expected)}"
+            )
+            self._fail("evidence", problem, "Take construction='geometry'")
         question = self.text_tokens(*self.find_question(), "question")
         inputs = self.inputs
         length = len(self.ids)
@@ -219,35 +329,21 @@ class Prompt:
         raise SampleError(self.sample.id, where, problem, fix)
 
     def _read_messages(self) -> None:
-        """Bring every content into the form of a list of parts, and list those that are images and videos."""
-        self.messages = []
+        """The messages in one form, and those of their parts that are images and videos."""
+        self.messages = read_messages(self.sample)
         self.parts = []
         self.fields = []
-        for m, message in enumerate(self.sample.messages):
-            content = message.get("content")
-            if isinstance(content, str):
-                content = [{"type": "text", "text": content}]
-            if not isinstance(content, list):
-                self._fail(
-                    f"messages[{m}]", "has no content", "Give a text, or a list of parts"
-                )
-            for p, part in enumerate(content):
-                where = f"messages[{m}].content[{p}]"
-                kind = part.get("type")
-                if kind not in ("text", "image", "video") or part.get(kind) is None:
-                    problem = f"its type {kind!r} is unknown, or there is no {kind!r} in it"
-                    fix = "Give a part as Sample describes it: text, image or video"
-                    self._fail(where, problem, fix)
-                if kind != "text":
+        for m, message in enumerate(self.messages):
+            for p, part in enumerate(message["content"]):
+                if part["type"] != "text":
                     self.parts.append(part)
-                    self.fields.append(where)
-            self.messages.append({**message, "content": content})
+                    self.fields.append(f"messages[{m}].content[{p}]")
 
-    def _render(self) -> str:
+    def _render(self, add_generation_prompt: bool = True) -> str:
         """The prompt by the chat template, each medium one placeholder."""
         processor = self.mllm.processor
         messages = self.messages
-        options = {"tokenize": False, "add_generation_prompt": True}
+        options = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
         try:
             # templates of plain language models take strings, not parts
             if processor is self.mllm.tokenizer:
@@ -282,25 +378,7 @@ class Prompt:
             if part["type"] == "image":
                 read["image"].append(to_image(part["image"], self.sample.id, where))
                 continue
-            frames = np.asarray(part["video"])
-            rgb = frames.dtype == np.uint8 and frames.ndim == 4 and frames.shape[-1] == 3
-            if not rgb or not frames.size:
-                fix = "Give 'video': a uint8 array (T, H, W, 3) of sampled frames"
-                self._fail(where, "is no video", fix)
-            indices = part.get("frames_indices")
-            if indices is None:
-                indices = range(len(frames))
-            if len(indices) != len(frames):
-                problem = f"{len(indices)} frames_indices for {len(frames)} frames"
-                self._fail(where, problem, "Give one a frame")
-            # a list of its own, because processors write into it
-            indices = [int(i) for i in indices]
-            # time stamps that a processor writes into the prompt come from fps and indices
-            timing = {
-                "fps": part.get("fps", 1.0),
-                "frames_indices": indices,
-                "total_num_frames": max(indices) + 1,
-            }
+            frames, timing = to_video(part, self.sample.id, where)
             read["video"].append(frames)
             read["timing"].append(timing)
         return read
@@ -324,7 +402,12 @@ class Prompt:
             # a copy, since the model's processor must not keep a method of this prompt
             processor = copy.copy(processor)
             processor.get_text_with_replacements = self._record
-        options = {"return_tensors": "pt", "add_special_tokens": self.add_special_tokens}
+        # checkpoints may bring a length along at which their tokenizer cuts
+        options = {
+            "return_tensors": "pt",
+            "add_special_tokens": self.add_special_tokens,
+            "truncation": False,
+        }
         try:
             self.inputs = dict(processor(text=[self.rendered], **options, **media))
         # processors raise many kinds; the sample's name must not be lost
@@ -342,6 +425,7 @@ class Prompt:
         """Token ids (L,) of a text, and the characters (L, 2) that they stand for."""
         options = {
             "return_offsets_mapping": True,
+            "truncation": False,
             "add_special_tokens": self.add_special_tokens,
         }
         encoded = tokenizer(text, **options)
@@ -402,14 +486,17 @@ class Prompt:
 
     def find(self, text: str, where: str, once: bool = False) -> tuple[int, int]:
         """Characters of a piece of text in the prompt, where it stands last."""
-        count = self.text.count(text) if text else 0
+        said = self.text[: len(self.text) - self.opening]
+        if not isinstance(text, str):
+            self._fail(where, f"{text!r} is no text", "Give a string")
+        count = said.count(text) if text else 0
         if count == 0 or (once and count > 1):
             fix = (
                 "Quote a piece of the messages' text, exactly"
                 + ", that stands there once" * once
             )
             self._fail(where, f"{text!r} stands {count} times in the prompt", fix)
-        start = self.text.rindex(text)
+        start = said.rindex(text)
         return start, start + len(text)
 
     def find_question(self) -> tuple[int, int]:
@@ -431,17 +518,18 @@ class Prompt:
                 tokens = [self.text_tokens(*self.find(text, where, once=True), where)]
             case Pages(pages):
                 tokens = [self._look(where, "image", page) for page in pages]
-            case Region(image, box):
-                tokens = [self._look(where, "image", image, box=box)]
+            case Region(image, box, unit):
+                tokens = [self._look(where, "image", image, box=(box, unit))]
             case Frames(video, frames):
                 tokens = [self._look(where, "video", video, frame) for frame in frames]
-            case Tube(video, boxes):
+            case Tube(video, Mapping() as boxes, unit):
                 tokens = [
-                    self._look(where, "video", video, *place) for place in boxes.items()
+                    self._look(where, "video", video, frame, (box, unit))
+                    for frame, box in boxes.items()
                 ]
             case _:
                 fix = "Take Region, Pages, Frames, Tube or Span"
-                self._fail(where, f"{type(piece).__name__} is no evidence", fix)
+                self._fail(where, f"{piece!r} is no evidence", fix)
         # a box in a strip that preprocessing cuts off, or no pages, frames or boxes at all
         if sum(map(len, tokens)) == 0:
             fix = "Give evidence that the model's preprocessing keeps"
@@ -449,31 +537,45 @@ class Prompt:
         return np.concatenate(tokens)
 
     def _look(
-        self, where: str, kind: str, index: int, frame: int | None = None, box: Any = None
+        self,
+        where: str,
+        kind: str,
+        index: int,
+        frame: int | None = None,
+        box: tuple[Any, str] | None = None,
     ) -> np.ndarray:
-        """Tokens of a medium that look at one of its frames (all, if None), at a box of pixels (all, if None)."""
+        """Tokens of a medium that look at a frame of it, if it is a video, and at a box in a unit, if one is given."""
         media = [medium for medium in self.media if medium.kind == kind]
-        if not 0 <= index < len(media):
-            fix = f"The sample has {len(media)} of them, from 0"
-            self._fail(where, f"{kind} {index} is out of range", fix)
+        self._check_index(where, kind, index, len(media))
         medium = media[index]
         hit = np.ones(len(medium.tokens), bool)
-        if frame is not None:
-            if not 0 <= frame < medium.size[0]:
-                fix = f"The video has {medium.size[0]} frames, from 0"
-                self._fail(where, f"frame {frame} is out of range", fix)
+        if kind == "video":
+            self._check_index(where, "frame", frame, medium.size[0])
             hit &= (medium.frames[:, 0] <= frame) & (frame < medium.frames[:, 1])
         if box is not None:
-            hit &= medium.overlaps(self._read_box(box, medium, where))
+            hit &= medium.overlaps(self._read_box(*box, medium, where))
         return medium.tokens[hit]
 
+    def _check_index(self, where: str, name: str, index: Any, count: int) -> None:
+        if type(index) is not int or not 0 <= index < count:
+            fix = f"There are {count}, counted from 0"
+            self._fail(where, f"{name} {index!r} is out of range", fix)
+
     def _read_box(
-        self, box: Any, medium: Medium, where: str
+        self, box: Any, unit: str, medium: Medium, where: str
     ) -> tuple[float, float, float, float]:
+        """A box in pixels."""
         _, height, width = medium.size
+        medium_name = f"{medium.kind} {medium.index}"
+        if unit not in UNITS:
+            fix = f"Take one of {', '.join(map(repr, UNITS))}"
+            self._fail(where, f"unit {unit!r} is unknown", fix)
         slack = 0.5  # annotations are rounded
         try:
             x1, y1, x2, y2 = map(float, box)
+            if whole := UNITS[unit]:
+                x1, x2 = x1 / whole * width, x2 / whole * width
+                y1, y2 = y1 / whole * height, y2 / whole * height
             # NaN compares as false, so that it is refused as well
             inside = (
                 -slack <= x1 < x2 <= width + slack and -slack <= y1 < y2 <= height + slack
@@ -481,10 +583,15 @@ class Prompt:
         except (TypeError, ValueError):
             inside = False
         if not inside:
-            medium_name = f"{medium.kind} {medium.index}"
-            problem = f"{box} is no box inside the {width} x {height} px of {medium_name}"
-            fix = "Give (x1, y1, x2, y2) with x1 < x2 and y1 < y2 in pixels of the image as given"
+            problem = f"{box} is no box inside the {width} x {height} px of {medium_name} (unit {unit!r})"
+            fix = (
+                "Give (x1, y1, x2, y2) with x1 < x2 and y1 < y2 in pixels of the upright image, "
+                "or unit='fraction' or 'thousandth'"
+            )
             self._fail(where, problem, fix)
+        if unit == "pixel" and max(x2, y2) <= 1:
+            problem = f"{box} is one pixel of {medium_name}, or its corner"
+            self._fail(where, problem, "Say unit='fraction', if it is a part of the whole")
         return x1, y1, x2, y2
 
 
@@ -496,11 +603,14 @@ def _same_part(a: dict, b: dict) -> bool:
 # --- the three constructions of V*
 
 
-def _by_geometry(prompt: Prompt) -> np.ndarray:
-    evidence = enumerate(prompt.sample.evidence)
-    return _union(
-        [prompt.evidence_tokens(piece, f"evidence[{i}]") for i, piece in evidence]
-    )
+def _by_geometry(prompt: Prompt, whole_frames: bool = False) -> np.ndarray:
+    tokens = []
+    for i, piece in enumerate(prompt.sample.evidence):
+        tokens.append(prompt.evidence_tokens(piece, f"evidence[{i}]"))
+        if whole_frames and isinstance(piece, Tube):
+            frames = Frames(piece.video, list(piece.boxes))
+            tokens.append(prompt.evidence_tokens(frames, f"evidence[{i}]"))
+    return _union(tokens)
 
 
 def _by_markers(prompt: Prompt) -> np.ndarray:

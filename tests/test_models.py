@@ -8,14 +8,17 @@ import sys
 from types import SimpleNamespace
 
 import huggingface_hub
+import numpy as np
 import pytest
 import torch
 from conftest import FAMILIES, ask, image_part, picture, tiny
 from safetensors.torch import load_file, save_file
 
 import corehead as ch
-from corehead import models, testbed
+from corehead import controls, hybrid, models, testbed
+from corehead.attention import Call, hooks
 from corehead.models import memory
+from corehead.runs import provenance
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +54,183 @@ def dtypes(mllm) -> set:
 def test_dtype(saved):
     assert dtypes(ch.load(saved / "qwen3_vl", dtype="bfloat16")) == {torch.bfloat16}
     assert dtypes(ch.load(saved / "qwen3_vl", dtype=torch.float16)) == {torch.float16}
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "half precision", "int8", "Tensor", 16, None])
+def test_dtypes_that_are_none_are_refused(saved, dtype):
+    with pytest.raises(ValueError, match=f"dtype={dtype!r}: take 'auto', 'float32'"):
+        ch.load(saved / "llama", dtype=dtype)
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "gpu", "", None, "xpu:7"])
+def test_devices_that_are_not_there_are_refused(saved, device):
+    with pytest.raises(
+        ValueError, match=rf"device={device!r} is not there \(.+\): take 'cpu'"
+    ):
+        ch.load(saved / "llama", device=device)
+
+
+def test_quantised_checkpoints_are_wrapped_and_not_loaded(saved, tmp_path):
+    folder = tmp_path / "packed"
+    shutil.copytree(saved / "llama", folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        ValueError, match=r"quantised \(bitsandbytes\).*corehead\.MLLM\(model"
+    ):
+        ch.load(folder)
+
+
+class Adapter(torch.nn.Module):
+    """Beside a linear layer, as PEFT puts it: another class, with the layer's weight."""
+
+    def __init__(self, linear: torch.nn.Linear):
+        super().__init__()
+        self.linear = linear
+
+    @property
+    def weight(self):
+        return self.linear.weight
+
+    def forward(self, x):
+        return 2 * self.linear(x)
+
+
+class Wrapped(torch.nn.Module):
+    """What PEFT makes of a model, as far as anybody sees: a tuner between, and the model behind both."""
+
+    def __init__(self, model: torch.nn.Module, prompt: bool = False):
+        super().__init__()
+        self.base_model = model if prompt else torch.nn.Module()
+        self.base_model.model = model.model if prompt else model
+        self.prompt = prompt
+
+    @property
+    def config(self):
+        return self.get_base_model().config
+
+    def get_base_model(self):
+        return self.base_model if self.prompt else self.base_model.model
+
+
+def some_samples() -> list[ch.Sample]:
+    evidence = [ch.Region(0, (0, 0, 30, 30))]
+    image = image_part(picture(60, 90))
+    return [ask(image, question=q, id=q, evidence=evidence) for q in ("What?", "Where?")]
+
+
+def answers_of(mllm) -> tuple:
+    """RAM, and what is said intact and without some heads."""
+    heads = ch.HeadSet.of([(0, 0), (1, 3)], mllm.shape)
+    conditions = {"intact": None, "without": ch.Ablation(heads)}
+    options = dict(new_tokens=2, progress=False)
+    answers = ch.evaluate(mllm, some_samples(), conditions, **options)
+    ram = ch.score(mllm, some_samples(), progress=False).mean("ram").values
+    return ram, answers[["logprob", "margin"]].to_numpy(), answers.written.tolist()
+
+
+def compiled_layers(model):
+    for layer in model.get_decoder().layers:
+        layer.compile(backend="eager")
+    return model
+
+
+STATES = {
+    "compiled": lambda model: torch.compile(model, backend="eager"),
+    "compiled layers": compiled_layers,
+    "wrapped": Wrapped,
+    "wrapped and compiled": lambda model: torch.compile(Wrapped(model), backend="eager"),
+    "eager": lambda model: (model.set_attn_implementation("eager"), model)[1],
+    "training": lambda model: model.train(),
+    "checkpointing": lambda model: (model.train().gradient_checkpointing_enable(), model)[
+        1
+    ],
+    "no cache": lambda model: (setattr(model.config, "use_cache", False), model)[1],
+}
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_a_model_in_any_state_gives_the_same(state):
+    plain = tiny("qwen3_vl")
+    model = copy.deepcopy(plain.model)
+    model.config.get_text_config().attention_dropout = 0.5  # of training alone
+    for attention in model.get_decoder().layers:
+        attention.self_attn.attention_dropout = 0.5
+    mllm = ch.MLLM(STATES[state](model), plain.processor)
+    assert (
+        mllm.model is model and provenance(mllm)["weights"] == provenance(plain)["weights"]
+    )
+    for found, expected in zip(answers_of(mllm), answers_of(plain)):
+        if isinstance(found, list):
+            assert found == expected
+        else:
+            assert np.allclose(found, expected, atol=1e-5, equal_nan=True)
+
+
+def test_a_compiled_model_is_ablated_after_its_first_run():
+    """A graph without hooks must not go on to run where there are some."""
+    plain = tiny("llama")
+    model = copy.deepcopy(plain.model)
+    mllm = ch.MLLM(model, plain.processor)
+    mllm.attentions[0].compile(backend="eager")
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        intact = model(ids).logits
+        for heads in (
+            ch.HeadSet.of([(0, 0)], mllm.shape),
+            ~ch.HeadSet.of([(1, 1)], mllm.shape),
+        ):
+            with ch.ablate(mllm, heads):
+                found = model(ids).logits
+            with ch.ablate(plain, heads):
+                expected = plain.model(ids).logits
+            assert torch.allclose(found, expected, atol=1e-5)
+            assert not torch.allclose(found, intact, atol=1e-3)
+        assert torch.allclose(model(ids).logits, intact, atol=1e-5)
+
+
+def test_the_fused_kernel_is_compiled_where_nothing_else_is(monkeypatch):
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    kernel = torch.compile(lambda query, *_, **__: query * 1, backend=backend)
+    monkeypatch.setattr(hybrid, "_compiled", lambda: kernel)
+    states = [torch.rand(1, 2, 300, 8) for _ in range(3)]
+    call = Call(0, *states, scaling=1.0, first=0, attention_mask=None)
+    with hooks(tiny("llama")):
+        torch.compile(torch.sin, backend=backend)(states[0])
+        assert not compiled
+        out = hybrid.stream_flex(call, sinks=4, recent=64)
+    assert len(compiled) == 1 and torch.equal(out, states[0].transpose(1, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_16_bit_models_score_about_the_same(dtype):
+    plain = tiny("qwen3_vl")
+    half = ch.MLLM(copy.deepcopy(plain.model).to(dtype), plain.processor)
+    found, expected = (ch.score(m, some_samples(), progress=False) for m in (half, plain))
+    assert np.allclose(found.mean("ram"), expected.mean("ram"), atol=2e-3)
+
+
+def test_what_cannot_be_seen_is_an_error():
+    plain = tiny("qwen3_vl")
+    model = copy.deepcopy(plain.model)
+    with pytest.raises(ValueError, match="learned prompt"):
+        ch.MLLM(Wrapped(model, prompt=True))
+    mllm = ch.MLLM(model, plain.processor)
+    model.train()
+    with pytest.raises(ValueError, match=r"training mode: call mllm\.model\.eval"):
+        ch.score(mllm, some_samples(), progress=False)
+    model.eval()
+    mllm.attentions[1].o_proj = Adapter(mllm.attentions[1].o_proj)
+    assert len(ch.score(mllm, some_samples(), progress=False).data.sample) == 2
+    for control in (controls.output_norm, controls.value_norm):
+        with pytest.raises(ValueError, match="layer 1 is a Adapter: merge adapters"):
+            control(mllm, some_samples(), progress=False)
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "llama"])
