@@ -174,8 +174,8 @@ class Sample:
         indices and boxes of evidence are of that picture, as viewers show it.
 
         A video part holds frames already sampled, a uint8 array or tensor (T, H, W, 3) or (T, 3, H, W) or a list of
-        images, with their ``fps`` (and ``frames_indices`` of the source, and its ``fps``, where they are not evenly
-        0, 1, 2 ...); or a path or URL, of which ``fps`` frames a second are taken.
+        images, with their ``fps``; where they are not evenly spaced, with the source's ``fps`` and ``frames_indices``
+        in it. Or it holds a path or URL, of which ``fps`` frames a second are taken.
     evidence : list of Region, Pages, Frames, Tube or Span
         Where the answer stands; several pieces count as their union. A single piece may stand for a list of one.
     answer : str, optional
