@@ -24,6 +24,7 @@ from corehead.ablation import Ablation, Reference
 from corehead.attention import CACHE, Hook
 from corehead.batching import embedded, null_sample, run_one
 from corehead.tagging import with_text
+from corehead.testbed.models import tiny as tiny_model
 
 # of each family: how many pixels of the processor's output a token covers, and how often a picture is resampled
 GEOMETRY = {
@@ -155,7 +156,7 @@ def test_pan_and_scan():
     tagged = mllm.tag(ask(image_part(picture(300, 60)), image_part(picture(90, 200))))
     assert [m.view.max() for m in tagged.media] == [4, 2]
     assert "here are some crops" in mllm.tokenizer.decode(tagged.ids)
-    check_boxes("gemma3", mllm, 30)
+    check_boxes("gemma3", mllm, 12)
 
 
 @pytest.mark.parametrize("family", VIDEO)
@@ -448,3 +449,15 @@ def test_what_heads_write_passes_the_norm_behind_them():
         )
         said = (vectors * (1 + decoder.norm.weight) @ weights.T).argmax(-1)
         assert np.array_equal(found.values[0, index], (said == 5).numpy())
+
+
+@torch.no_grad()
+def test_internvl_with_a_mixture_of_experts():
+    """InternVL 3.5 comes with Qwen3's experts as well: another decoder, and the family stays."""
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    mllm = tiny_model("internvl", text={"model_type": "qwen3_moe"} | experts)
+    assert "Qwen3MoeModel" in type(mllm.family.decoder(mllm.model)).__name__
+    sample = samples_of("internvl")[0]
+    scores = ch.score(mllm, [sample], null=False, on_error="raise", progress=False)
+    for name, values in brute_force(mllm, mllm.tag(sample)).items():
+        np.testing.assert_allclose(scores.data.isel(sample=0)[name], values, atol=1e-5)
