@@ -518,7 +518,7 @@ def collate(tagged: Sequence[TaggedSample], pad_token: int) -> dict[str, torch.T
             fill = pad_token if name == "input_ids" else 0
             rows = [pad(row, (length - row.shape[1], 0), value=fill) for row in rows]
         # pictures have different numbers of crops, (1, crops, 3, S, S), or sizes of their own, (1, 3, H, W)
-        elif name.startswith("pixel_"):
+        elif name in ("pixel_values", "pixel_attention_mask"):
             most = np.max([row.shape for row in rows], 0)
             rows = [_grown(row, most) for row in rows]
         # pictures are large: no needless copy

@@ -71,14 +71,19 @@ def answer_written(
     texts = list(candidates)
     ids = mllm.tokenizer(texts, add_special_tokens=False)["input_ids"]
     tokens = torch.tensor(sorted({token for text in ids for token in text}))
-    norm = mllm.family.decoder(mllm.model).norm
+    decoder = mllm.family.decoder(mllm.model)
+    norm = decoder.norm
     head = mllm.model.get_output_embeddings()
     # (candidates, hidden)
     unembedding = head.weight[tokens.to(head.weight.device)].float()
 
     def measure(seen: Seen) -> torch.Tensor:
         out = _from_evidence(seen)  # (B, r, H, hidden)
-        # the norm's scale is common to all logits, and does not change which is the highest
+        layer = decoder.layers[seen.call.layer]
+        # Gemma 3 norms what a layer's heads write before it adds it
+        if hasattr(layer, "pre_feedforward_layernorm"):
+            out = layer.post_attention_layernorm(out.to(norm.weight))
+        # the norms' scale is common to all logits, and does not change which is the highest
         logits = norm(out.to(norm.weight)).to(unembedding) @ unembedding.T
         best = tokens.to(logits.device)[logits.argmax(-1)]  # (B, r, H)
         said_next = seen.next_ids[:, seen.call.first + seen.rows, None]

@@ -1,7 +1,7 @@
 """Which pixels and frames each visual token covers, one class an architecture.
 
-To add an architecture, subclass `Family`, say in `image` (and `video`) which pixels its tokens look at, and enter it in
-`FAMILIES` under the model_type of its configuration.
+To add an architecture, subclass `Family`, say in `views` which pixels its tokens look at, and enter it in `FAMILIES`
+under the model_type of its configuration.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
+    LlavaImageProcessor,
     PretrainedConfig,
     PreTrainedModel,
 )
@@ -247,7 +248,7 @@ class InternVL(Family):
 
 
 class Llava(Family):
-    """A picture is fitted into one square; what the processor crops off is seen by no token."""
+    """A picture is fitted into one square: cropped, padded or stretched; what is cropped off is seen by no token."""
 
     name = "llava"
 
@@ -258,7 +259,8 @@ class Llava(Family):
         axes = []
         for x in size[1:]:
             scale, padding = x / side, 0
-            if getattr(settings, "do_pad", False):  # to a square, in front of all else
+            # padded to a square, in front of all else
+            if isinstance(settings, LlavaImageProcessor) and settings.do_pad:
                 scale, padding = max(size) / side, (max(size) - x) // 2
             elif shortest:  # the longer side keeps the ratio, and its ends are cropped off
                 fitted = int(shortest * x / min(size[1:]))
@@ -316,8 +318,8 @@ class LlavaOnevision(Family):
 class Gemma3(Family):
     """A picture is stretched to a square; with pan and scan, crops that cut its longer side into equal parts follow.
 
-    Images attend to themselves both ways, and most layers have a window. Pan and scan is the processor's
-    ``do_pan_and_scan``, off by default.
+    Images attend to themselves both ways, by masks of N x N, which bounds the length of a prompt. Pan and scan is
+    ``do_pan_and_scan`` in the processor's images_kwargs, off by default.
     """
 
     name = "gemma3"
@@ -476,7 +478,7 @@ FAMILIES: dict[str, Family] = {
     "idefics3": Idefics3("idefics3"),
     "smolvlm": Idefics3("smolvlm"),
     "mistral3": Mistral3(),
-    # plain language models differ in nothing that corehead must know
+    # plain language models differ in nothing that corehead must know; Gemma 2 caps its logits, which SDPA cannot
     **dict.fromkeys(TEXT, Text()),
 }
 

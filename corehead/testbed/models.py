@@ -321,7 +321,7 @@ def build(
     design : str
         Which vision tower and geometry of models.yaml.
     family : str
-        "qwen3_vl", "internvl" or "llava_onevision".
+        One of `BUILDERS` that has the design.
     tokenizer : PreTrainedTokenizerBase
         With the special tokens of the family's placeholders.
     template : str
@@ -488,7 +488,7 @@ def tiny(
     Parameters
     ----------
     family : str
-        "qwen3_vl", "internvl", "llava_onevision", "llama" or "qwen3".
+        One of `BUILDERS`, or the model_type of a plain language model. "smolvlm" needs the package num2words.
     real_tiles : bool
         Image tiles and patches of the released checkpoints; otherwise small ones, for speed.
     seed : int
