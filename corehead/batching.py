@@ -20,7 +20,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from .attention import CACHE, Hook, TokenRoles, hooks
-from .models import MLLM, PREFILL_CHUNK
+from .models import MLLM, PREFILL_CHUNK, free_memory
 from .samples import Sample, SampleError
 from .tagging import PER_TOKEN, Prompt, TaggedSample, same_content
 
@@ -713,6 +713,14 @@ class Feed:
         return rows + (
             self.n_rows * before // 8 if intact else len(self.packed.contexts) * before
         )
+
+    def copies(self) -> int:
+        """How many conditions' keys and values fit side by side into half of the memory that is free."""
+        mllm = self.mllm
+        tokens = self.n_rows * self.packed.roles.roles.shape[1]
+        size = 2 * mllm.n_layers * mllm.n_kv_heads * mllm.head_dim * tokens
+        free = free_memory(str(mllm.device)) // 2
+        return free // (size * mllm.model.dtype.itemsize)
 
     def run(
         self, conditions: Sequence[Condition | None] = (None,), wanted: Wanted | None = None

@@ -251,10 +251,10 @@ class _Answering:
     def rows(self, conditions: dict[str, Condition | None]) -> Iterator[dict]:
         """A row of the table for each condition (all of one group) and question."""
         keys = list(conditions)
-        # so many conditions run side by side as TOKENS has room for
+        # so many conditions run side by side as TOKENS and memory have room for
         intact = all(c is None or c.leaves_context_intact for c in conditions.values())
         room = TOKENS.get(self.mllm.device.type, 2**14)
-        width = max(1, room // self.feed.cost(intact))
+        width = max(1, min(room // self.feed.cost(intact), self.feed.copies()))
         for i in range(0, len(keys), width):
             side_by_side = keys[i : i + width]
             together = [conditions[key] for key in side_by_side]
