@@ -20,7 +20,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from .attention import CACHE, Hook, TokenRoles, hooks, needs_own_rows
-from .models import MLLM, PREFILL_CHUNK
+from .models import MLLM, PREFILL_CHUNK, free_memory
 from .samples import Sample, SampleError, read_messages
 from .tagging import PER_TOKEN, Prompt, TaggedSample, same_content
 
@@ -700,6 +700,14 @@ class Feed:
         rows, size = self.chunk["inputs_embeds"].shape[:2]
         prefixes = rows / 8 if intact else len(self.packed.contexts)
         return rows * size + int(prefixes * self.packed.before)
+
+    def copies(self) -> int:
+        """How many conditions' keys and values fit side by side into half of the memory that is free."""
+        mllm = self.mllm
+        tokens = self.packed.roles.roles.numel()
+        size = 2 * mllm.n_layers * mllm.n_kv_heads * mllm.head_dim * tokens
+        free = free_memory(str(mllm.device)) // 2
+        return free // (size * mllm.model.dtype.itemsize)
 
     def run(
         self, conditions: Sequence[Condition] = (Condition(),), wanted: Wanted | None = None

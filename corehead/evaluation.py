@@ -255,9 +255,10 @@ class _Answering:
 
     def rows(self, conditions: list[Condition]) -> Iterator[dict]:
         """A row of the table for each condition (all of one group) and question."""
-        # so many conditions run side by side as TOKENS has room for
+        # so many conditions run side by side as TOKENS and memory have room for
         room = TOKENS.get(self.mllm.device.type, 2**14)
-        width = max(1, room // self.feed.cost(conditions[0].leaves_context_intact))
+        width = room // self.feed.cost(conditions[0].leaves_context_intact)
+        width = max(1, min(width, self.feed.copies()))
         for i in range(0, len(conditions), width):
             together = conditions[i : i + width]
             states = self.feed.run(together, self.wanted)

@@ -306,14 +306,15 @@ def _check_device(device: str) -> None:
         raise ValueError(f"device={device!r} is not there ({said}): {fix}") from error
 
 
-def _free(device: str) -> int:
+def free_memory(device: str) -> int:
     """Bytes of free memory on a device; for "auto" on all of them."""
     if device == "auto":  # layers that fit on no GPU stay in the host's memory
-        return sum(_free(f"cuda:{i}") for i in range(torch.cuda.device_count())) + _free(
-            "cpu"
-        )
+        gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        return sum(map(free_memory, [*gpus, "cpu"]))
     if torch.device(device).type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        # what torch holds and does not use is free as well
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + held
     return psutil.virtual_memory().available
 
 
@@ -322,7 +323,7 @@ def _require_memory(
 ) -> None:
     # before loading, because a process that runs out of memory may be killed without a word
     need = memory(config, dtype).weights
-    free = _free(device)
+    free = free_memory(device)
     if need > free:
         raise MemoryError(
             f"{name}: its weights take {need / GIB:.1f} GiB in {dtype}, but {device} has {free / GIB:.1f} GiB free. "

@@ -446,6 +446,28 @@ def test_many_conditions_are_what_each_is_alone(mllm, monkeypatch):
         assert list(same.prediction) == list(alone.prediction)
 
 
+def test_no_more_conditions_run_side_by_side_than_memory_holds(mllm, monkeypatch):
+    ranking = ch.HeadRanking(np.random.default_rng(0).random((mllm.n_layers, mllm.n_heads)))
+    conditions = curve(ranking, [0.1, 0.2, 0.3, 0.4, 0.5], mode="zero", phase="last")
+    original, runs = Feed._cache, []
+
+    def cache(self, together, new_tokens):
+        held = original(self, together, new_tokens)
+        size = sum(x.nbytes for layer in held.layers for x in layer.buffers)
+        runs.append((len(together), size))
+        return held
+
+    monkeypatch.setattr(Feed, "_cache", cache)
+    samples, found = some(mllm)[:1], []
+    # nothing is free, then twice what two conditions hold
+    for copies in (0, 2):
+        free = 2 * copies * runs[0][1] if runs else 0
+        monkeypatch.setattr("corehead.batching.free_memory", lambda device, free=free: free)
+        found.append(ch.evaluate(mllm, samples, conditions, progress=False))
+    assert [n for n, _ in runs] == [1] * 5 + [2, 2, 1]
+    np.testing.assert_allclose(found[0].logprob, found[1].logprob, atol=1e-5)
+
+
 def test_named_tuples_become_columns_and_equal_sets_run_once(mllm, monkeypatch):
     ranking = ch.HeadRanking(np.random.default_rng(0).random((mllm.n_layers, mllm.n_heads)))
     conditions = curve(ranking, [0.1, 0.101]) | curve(
