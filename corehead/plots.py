@@ -296,6 +296,39 @@ def overlays(rows: Mapping) -> plt.Figure:
     return figure
 
 
+def attention(tagged: TaggedSample, weights: np.ndarray, most: int = 8) -> plt.Figure:
+    """Attention on every picture, page or frame, all on one scale; V* is framed.
+
+    Parameters
+    ----------
+    tagged : TaggedSample
+        A sample with media.
+    weights : (L,) float array
+        Of all its tokens, such as one head's.
+    most : int
+        Pictures: of more, those with the most attention are shown.
+
+    Returns
+    -------
+    Figure
+    """
+    views = _views(tagged)
+    mass = [weights[medium.tokens[view]].sum() for medium, view in views]
+    shown = np.sort(np.argsort(mass)[::-1][:most])
+    darkest = weights[tagged.visual].max()
+    columns = min(4, len(shown))
+    rows = -(-len(shown) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(6, 6 * rows / columns + 0.2), squeeze=False
+    )
+    for ax in axes.flat:
+        ax.axis("off")
+    for ax, i in zip(axes.flat, shown):
+        _draw_view(ax, tagged, *views[i], weight=weights / darkest)
+        ax.set_title(f"{ax.get_title()}: {mass[i]:.2f}", fontsize="small")
+    return figure
+
+
 # --- numbers
 
 
