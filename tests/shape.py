@@ -8,7 +8,7 @@ import sys
 import tokenize
 from pathlib import Path
 
-NOT_CORE = ("testbed", "benchmarks", "bench", "distributed", "explore")
+NOT_CORE = ("testbed", "benchmarks", "bench", "distributed", "explorer")
 SKIPPED = {
     tokenize.COMMENT,
     tokenize.NL,
