@@ -10,8 +10,8 @@ from io import BytesIO
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 import xarray as xr
+from matplotlib.colors import to_hex
 
 from . import plots
 from .ablation import Ablation, Reference
@@ -34,7 +34,7 @@ Scores = HeadScores | HeadRanking | xr.DataArray
 KINDS = "V*", "other visual", "other text", "sink"
 BAR = "<div style='border-left:{2:.0f}px solid {3};padding:0 8px'>{1:.2f} {0}</div>"
 PHASES = {"zero": "both", "knockout": "both", "patch": "last"}  # by mode, see `Ablation`
-SHADES = sns.color_palette(plots.NUMBERS, 12).as_hex()
+SHADES = [to_hex(c) for c in plt.get_cmap(plots.NUMBERS)(np.linspace(0, 1, 12))]
 MAP_WIDTH = 416  # pixels
 
 
@@ -177,7 +177,14 @@ class Explorer(widgets.VBox):
         asked = widgets.HBox([self.sample, self.question, self.expected, self.ask])
         super().__init__([asked, self.message, self.body])
         self._open()
-        self._observe()
+        self.sample.observe(self._open, "value")
+        self.scores.observe(self._paint, "value")
+        self.query.observe(self._look, "value")
+        self.head.observe(self._look, "value")
+        self.tick.observe(self._tick_one, "value")
+        self.top.observe(self._tick_top, "value")
+        self.mode.observe(self._answer, "value")
+        self.ask.on_click(self._ask)
 
     def _make_map(self) -> widgets.GridBox:
         """A button a head; styles and layouts are shared, since a thousand of each would be slow."""
@@ -185,7 +192,7 @@ class Explorer(widgets.VBox):
         size = f"{np.clip(MAP_WIDTH // columns, 14, 26)}px"
         box = {"width": size, "height": size, "padding": "0", "margin": "0"}
         self.plain = widgets.Layout(border="1px solid #ddd", **box)
-        self.framed = widgets.Layout(border="3px solid", **box)
+        self.framed = widgets.Layout(border=f"3px solid {plots.EVIDENCE}", **box)
         self.shades = [widgets.ButtonStyle(button_color=shade) for shade in SHADES]
         for style in self.shades[len(SHADES) // 2 :]:
             style.text_color = "white"
@@ -199,16 +206,6 @@ class Explorer(widgets.VBox):
             cells += [button] if head else [labels[layer], button]
         template = f"repeat({columns + 1}, {size})"
         return widgets.GridBox(cells, layout={"grid_template_columns": template})
-
-    def _observe(self) -> None:
-        self.sample.observe(self._open, "value")
-        self.scores.observe(self._paint, "value")
-        self.query.observe(self._look, "value")
-        self.head.observe(self._look, "value")
-        self.tick.observe(self._tick_one, "value")
-        self.top.observe(self._tick_top, "value")
-        self.mode.observe(self._answer, "value")
-        self.ask.on_click(self._ask)
 
     def _open(self, _=None) -> None:
         """Another sample."""
@@ -288,12 +285,13 @@ class Explorer(widgets.VBox):
     def _answer(self, _=None) -> None:
         """What the model answers, intact and changed."""
         mode = self.mode.value
-        sets = {"intact": self.no_heads, f"{mode}: {len(self.ticked)} heads": self.ticked}
+        changed = f"{mode}: {len(self.ticked)} of {self.ticked.mask.size}"
+        sets = {"intact": self.no_heads, changed: self.ticked}
         try:
             rows = {name: self.exploration.answer(sets[name], mode) for name in sets}
         except ValueError as error:
             self.answers.value = escape(str(error))
             return
         table = pd.DataFrame(rows).T[["prediction", "probability", "margin"]]
-        names = ["says", f"P({self.exploration.sample.answer})", "logit margin"]
-        self.answers.value = table.to_html(header=names, float_format="{:.3f}".format)
+        table.columns = ["says", f"P({self.exploration.sample.answer})", "logit margin"]
+        self.answers.value = table.to_html(border=0, float_format="{:.3f}".format)

@@ -320,7 +320,7 @@ def attention(tagged: TaggedSample, weights: np.ndarray, most: int = 8) -> plt.F
     columns = min(4, len(shown))
     rows = -(-len(shown) // columns)
     figure, axes = plt.subplots(
-        rows, columns, figsize=(6, 6 * rows / columns + 0.2), squeeze=False
+        rows, columns, figsize=(5, 5 * rows / columns + 0.2), squeeze=False
     )
     for ax in axes.flat:
         ax.axis("off")

@@ -161,8 +161,9 @@ def test_a_head_that_is_clicked_is_shown_and_one_that_is_ticked_changed(testbed,
     explorer.tick.value = True
     assert list(explorer.ticked) == list(crossed(explorer)) == [(2, 8)]
     changed = explorer.exploration.answer(explorer.ticked, "zero")
-    assert "zero: 1 heads" in explorer.answers.value
+    assert "zero: 1 of 192" in explorer.answers.value
     assert f"{changed.probability:.3f}" in explorer.answers.value
+    assert f"P({pairs[0][0].answer})" in explorer.answers.value
     explorer.buttons[0, 0].click()
     assert not explorer.tick.value and list(explorer.ticked) == [(2, 8)]
     explorer.buttons[2, 8].click()
@@ -191,7 +192,7 @@ def test_the_slider_changes_the_top_of_the_map(testbed, pairs):
     explorer.top.value = 5
     assert explorer.ticked == ch.HeadSet.of(maps["RAM"].order[:-6:-1], testbed.shape)
     explorer.mode.value = "patch"
-    assert "patch: 5 heads" in explorer.answers.value
+    assert "patch: 5 of 192" in explorer.answers.value
 
 
 def test_another_sample_and_other_rows(testbed, pairs):
@@ -216,7 +217,8 @@ def test_what_is_wrong_is_said_and_nothing_old_is_shown_beside_it(testbed, pairs
     explorer.question.value = "<|image_pad|>"
     explorer.ask.click()
     assert (
-        "visual tokens" in explorer.message.value and explorer.body.layout.display == "none"
+        "the processor refuses them" in explorer.message.value
+        and explorer.body.layout.display == "none"
     )
     explorer.question.value = "digit dotted grey"
     explorer.ask.click()
@@ -329,7 +331,7 @@ def test_a_head_is_clicked_and_ticked_in_a_browser(page, served):
         "before => [...document.images].at(-1).src != before", arg=before
     )
     page.get_by_label("change this head").check()
-    changed = page.get_by_role("row").filter(has_text="zero: 1 heads")
+    changed = page.get_by_role("row").filter(has_text="zero: 1 of 192")
     changed.wait_for(timeout=patience)
     intact = page.get_by_role("row").filter(has_text="intact")
     assert head.inner_text() == "✕"
