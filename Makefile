@@ -100,7 +100,7 @@ $(filter $(CACHE)/05_%,$(STAMPS)): $(filter $(CACHE)/04_%,$(STAMPS))
 test: $(READY)  ## unit tests, and the notebooks against their committed outputs
 	@$(BIN)/python -m pytest -n $(JOBS) --nbval --nbval-sanitize-with notebooks/sanitize.cfg --nbval-cell-timeout 1800 \
 	  --nbval-kernel-startup-timeout 600 \
-	  $(NOTEBOOKS:%=notebooks/%.ipynb) tests
+	  $(NOTEBOOKS:%=notebooks/%.ipynb) notebooks/explore.ipynb tests
 
 test-fast: $(READY)  ## unit tests but the slow ones
 	@$(BIN)/python -m pytest -n $(JOBS) -m 'not slow' tests

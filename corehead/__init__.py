@@ -22,6 +22,7 @@ hybrid        HybridAttention: full heads, streaming heads, the split KV cache
 evaluation    accuracy, log-probability and margin under many conditions: evaluate()
 stats         intervals and tests over crossed contexts and items; summary(), compare()
 plots, tasks  figures; the named task sets of the profiles
+explorer      explore(): the head explorer, for JupyterLab and voila
 
 Beside the core: testbed, zeroshot, benchmarks, bench, distributed (engine="ray").
 """
@@ -68,4 +69,6 @@ def __getattr__(name: str):
     """``ch.plots`` sets a style, the others are not for everybody: they are imported when they are asked for."""
     if name in ("patching", "plots", "stats", "testbed", "benchmarks"):
         return _import(f".{name}", __name__)
+    if name == "explore":  # needs ipywidgets
+        return _import(".explorer", __name__).explore
     raise AttributeError(f"module 'corehead' has no attribute {name!r}")

@@ -77,17 +77,17 @@ def has_context(sample: Sample) -> bool:
     return any(not isinstance(value, str) or value for _, value in context_of(sample))
 
 
-def null_sample(sample: Sample, question: str) -> Sample:
-    """The same sample with its question replaced by "N/A"."""
+def with_question(sample: Sample, asked: str, question: str) -> Sample:
+    """The same sample with the question that it asks replaced by another."""
     messages = read_messages(sample)
     # from the end, since the question may be quoted earlier, too
     for message in reversed(messages):
         for part in reversed(message["content"]):
-            if question in part.get("text", ""):
-                in_front, _, behind = part["text"].rpartition(question)
-                part["text"] = in_front + NULL + behind
-                return replace(sample, messages=messages, question=NULL)
-    problem = f"{question!r} is in no message"
+            if asked in part.get("text", ""):
+                in_front, _, behind = part["text"].rpartition(asked)
+                part["text"] = in_front + question + behind
+                return replace(sample, messages=messages, question=question)
+    problem = f"{asked!r} is in no message"
     raise SampleError(sample.id, "question", problem, "Quote it as it stands there")
 
 
@@ -254,7 +254,7 @@ def _tagged(mllm, sample, null: bool, like: Prompt | None) -> tuple[_Pair, Promp
         return _Pair(prompt.tag(), None), prompt
     # where no question is given, the prompt knows which text is taken for it
     begin, end = prompt.find_question()
-    blank = null_sample(sample, prompt.text[begin:end])
+    blank = with_question(sample, prompt.text[begin:end], NULL)
     return _Pair(prompt.tag(), Prompt(mllm, blank, like=prompt).tag()), prompt
 
 

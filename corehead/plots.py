@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from html import escape
 from io import BytesIO
 
 import matplotlib.pyplot as plt
@@ -11,7 +12,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.collections import PatchCollection
-from matplotlib.colors import to_rgba_array
+from matplotlib.colors import to_hex, to_rgba_array
 from matplotlib.patches import Patch, Rectangle
 from PIL import Image
 
@@ -288,6 +289,72 @@ def overlays(rows: Mapping) -> plt.Figure:
             ax.set_title(name, fontsize="small")
         line[0].set_ylabel(title, fontsize="small")
     return figure
+
+
+def attention(tagged: TaggedSample, weights: np.ndarray, most: int = 8) -> plt.Figure:
+    """Attention on every picture, page or frame, all on one scale; V* is framed.
+
+    Parameters
+    ----------
+    tagged : TaggedSample
+        A sample with media.
+    weights : (L,) float array
+        Of all its tokens, such as one head's.
+    most : int
+        Pictures: of more, those with the most attention are shown.
+
+    Returns
+    -------
+    Figure
+    """
+    views = _views(tagged)
+    mass = [weights[medium.tokens[view]].sum() for medium, view in views]
+    shown = np.sort(np.argsort(mass)[::-1][:most])
+    darkest = weights[tagged.visual].max() or 1
+    columns = min(4, len(shown))
+    rows = -(-len(shown) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(5, 5 * rows / columns + 0.2), squeeze=False
+    )
+    for ax in axes.flat:
+        ax.axis("off")
+    for ax, i in zip(axes.flat, shown):
+        _draw_view(ax, tagged, *views[i], weight=weights / darkest)
+        ax.set_title(f"{ax.get_title()}: {mass[i]:.2f}", fontsize="small")
+    return figure
+
+
+def shaded_text(tagged: TaggedSample, tokenizer, weights: np.ndarray) -> str:
+    """All tokens as HTML, as blue as their weight is large, a run of visual ones as its sum; V* is underlined.
+
+    Parameters
+    ----------
+    tagged : TaggedSample
+    tokenizer : PreTrainedTokenizerBase
+    weights : (L,) float array
+        Of all its tokens.
+
+    Returns
+    -------
+    str
+    """
+    visual = np.isin(np.arange(len(weights)), tagged.visual)
+    # the sink apart, beside which all other text would be pale; no darker than black can be read on
+    shades = 0.6 * (weights / weights[1:][~visual[1:]].max(initial=1e-6)).clip(0, 1)
+    colours = plt.get_cmap(NUMBERS)(shades)
+    starts = np.flatnonzero(~(visual[1:] & visual[:-1])) + 1
+    spans = []
+    for run in np.split(np.arange(len(weights)), starts):
+        mass = weights[run].sum()
+        look = f"background:{to_hex(colours[run[0]])}"
+        text = tokenizer.decode(tagged.ids[run])
+        if visual[run[0]]:
+            look = "color:#555555"
+            text = f"[{len(run)} visual: {mass:.2f}]"
+        if np.isin(run, tagged.evidence).any():
+            look += f";border-bottom:3px solid {EVIDENCE}"
+        spans.append(f"<span title='{mass:.3f}' style='{look}'>{escape(text)}</span>")
+    return " ".join(spans)
 
 
 # --- numbers

@@ -8,7 +8,7 @@ import sys
 import tokenize
 from pathlib import Path
 
-NOT_CORE = ("testbed", "zeroshot", "benchmarks", "bench", "distributed", "explore")
+NOT_CORE = ("testbed", "zeroshot", "benchmarks", "bench", "distributed", "explorer")
 SKIPPED = {
     tokenize.COMMENT,
     tokenize.NL,

@@ -22,7 +22,7 @@ import corehead as ch
 from corehead import circuits
 from corehead.ablation import Ablation, Reference
 from corehead.attention import CACHE, Hook
-from corehead.batching import embedded, null_sample, run_one
+from corehead.batching import NULL, embedded, run_one, with_question
 from corehead.tagging import with_text
 from corehead.testbed.models import tiny as tiny_model
 
@@ -277,7 +277,7 @@ def test_scores_are_those_of_full_matrices(family, batch_size):
         expected = brute_force(mllm, mllm.tag(sample))
         for name, values in expected.items():
             np.testing.assert_allclose(row[name], values, atol=1e-5, err_msg=name)
-        blank = mllm.tag(null_sample(sample, sample.question))
+        blank = mllm.tag(with_question(sample, sample.question, NULL))
         np.testing.assert_allclose(
             row.null_evidence, brute_force(mllm, blank)["evidence"], atol=1e-5
         )

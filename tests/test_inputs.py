@@ -18,7 +18,7 @@ from test_tagging import changed_tokens
 
 import corehead as ch
 from corehead import testbed
-from corehead.batching import context_of, null_sample, same_context
+from corehead.batching import NULL, context_of, same_context, with_question
 from corehead.runs import digest
 from corehead.samples import read_messages
 from corehead.tagging import CONSTRUCTIONS, Prompt, to_image
@@ -488,7 +488,7 @@ def test_conventions_of_messages_are_one_sample(tmp_path):
         [(role, medium), (_, question)] = context_of(sample)
         assert role == "user" and medium is not None and question == ""
         assert same_context(sample, written(tmp_path, **part))
-        blank = null_sample(sample, "What is it?")
+        blank = with_question(sample, "What is it?", NULL)
         assert np.array_equal(Prompt(mllm, blank).media[0].boxes, expected.media[0].boxes)
     assert sample.messages[0]["content"][0] == part  # nothing of the user's is changed
 

@@ -94,6 +94,48 @@ def test_text_is_written_on_the_colours_of_its_kinds():
     assert shown == {plots.EVIDENCE}
 
 
+def test_attention_is_shown_where_most_of_it_is_on_one_scale():
+    tagged = tiny("qwen3_vl").tag(
+        ask(video_part(film(6, 60, 60)), evidence=[ch.Frames(0, [0, 1])])
+    )
+    medium = tagged.media[0]
+    each = np.array([0.02, 0.01, 0.04])[medium.view]
+    weights = np.zeros(len(tagged.ids))
+    weights[medium.tokens] = each
+    figure = plots.attention(tagged, weights, most=2)
+    sums = [each[medium.view == view].sum() for view in (0, 2)]
+    titles = [ax.get_title() for ax in figure.axes]
+    assert titles == [f"frame 0-1: {sums[0]:.2f}", f"frame 4-5: {sums[1]:.2f}"]
+    opacity = [ax.collections[0].get_facecolor()[:, 3] for ax in figure.axes]
+    np.testing.assert_allclose(opacity[0], 0.4)
+    np.testing.assert_allclose(opacity[1], 0.8)
+    assert framed(figure) == (medium.view == 0).sum()
+    plots.attention(tagged, 0 * weights).savefig(
+        "/dev/null", format="png"
+    )  # nothing to divide by
+
+
+def test_shaded_text_shades_words_and_sums_up_pictures():
+    mllm = tiny("qwen3_vl")
+    sample = ask(image_part(picture(64, 64)), evidence=[ch.Region(0, (0, 0, 5, 5))])
+    sample.messages.insert(0, {"role": "system", "content": "Be brief."})
+    tagged = mllm.tag(sample)
+    weights = np.zeros(len(tagged.ids))
+    weights[0] = 0.5  # the sink
+    weights[tagged.visual] = 0.1
+    weights[tagged.question[0]] = 0.02
+    html = plots.shaded_text(tagged, mllm.tokenizer, weights)
+    spans = html.split("<span ")[1:]
+    assert len(spans) == len(tagged.ids) - len(tagged.visual) + 1
+    n = len(tagged.visual)
+    [run] = [span for span in spans if f"[{n} visual: {0.1 * n:.2f}]" in span]
+    assert plots.EVIDENCE in run and html.count(plots.EVIDENCE) == 1
+    darkest = to_hex(plt.get_cmap(plots.NUMBERS)(0.6))
+    shaded = [i for i, span in enumerate(spans) if darkest in span]
+    assert shaded == [0, tagged.question[0] - n + 1]
+    assert "<|vision_start|>" not in html and "&lt;|vision_start|&gt;" in html
+
+
 def test_overlays_show_the_view_that_is_looked_at_most():
     tagged = tiny("qwen3_vl").tag(
         ask(video_part(film(4, 60, 60)), evidence=[ch.Frames(0, [0, 1, 2, 3])])

@@ -36,6 +36,7 @@ MAX_BYTES = 45 * 2**20
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "corehead"
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("0*.ipynb"))
+EXPLORER = ROOT / "notebooks/explore.ipynb"  # has no number, parameters or tables
 RUNNER = ROOT / "notebooks/run.py"
 PARAMS = ROOT / "notebooks/params"
 LEFT_OUT = {
@@ -45,6 +46,9 @@ LEFT_OUT = {
 PROFILES = sorted(p for p in PARAMS.glob("**/*.yaml") if p.stem != "shared")
 
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+and_the_explorer = pytest.mark.parametrize(
+    "path", [*NOTEBOOKS, EXPLORER], ids=lambda p: p.stem
+)
 
 
 def code_cells(path: Path) -> list[dict]:
@@ -103,7 +107,7 @@ def tracked() -> list[Path]:
 # --- notebooks
 
 
-@every_notebook
+@and_the_explorer
 def test_every_code_cell_was_executed_in_order(path):
     code = [cell for cell in code_cells(path) if cell["source"]]
     assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
@@ -114,16 +118,24 @@ def test_every_code_cell_was_executed_in_order(path):
 
 
 @every_notebook
-def test_committed_notebooks_are_the_default_profile_and_clean(path, tmp_path):
+def test_committed_notebooks_are_the_default_profile(path):
     assert parameters(path)["profile"] == "testbed"
+
+
+@and_the_explorer
+def test_committed_notebooks_are_clean(path, tmp_path):
     copy = shutil.copy(path, tmp_path)
     runpy.run_path(str(RUNNER))["clean"](copy)
     assert Path(copy).read_text() == path.read_text()
 
 
 @every_notebook
-def test_cells_are_short(path):
+def test_parameters_are_few(path):
     assert len(parameters(path)) <= MAX_PARAMETERS
+
+
+@and_the_explorer
+def test_cells_are_short(path):
     for cell in code_cells(path):
         lines = [
             line
@@ -162,14 +174,14 @@ def test_numbers_of_the_takeaway_are_claims_of_the_tables(path):
     assert numbers_beside_claims(takeaway(path), path.stem[:2]) == []
 
 
-@every_notebook
+@and_the_explorer
 def test_a_cell_that_is_not_compared_says_why(path):
     for cell in code_cells(path):
         if "nbval-ignore-output" in tags(cell):
             assert cell["source"][0].startswith("# not compared"), cell["source"][0]
 
 
-@every_notebook
+@and_the_explorer
 def test_no_notebook_sets_a_style_or_defines_a_function(path):
     assert not re.search(r"^\s*(def|class) |rcParams|fontsize|plt\.", source(path), re.M)
 

@@ -9,7 +9,7 @@ from transformers import Qwen3VLConfig
 import corehead as ch
 from corehead import testbed
 from corehead.attention import CACHE, WEIGHTS_BLOCK, Call, hooks, row_weights
-from corehead.batching import batches, null_sample, room_for
+from corehead.batching import NULL, batches, room_for, with_question
 from corehead.models import memory
 from corehead.scoring import QUERIES, MassReader
 
@@ -123,7 +123,7 @@ def test_equal_to_brute_force(family, batch_size):
                 row[name], expected, atol=1e-5, err_msg=f"{sample.id} {name}"
             )
         quoted = sample.messages[0]["content"][0 if sample.id == "r" else -1]["text"]
-        blank = mllm.tag(null_sample(sample, quoted))
+        blank = mllm.tag(with_question(sample, quoted, NULL))
         np.testing.assert_allclose(
             row.null_evidence, brute_force(mllm, blank)["evidence"], atol=1e-5
         )
