@@ -290,7 +290,9 @@ def page():
             browser = started.chromium.launch(executable_path=path, args=["--no-sandbox"])
         except playwright.Error:
             pytest.skip("needs a Chromium: the system's, or `playwright install chromium`")
-        yield browser.new_page(viewport={"width": 1300, "height": 1000})
+        page = browser.new_page(viewport={"width": 1300, "height": 1000})
+        page.set_default_timeout(300_000)  # milliseconds; the kernel has much to import
+        yield page
         browser.close()
 
 
@@ -320,10 +322,9 @@ def served(tmp_path):
 
 @pytest.mark.slow("starts voila, a kernel that loads torch and a model, and a browser")
 def test_a_head_is_clicked_and_ticked_in_a_browser(page, served):
-    patience = 300_000  # milliseconds
-    page.goto(served, timeout=patience, wait_until="commit")
+    page.goto(served, wait_until="commit")
     head = page.get_by_title("layer 2, head 8", exact=True)
-    head.wait_for(timeout=patience)
+    head.wait_for()
     shown = page.locator("img").last
     before = shown.get_attribute("src")
     head.click()
@@ -332,7 +333,7 @@ def test_a_head_is_clicked_and_ticked_in_a_browser(page, served):
     )
     page.get_by_label("change this head").check()
     changed = page.get_by_role("row").filter(has_text="zero: 1 of 192")
-    changed.wait_for(timeout=patience)
+    changed.wait_for()
     intact = page.get_by_role("row").filter(has_text="intact")
     assert head.inner_text() == "✕"
     assert changed.inner_text().split()[-2:] != intact.inner_text().split()[-2:]
