@@ -562,7 +562,7 @@ def test_a_recipe_with_a_mistake_is_refused(tmp_path, capsys):
 def test_the_survey_replaces_a_model_s_rows_and_keeps_the_others(tmp_path, shipped):
     (tmp_path / "testbed").mkdir()
     (tmp_path / "testbed/one").symlink_to(FOLDER)
-    command = ["--testbeds", str(tmp_path / "testbed"), "--out", str(tmp_path), "--n", "6"]
+    command = ["--testbeds", str(tmp_path / "testbed"), "--out", str(tmp_path), "--n", "12"]
     survey.main(command)
     models, first = (
         pd.read_csv(tmp_path / f"{kind}.csv") for kind in ("models", "answers")
@@ -583,7 +583,7 @@ def test_the_survey_replaces_a_model_s_rows_and_keeps_the_others(tmp_path, shipp
         "random",
         "layer",
     }
-    asked = samples("image", "validation", 6, 0, questions=6, cells=25)
+    asked = samples("image", "validation", 12, 0, questions=6, cells=25)
     ram = ch.score(shipped, asked, progress=False).mean("ram").values
     mine = heads[heads.domain == "image"]
     np.testing.assert_allclose(ram[mine.layer, mine["head"]], mine.ram, atol=6e-5)
