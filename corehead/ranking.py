@@ -268,6 +268,21 @@ class HeadRanking:
         """How many heads a share in (0, 1] is: rounded to the nearest number, and at least one."""
         return _count(share, len(self.order))
 
+    def check(self, shape: tuple[int, int]) -> None:
+        """Check that this is a ranking of a model's heads.
+
+        Parameters
+        ----------
+        shape : tuple of int
+            (layers, heads) of the model.
+
+        Raises
+        ------
+        ValueError
+            The ranking is of a model of another shape.
+        """
+        _check_shape(repr(self), self.shape, shape)
+
     def save(self, path: str | Path) -> None:
         """Write name, shape, scores and provenance to a JSON file."""
         content = {

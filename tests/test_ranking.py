@@ -214,6 +214,16 @@ def test_a_saved_ranking_comes_back(tmp_path):
     assert ch.HeadRanking.load(tmp_path / "bare.json").provenance == {}
 
 
+def test_a_ranking_of_another_model_is_refused():
+    ranking = ch.HeadRanking(np.zeros((4, 6)), "ram", {"model": "org/some-vl"})
+    ranking.check((4, 6))
+    with pytest.raises(
+        ValueError,
+        match=r"ram: 4 x 6 heads of org/some-vl\).*4 x 6 heads, but this one has 28 x 16",
+    ):
+        ranking.check((28, 16))
+
+
 @pytest.mark.parametrize(
     "change",
     [
