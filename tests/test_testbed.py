@@ -558,8 +558,12 @@ def test_a_recipe_with_a_mistake_is_refused(tmp_path, capsys):
     assert "unknown familly" in capsys.readouterr().err
 
 
-@pytest.mark.slow("two surveys with 24 conditions each")
-def test_the_survey_replaces_a_model_s_rows_and_keeps_the_others(tmp_path, shipped):
+@pytest.mark.slow("two surveys with a dozen conditions each, and patching of every head")
+def test_the_survey_replaces_a_model_s_rows_and_keeps_the_others(
+    tmp_path, shipped, monkeypatch
+):
+    for draws in ("DRAWS", "FEWER"):
+        monkeypatch.setattr(survey, draws, range(2))
     (tmp_path / "testbed").mkdir()
     (tmp_path / "testbed/one").symlink_to(FOLDER)
     command = ["--testbeds", str(tmp_path / "testbed"), "--out", str(tmp_path), "--n", "12"]
