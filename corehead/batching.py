@@ -88,7 +88,7 @@ def with_question(sample: Sample, asked: str, question: str) -> Sample:
                 part["text"] = in_front + question + behind
                 return replace(sample, messages=messages, question=question)
     problem = f"{asked!r} is in no message"
-    raise SampleError(sample.id, "question", problem, "Quote it as it stands there")
+    sample.fail("question", problem, "Quote it as it stands there")
 
 
 @dataclass
@@ -228,7 +228,7 @@ def _groups(mllm, samples, null, need_answer, fail) -> Iterator[list[_Pair]]:
             pair, prompt = _tagged(mllm, sample, null, like=prompt if joins else None)
             if need_answer and not len(pair.tagged.answer):
                 fix = "Give the text that the model should say"
-                raise SampleError(pair.tagged.sample.id, "answer", "is missing", fix)
+                pair.tagged.sample.fail("answer", "is missing", fix)
         except Exception as error:
             if fail is None:
                 raise

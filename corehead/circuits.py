@@ -14,7 +14,7 @@ import xarray as xr
 
 from .controls import Seen, observe
 from .models import MLLM
-from .samples import Sample, SampleError
+from .samples import Sample
 
 
 def written(mllm: MLLM, samples: Iterable[Sample], **options) -> xr.DataArray:
@@ -134,9 +134,7 @@ def _with_evidence(samples: Iterable[Sample]) -> list[Sample]:
     samples = list(samples)
     for sample in samples:
         if not sample.evidence:
-            raise SampleError(
-                sample.id, "evidence", "is missing", "Say where the answer stands"
-            )
+            sample.fail("evidence", "is missing", "Say where the answer stands")
     return samples
 
 

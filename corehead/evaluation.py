@@ -236,8 +236,11 @@ class _Answering:
         if new_tokens:
             prompts = [without_answers(context) for context in batch]
             self.writing = Feed(mllm, pack(mllm, prompts, alone=alone, apart=True))
-        self.contexts = packed.contexts
         self.blocks = list(packed.blocks())
+        # of every question the sample, and the name of its context, which are the same under all conditions
+        self.samples = [block.tagged.sample for _, _, block in self.blocks]
+        contexts = [packed.contexts[c] for c, _, _ in self.blocks]
+        self.names = [x.name_of(sample) for x, sample in zip(contexts, self.samples)]
         # the answers of all questions one behind the other, (n,), and their lengths to split them again
         answers = [block.answer for _, _, block in self.blocks]
         self.answer_ids = torch.from_numpy(np.concatenate(answers))
@@ -281,13 +284,12 @@ class _Answering:
         margins = (expected - rivals).split(self.lengths)
         correct = (best == self.answer_ids).split(self.lengths)
         # (n of the answer, vocabulary) each
-        by_answer = zip(best.split(self.lengths), logits.split(self.lengths), self.blocks)
-        for i, (tokens, rows, (c, _, block)) in enumerate(by_answer):
-            sample = block.tagged.sample
+        by_answer = zip(self.samples, best.split(self.lengths), logits.split(self.lengths))
+        for i, (sample, tokens, rows) in enumerate(by_answer):
             row = {
                 "sample": sample.id,
                 "key": key,
-                "context": self.contexts[c].name_of(sample),
+                "context": self.names[i],
                 "answer": sample.answer or "",
                 "prediction": self._text(tokens.tolist()),
                 "correct": bool(correct[i].all()),
@@ -295,7 +297,7 @@ class _Answering:
                 "margin": float(margins[i][0]),
             }
             if sample.foil is not None:
-                row |= self._against_foil(rows, block)
+                row |= self._against_foil(rows, self.blocks[i][2])
             if written is not None:
                 row["written"] = self._text(written[i])
             yield row
@@ -312,9 +314,7 @@ class _Answering:
                 return {"contrast": float(contrast), "flipped": flipped}
         sample = block.tagged.sample
         problem = f"{sample.foil!r} begins as the answer {sample.answer!r} does, or is its beginning"
-        raise SampleError(
-            sample.id, "foil", problem, "Give one that differs in some token of both"
-        )
+        sample.fail("foil", problem, "Give one that differs in some token of both")
 
     def _text(self, ids: list[int]) -> str:
         if self.mllm.processor is None:

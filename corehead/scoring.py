@@ -507,12 +507,11 @@ def _table_row(block: Block, own: Reading, null: Reading) -> dict:
             # a weight that is NaN reaches its row's sums: the weights need no pass of their own
             finite = np.isfinite(own[query]).all((1, 2))
             if not finite.all():
-                raise SampleError(
-                    tagged.sample.id,
-                    "attention",
-                    f"the attention of layer {finite.argmin()} is not finite (NaN or Inf)",
-                    "Load the model in float32 or bfloat16, or look at its weights",
+                problem = (
+                    f"the attention of layer {finite.argmin()} is not finite (NaN or Inf)"
                 )
+                fix = "Load the model in float32 or bfloat16, or look at its weights"
+                tagged.sample.fail("attention", problem, fix)
             for name, group in groups.items():
                 out[name][q] = own[query][..., group]
         if query in null:

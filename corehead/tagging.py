@@ -15,7 +15,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 from urllib.request import url2pathname, urlopen
 
 import numpy as np
@@ -297,7 +297,7 @@ class Prompt:
             problem = (
                 f"{construction} finds {len(evidence)} tokens, geometry {len(expected)}"
             )
-            self._fail("evidence", problem, "Take construction='geometry'")
+            self.sample.fail("evidence", problem, "Take construction='geometry'")
         question = self.text_tokens(*self.find_question(), "question")
         inputs = self.inputs
         length = len(self.ids)
@@ -307,13 +307,15 @@ class Prompt:
             tokenised = self.mllm.tokenizer(self.sample.answer, add_special_tokens=False)
             answer_ids = tokenised["input_ids"]
             if not answer_ids:
-                self._fail("answer", "is empty", "Give the text of the answer, or None")
+                self.sample.fail(
+                    "answer", "is empty", "Give the text of the answer, or None"
+                )
             inputs = with_text(inputs, length, answer_ids)
         total = length + len(answer_ids)
         limit = getattr(self.mllm.text_config, "max_position_embeddings", None)
         if limit and total > limit:
             problem = f"{total} tokens, but the model's context ends at {limit}"
-            self._fail("messages", problem, "Give less context")
+            self.sample.fail("messages", problem, "Give less context")
         return TaggedSample(
             inputs=inputs,
             visual=self.visual,
@@ -324,9 +326,6 @@ class Prompt:
             media=self.media,
             sample=self.sample,
         )
-
-    def _fail(self, where: str, problem: str, fix: str) -> NoReturn:
-        raise SampleError(self.sample.id, where, problem, fix)
 
     def _read_messages(self) -> None:
         """The messages in one form, and those of their parts that are images and videos."""
@@ -354,7 +353,7 @@ class Prompt:
             return processor.apply_chat_template(messages, **options)
         except Exception as error:  # jinja raises what the template's author chose
             problem = f"the chat template refuses them ({error})"
-            self._fail("messages", problem, "Give roles that the model knows")
+            self.sample.fail("messages", problem, "Give roles that the model knows")
 
     def _continues(self, like: Prompt) -> bool:
         """Whether an earlier prompt has the same media behind the same text, so that its preprocessing can be used."""
@@ -413,7 +412,7 @@ class Prompt:
         # processors raise many kinds; the sample's name must not be lost
         except Exception as error:
             fix = "Give each image and video as a part of its own, and write no placeholder of one into the text"
-            self._fail("messages", f"the processor refuses them ({error})", fix)
+            self.sample.fail("messages", f"the processor refuses them ({error})", fix)
 
     def _record(self, *given, **named):
         """The processor's own method; it alone knows where each placeholder's tokens come to stand."""
@@ -462,7 +461,7 @@ class Prompt:
         """Every medium and every visual token must be accounted for."""
         if len(self.media) != len(self.parts):
             problem = f"they hold {len(self.parts)} images and videos, but the model reads {len(self.media)} of them"
-            self._fail(
+            self.sample.fail(
                 "messages", problem, "Give text alone, or take a model that reads them"
             )
         held = [len(m.tokens) for m in self.media]
@@ -472,7 +471,7 @@ class Prompt:
         if not whole or held != needed or sum(held) != len(self.visual):
             problem = f"the prompt holds {len(self.visual)} visual tokens where its media need {sum(needed)}"
             fix = "Do not truncate the input, and write no placeholder of an image or a video into the text"
-            self._fail("messages", problem, fix)
+            self.sample.fail("messages", problem, fix)
 
     def text_tokens(self, first: int, last: int, where: str) -> np.ndarray:
         """Tokens that overlap the characters [first, last) of the prompt."""
@@ -481,21 +480,21 @@ class Prompt:
         tokens = np.flatnonzero((begin < last) & (end > first))
         if len(tokens) == 0 or self.is_visual(self.ids[tokens]).any():
             problem = f"{self.text[first:last]!r} has no tokens of its own"
-            self._fail(where, problem, "Quote a piece of the plain text")
+            self.sample.fail(where, problem, "Quote a piece of the plain text")
         return tokens
 
     def find(self, text: str, where: str, once: bool = False) -> tuple[int, int]:
         """Characters of a piece of text in the prompt, where it stands last."""
         said = self.text[: len(self.text) - self.opening]
         if not isinstance(text, str):
-            self._fail(where, f"{text!r} is no text", "Give a string")
+            self.sample.fail(where, f"{text!r} is no text", "Give a string")
         count = said.count(text) if text else 0
         if count == 0 or (once and count > 1):
             fix = (
                 "Quote a piece of the messages' text, exactly"
                 + ", that stands there once" * once
             )
-            self._fail(where, f"{text!r} stands {count} times in the prompt", fix)
+            self.sample.fail(where, f"{text!r} stands {count} times in the prompt", fix)
         start = said.rindex(text)
         return start, start + len(text)
 
@@ -529,11 +528,11 @@ class Prompt:
                 ]
             case _:
                 fix = "Take Region, Pages, Frames, Tube or Span"
-                self._fail(where, f"{piece!r} is no evidence", fix)
+                self.sample.fail(where, f"{piece!r} is no evidence", fix)
         # a box in a strip that preprocessing cuts off, or no pages, frames or boxes at all
         if sum(map(len, tokens)) == 0:
             fix = "Give evidence that the model's preprocessing keeps"
-            self._fail(where, f"{piece} maps to no token", fix)
+            self.sample.fail(where, f"{piece} maps to no token", fix)
         return np.concatenate(tokens)
 
     def _look(
@@ -559,7 +558,7 @@ class Prompt:
     def _check_index(self, where: str, name: str, index: Any, count: int) -> None:
         if type(index) is not int or not 0 <= index < count:
             fix = f"There are {count}, counted from 0"
-            self._fail(where, f"{name} {index!r} is out of range", fix)
+            self.sample.fail(where, f"{name} {index!r} is out of range", fix)
 
     def _read_box(
         self, box: Any, unit: str, medium: Medium, where: str
@@ -569,7 +568,7 @@ class Prompt:
         medium_name = f"{medium.kind} {medium.index}"
         if unit not in UNITS:
             fix = f"Take one of {', '.join(map(repr, UNITS))}"
-            self._fail(where, f"unit {unit!r} is unknown", fix)
+            self.sample.fail(where, f"unit {unit!r} is unknown", fix)
         slack = 0.5  # annotations are rounded
         try:
             x1, y1, x2, y2 = map(float, box)
@@ -588,10 +587,12 @@ class Prompt:
                 "Give (x1, y1, x2, y2) with x1 < x2 and y1 < y2 in pixels of the upright image, "
                 "or unit='fraction' or 'thousandth'"
             )
-            self._fail(where, problem, fix)
+            self.sample.fail(where, problem, fix)
         if unit == "pixel" and max(x2, y2) <= 1:
             problem = f"{box} is one pixel of {medium_name}, or its corner"
-            self._fail(where, problem, "Say unit='fraction', if it is a part of the whole")
+            self.sample.fail(
+                where, problem, "Say unit='fraction', if it is a part of the whole"
+            )
         return x1, y1, x2, y2
 
 
@@ -659,7 +660,7 @@ def _runs_of_frames(prompt: Prompt, video: int, where: str) -> list[tuple[int, i
     groups = -(-media[video].size[0] // _merged_frames(prompt))
     if len(runs) != groups:
         problem = f"the {groups} frames of video {video} stand in {len(runs)} runs of tokens: nothing to wrap"
-        prompt._fail(where, problem, "Take construction='counting' or 'geometry'")
+        prompt.sample.fail(where, problem, "Take construction='counting' or 'geometry'")
     return [(int(run[0, 0]), int(run[-1, 1])) for run in runs]
 
 
@@ -705,7 +706,7 @@ def _by_counting(prompt: Prompt) -> np.ndarray:
     if len(kinds) > 1:
         # equal blocks of M / N tokens would take the video's for the pages'
         problem = "counting cannot tell a video's visual tokens from the images'"
-        prompt._fail("messages", problem, "Take construction='geometry'")
+        prompt.sample.fail("messages", problem, "Take construction='geometry'")
     mllm = prompt.mllm
     total = len(prompt.visual)
     sizes = [medium.size for medium in prompt.media]
@@ -714,7 +715,7 @@ def _by_counting(prompt: Prompt) -> np.ndarray:
     held = [len(medium.tokens) for medium in prompt.media]
     if held != [sum(blocks) for blocks in lengths]:
         problem = f"blocks of {lengths} tokens, but its media have {held}"
-        prompt._fail("messages", problem, "Take construction='geometry'")
+        prompt.sample.fail("messages", problem, "Take construction='geometry'")
     # edges of all blocks: O_k, and the end of the last
     offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
     first_block = np.cumsum([0, *map(len, lengths)])  # of each image or video
@@ -733,7 +734,7 @@ def _require(prompt: Prompt, kinds: tuple[type, ...], problem: str) -> None:
     """Check that a construction applies to all evidence, and that the evidence fits the sample."""
     for i, piece in enumerate(prompt.sample.evidence):
         if not isinstance(piece, kinds):
-            prompt._fail(f"evidence[{i}]", problem, "Take construction='geometry'")
+            prompt.sample.fail(f"evidence[{i}]", problem, "Take construction='geometry'")
         prompt.evidence_tokens(piece, f"evidence[{i}]")
 
 

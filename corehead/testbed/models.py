@@ -166,16 +166,10 @@ def _llava_onevision(family, tokenizer, template, text, vision, side, patch, mos
         vision_aspect_ratio=aspect,
         chat_template=template,
     )
-    tower = {
-        "model_type": "siglip_vision_model",
-        "image_size": side,
-        "patch_size": patch,
-        "vision_use_head": False,
-    }
     config = AutoConfig.for_model(
         "llava_onevision",
         text_config={"model_type": "qwen2"} | text,
-        vision_config=vision | tower,
+        vision_config=vision | _siglip(side, patch),
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         video_token_index=tokenizer.convert_tokens_to_ids("<video>"),
         image_grid_pinpoints=pinpoints,
@@ -183,6 +177,16 @@ def _llava_onevision(family, tokenizer, template, text, vision, side, patch, mos
         tie_word_embeddings=text.get("tie_word_embeddings", False),
     )
     return config, processor
+
+
+def _siglip(side: int, patch: int) -> dict:
+    """A SigLIP tower, with a feature for each patch and none for the whole picture."""
+    return {
+        "model_type": "siglip_vision_model",
+        "image_size": side,
+        "patch_size": patch,
+        "vision_use_head": False,
+    }
 
 
 def _pinpoints(side: int, most: int) -> list[list[int]]:
@@ -234,16 +238,10 @@ def _gemma3(family, tokenizer, template, text, vision, side, patch, tokens):
     begin, end, image = tokenizer.convert_tokens_to_ids(
         list(FAMILIES[family]["tokens"].values())
     )
-    tower = {
-        "model_type": "siglip_vision_model",
-        "image_size": side,
-        "patch_size": patch,
-        "vision_use_head": False,
-    }
     config = AutoConfig.for_model(
         family,
         text_config=text,
-        vision_config=vision | tower,
+        vision_config=vision | _siglip(side, patch),
         mm_tokens_per_image=tokens,
         boi_token_index=begin,
         eoi_token_index=end,

@@ -29,17 +29,17 @@ def values(task: str, split: str) -> dict[str, list[str]]:
     for beginning, words in WORDS[task].items():
         # a range of numbers, or words
         of_all = words.split() if isinstance(words, str) else range(words[0], words[1] + 1)
-        found[beginning] = _part([str(word) for word in of_all], split)
+        found[beginning] = part([str(word) for word in of_all], split)
     return found
 
 
 def people(split: str) -> list[str]:
     """Who may be told of in a split; nobody is in two."""
-    return _part(WORDS["people"].split(), split)
+    return part(WORDS["people"].split(), split)
 
 
-def _part(words: list[str], split: str) -> list[str]:
-    # one order for ever, every third a split's
+def part(words: list[str], split: str) -> list[str]:
+    """A third of the words for each split, the same for ever."""
     order = np.random.default_rng(0).permutation(len(words))
     return [words[i] for i in order[list(SPLITS).index(split) :: 3]]
 

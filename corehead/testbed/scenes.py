@@ -596,7 +596,7 @@ def _check(split: str, evidence: str) -> None:
         raise ValueError(f"evidence={evidence!r}: take 'page' or 'cell'")
 
 
-def _name(what: str, split: str, seed: int, layout: dict[str, int]) -> str:
+def scene_name(what: str, split: str, seed: int, layout: dict[str, int]) -> str:
     """What begins the ids, and seeds the drawing: another split or layout has other scenes."""
     return "-".join(
         [what, split, str(seed), *(f"{k}{v}" for k, v in sorted(layout.items()))]
@@ -644,7 +644,7 @@ def samples(
     _check(split, evidence)
     if n % questions:
         raise ValueError(f"n={n} is no multiple of questions={questions}")
-    name = _name(domain, split, seed, layout)
+    name = scene_name(domain, split, seed, layout)
     rng = np.random.default_rng([seed, *name.encode()])
     scenes = draw(domain, rng, n // questions, split=split, questions=questions, **layout)
     return to_samples(scenes, name, evidence)
@@ -682,7 +682,7 @@ def counterfactuals(
             f"domain={domain!r} has no needle: take 'image', 'document', 'video' or 'text'"
         )
     _check(split, evidence)
-    name = _name(f"{domain}-pair", split, seed, layout)
+    name = scene_name(f"{domain}-pair", split, seed, layout)
     rng = np.random.default_rng([seed, *name.encode()])
     scenes = draw(domain, rng, n, split=split, **layout)
     other = _with_other_digits(scenes, rng, split)

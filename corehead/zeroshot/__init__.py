@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 
 from ..samples import Sample
-from ..testbed.scenes import check_split, with_foils
+from ..testbed.scenes import check_split, scene_name, with_foils
 from .clips import Clips
 from .pages import Letters, RenderedPages
 from .pictures import Count, Labels, Majority
@@ -119,8 +119,7 @@ def _scenes(
     check_split(split)
     if questions < 1 or n % questions:
         raise ValueError(f"n={n}, questions={questions}: take n a multiple of questions")
-    sizes = [f"{name}{value}" for name, value in sorted(layout.items())]
-    name = "-".join([what, split, str(seed), *sizes])
+    name = scene_name(what, split, seed, layout)
     for number in range(n // questions):
         # a context does not depend on how many there are, or on what is asked of them
         rng = np.random.default_rng([seed, number, *name.encode()])

@@ -70,21 +70,15 @@ class Scene:
         raise NotImplementedError
 
 
-def part(items: list, split: str) -> list:
-    """A third of the items for each split, the same for ever."""
-    order = np.random.default_rng(0).permutation(len(items))
-    return [items[i] for i in order[list(SPLITS).index(split) :: len(SPLITS)]]
-
-
 @cache
 def numbers(split: str, digits: int) -> list[str]:
     """Numbers of so many digits."""
-    return part([str(i) for i in range(10 ** (digits - 1), 10**digits)], split)
+    return prose.part([str(i) for i in range(10 ** (digits - 1), 10**digits)], split)
 
 
 def words(split: str) -> list[str]:
     """Words of four letters."""
-    return part(WORDS["words"].split(), split)
+    return prose.part(WORDS["words"].split(), split)
 
 
 @cache
