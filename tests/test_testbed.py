@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import corehead as ch
 from corehead.runs import digest
-from corehead.testbed import samples, survey, training
+from corehead.testbed import counterfactuals, samples, survey, training
 from corehead.testbed.models import untrained
 from corehead.testbed.scenes import (
     BLANK,
@@ -71,13 +71,17 @@ def every_layout():
     yield from (
         ("qwen3_vl", domain, LONG_LEVELS[domain][0]) for domain in ("document", "video")
     )
+    yield from (
+        ("qwen3_vl", domain, levels[0] | {"own_words": True})
+        for domain, levels in LEVELS.items()
+    )
 
 
 @pytest.mark.parametrize("family,domain,layout", [*every_layout()])
 def test_fast_path_gives_the_same_ids_pixels_and_positions(family, domain, layout):
     """A training sequence is, question by question, what the real processor makes of the samples."""
     scenes = draw(domain, np.random.default_rng(3), 2, questions=3, **layout)
-    mllm = untrained(family, **SMALL)
+    mllm = untrained(family, **SMALL, own_words="own_words" in layout)
     inputs, ask = batch_of(family, scenes, layout)
     ids, mask = inputs["input_ids"], inputs["attention_mask"][0, 0]
     planes = inputs["position_ids"].reshape(-1, *ids.shape)
@@ -202,6 +206,22 @@ def test_splits_share_no_handwriting():
             glyph = draw(domain, np.random.default_rng(0), 20, split=split).cells["glyph"]
             mine = glyph[glyph < MARK_GLYPH]
             assert mine.min() >= bounds[0] and mine.max() < bounds[1]
+
+
+def test_in_own_words_domains_share_no_token_and_scenes_are_the_same():
+    said = {}
+    for domain, levels in LEVELS.items():
+        plain, own = (
+            draw(domain, np.random.default_rng(4), 2, own_words=mine, **levels[0])
+            for mine in (False, True)
+        )
+        assert plain.cells is None or np.array_equal(plain.cells, own.cells)
+        assert len(np.unique(own.question - plain.question)) == 1
+        words = [own.question, own.answer, *([] if own.words is None else [own.words])]
+        said[domain] = set(np.concatenate([ids.ravel() for ids in words]))
+    assert len(set.union(*said.values())) == sum(map(len, said.values()))
+    for base, other in counterfactuals("text", n=3, own_words=True):
+        assert base.question == other.question and base.answer != base.foil == other.answer
 
 
 @pytest.mark.parametrize("domain", ["image", "document", "video", "text"])

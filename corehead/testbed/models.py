@@ -48,7 +48,7 @@ from transformers import (
 )
 
 from ..models import MLLM
-from .scenes import ART, VOCABULARY
+from .scenes import ART, OWN_WORDS, VOCABULARY
 
 # What a chat template writes for a message, and around it: IMAGE and VIDEO are the family's placeholders.
 CONTENT = (
@@ -368,14 +368,13 @@ def _tokenizer(
     )
 
 
-def _word_tokenizer(family: str) -> PreTrainedTokenizerFast:
+def _word_tokenizer(family: str, own_words: bool = False) -> PreTrainedTokenizerFast:
     """The words of the scenes, the same ids in every family; what a family needs besides stands behind them."""
+    known = VOCABULARY | OWN_WORDS if own_words else VOCABULARY
     between_frames = (
         ("Frame", ":") if family == "internvl" else ()
     )  # its processor writes them
-    words = VOCABULARY | {
-        word: len(VOCABULARY) + i for i, word in enumerate(between_frames)
-    }
+    words = known | {word: len(known) + i for i, word in enumerate(between_frames)}
     core = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -384,6 +383,8 @@ def _word_tokenizer(family: str) -> PreTrainedTokenizerFast:
             pre_tokenizers.Punctuation("isolated"),
         ]
     )
+    if own_words:
+        core.add_tokens(list(OWN_WORDS))  # or they would be split at their signs
     return _tokenizer(
         core, family, ART["special"], unk_token="<unk>", clean_up_tokenization_spaces=False
     )
@@ -417,6 +418,7 @@ def untrained(
     intermediate: int = 256,
     head_dim: int = 16,
     seed: int = 0,
+    own_words: bool = False,
 ) -> MLLM:
     """A random model that can be trained at this size, with a vocabulary of words.
 
@@ -435,13 +437,15 @@ def untrained(
         Of the decoder.
     seed : int
         Of the weights.
+    own_words : bool
+        A vocabulary in which each domain has words of its own besides, as `corehead.testbed.scenes.draw` may use them.
 
     Returns
     -------
     MLLM
     """
     torch.manual_seed(seed)
-    tokenizer = _word_tokenizer(family)
+    tokenizer = _word_tokenizer(family, own_words)
     text = {
         "vocab_size": len(tokenizer),
         "hidden_size": hidden,

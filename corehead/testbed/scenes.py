@@ -434,6 +434,12 @@ DOMAINS = {
     "text_only": _text_only,
     "memory": _memory,
 }
+# words that one domain has to itself: as many ids for each as there are words
+OWN_WORDS = {
+    f"<{domain} {word}>": (1 + i) * len(VOCABULARY) + id_of
+    for i, domain in enumerate(DOMAINS)
+    for word, id_of in VOCABULARY.items()
+}
 
 
 def draw(
@@ -443,6 +449,7 @@ def draw(
     *,
     split: str = "train",
     questions: int = 1,
+    own_words: bool = False,
     **layout: int,
 ) -> Scenes:
     """Draw scenes of one layout.
@@ -459,6 +466,8 @@ def draw(
         Which handwritten digits are used: "train", "validation" or "test".
     questions : int
         Questions a scene.
+    own_words : bool
+        In words that no other domain has; a tokenizer must know them (`untrained`).
     **layout : int
         What the domain knows of:
 
@@ -481,12 +490,22 @@ def draw(
     """
     if domain not in DOMAINS:
         raise ValueError(f"domain={domain!r}: take one of {', '.join(map(repr, DOMAINS))}")
-    return DOMAINS[domain](Sampler(rng, n, questions, split), **layout)
+    scenes = DOMAINS[domain](Sampler(rng, n, questions, split), **layout)
+    return in_own_words(scenes) if own_words else scenes
+
+
+def in_own_words(scenes: Scenes) -> Scenes:
+    """The same scenes in words that no other domain has: a model of these learns no word in two domains."""
+    first = (1 + list(DOMAINS).index(scenes.domain)) * len(VOCABULARY)
+    words = None if scenes.words is None else first + scenes.words
+    return replace(
+        scenes, question=first + scenes.question, answer=first + scenes.answer, words=words
+    )
 
 
 def decode(ids: np.ndarray) -> str:
     """Token ids to text."""
-    words = list(VOCABULARY)
+    words = [*VOCABULARY, *OWN_WORDS]
     return " ".join(words[i] for i in ids)
 
 
@@ -630,7 +649,7 @@ def samples(
     evidence : str
         Documents only: "page" marks the whole page (as the paper does), "cell" the cell with the answer.
     **layout : int
-        cells=, pages=, frames=, distractors=, side= as in `draw`.
+        cells=, pages=, frames=, distractors=, side=, own_words= as in `draw`.
 
     Returns
     -------
@@ -694,9 +713,10 @@ def counterfactuals(
 
 def _with_other_digits(scenes: Scenes, rng: np.random.Generator, split: str) -> Scenes:
     """The same scenes, but the needle of the one question of each is another digit of the split."""
-    shown = scenes.answer[:, 0] - FIRST_DIGIT
+    zero = scenes.answer[:, 0] - scenes.answer[:, 0] % len(VOCABULARY) + FIRST_DIGIT
+    shown = scenes.answer[:, 0] - zero
     other = (shown + rng.integers(1, 10, size=shown.shape)) % 10
-    answer = FIRST_DIGIT + other[:, None]
+    answer = (zero + other)[:, None]
     if scenes.cells is None:
         words = scenes.words.reshape(len(shown), -1, RECORD).copy()
         words[np.arange(len(shown)), scenes.asked[:, 0], DIGIT_WORD] = answer[:, 0]

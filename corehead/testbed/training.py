@@ -74,6 +74,8 @@ class Recipe:
         As in `untrained`.
     seed : int
         Of weights and scenes.
+    own_words : bool
+        Each domain in words that no other has, those of answers too.
     lr, warmup : float, int
         Learning rate, and steps until it is reached.
     probe_steps : int
@@ -96,6 +98,7 @@ class Recipe:
     intermediate: int = 256
     head_dim: int = 16
     seed: int = 0
+    own_words: bool = False
     lr: float = 2e-3
     warmup: int = 60
     probe_steps: int = 800
@@ -118,10 +121,10 @@ class Recipe:
 
 
 @cache
-def geometry(family: str) -> MLLM:
+def geometry(family: str, own_words: bool = False) -> MLLM:
     """A family's processor, and a model for its geometry."""
     # only its processor and its position ids are asked for: the decoder never runs
-    return untrained(family, layers=1, heads=1, kv_heads=1)
+    return untrained(family, layers=1, heads=1, kv_heads=1, own_words=own_words)
 
 
 @cache
@@ -141,7 +144,7 @@ def context_of(
     """
     # any scene will do: what cells show changes pixels, not token ids and positions
     scenes = draw(domain, np.random.default_rng(0), 1, **layout)
-    mllm = geometry(family)
+    mllm = geometry(family, layout.get("own_words", False))
     tagged = mllm.tag(to_samples(scenes, "layout")[0])
     length = len(tagged.ids) - scenes.question.shape[-1] - 1  # without question and answer
     positions = mllm.family.positions(mllm.model, tagged.inputs)
@@ -296,6 +299,9 @@ class Run:
         self.domains = {
             name: Domain(**entry) for name, entry in curriculum["domains"].items()
         }
+        if self.recipe.own_words:
+            for domain in self.domains.values():
+                domain.levels = [level | {"own_words": True} for level in domain.levels]
         # apart from the tower's randomness: scenes do not depend on how long it was taught
         self.rng = np.random.default_rng([self.recipe.seed, 2])
 
@@ -457,6 +463,7 @@ def _start(
         "intermediate",
         "head_dim",
         "seed",
+        "own_words",
     )
     model = (
         untrained(**{name: getattr(recipe, name) for name in shape})
@@ -564,7 +571,7 @@ def save(model: PreTrainedModel, run: Run, out: Path) -> None:
     """Write weights in float16, config, processor, the log and a card that says how they came about."""
     # half the size, and RAM moves by less than 2e-4; training goes on in float32
     copy.deepcopy(model).half().save_pretrained(out)
-    geometry(run.recipe.family).processor.save_pretrained(out)
+    geometry(run.recipe.family, run.recipe.own_words).processor.save_pretrained(out)
     pd.DataFrame(run.log).round(6).to_csv(out / "training_log.csv", index=False)
     card = {
         "recipe": asdict(run.recipe),
