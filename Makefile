@@ -34,8 +34,11 @@ endif
 # --- the graph: a notebook runs again if its stamp is older than what it is made from
 
 # the later ones take longest and start first; the grafted profile has no use for regions and long contexts
-NOTEBOOKS ?= $(filter-out $(if $(filter smollm2,$(PROFILE)),01_% 06_%),\
-               $(basename $(notdir $(shell ls -r notebooks/0*.ipynb))))
+NUMBERED := $(basename $(notdir $(shell ls -r notebooks/0*.ipynb)))
+NOTEBOOKS ?= $(filter-out $(if $(filter smollm2,$(PROFILE)),01_% 06_%),$(NUMBERED))
+ifneq ($(filter-out $(NUMBERED),$(NOTEBOOKS)),)
+$(error no notebook "$(filter-out $(NUMBERED),$(NOTEBOOKS))": NOTEBOOKS are some of $(NUMBERED))
+endif
 FORMAT   ?= png
 ifeq ($(filter $(FORMAT),png pdf),)
 $(error FORMAT=$(FORMAT): figures are written as png or pdf)
@@ -86,6 +89,9 @@ reproduce: $(READY) $(if $(filter smollm2,$(PROFILE)),$(GRAFT))  ## run the note
 	fi; \
 	status=$$?; $(REPORT); exit $$status
 
+quick:  ## see in two minutes that everything runs: reproduce with few samples, as PROFILE=quick
+	@$(MAKE) --silent reproduce PROFILE=quick
+
 report: $(READY)  ## say which claims came out again and which tables changed; rewrites the claims in README.md
 	@$(REPORT)
 
@@ -134,5 +140,5 @@ clean:  ## remove caches and half-written files
 	rm -rf data/cache .pytest_cache .hypothesis .ruff_cache build *.egg-info
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
-.PHONY: help setup reproduce report test test-fast lint testbed survey bench bench-gpu clean FORCE
+.PHONY: help setup reproduce quick report test test-fast lint testbed survey bench bench-gpu clean FORCE
 .DEFAULT_GOAL := help

@@ -391,6 +391,7 @@ def test_make_alone_prints_the_targets():
     for target in (
         "setup",
         "reproduce",
+        "quick",
         "report",
         "test",
         "test-fast",
@@ -428,7 +429,7 @@ def test_make_runs_a_notebook_again_if_what_it_is_made_from_changed(clone):
 
 
 def test_make_gives_each_profile_its_parameters_and_its_place(clone):
-    make(clone, "reproduce", "PROFILE=quick")
+    make(clone, "quick")
     assert len(ran(clone)) == len(NOTEBOOKS)
     assert {path.name for path in (clone / "data/results/quick").iterdir()} == {
         path.name for path in NOTEBOOKS
@@ -466,6 +467,9 @@ def test_every_run_ends_with_a_report_even_if_a_notebook_fails(clone):
 def test_make_says_what_is_wrong_in_one_line(clone):
     told = make(clone, "reproduce", "PROFILE=nobody")
     assert told.returncode != 0 and "PROFILE is one of testbed quick" in told.stderr
+    told = make(clone, "reproduce", "NOTEBOOKS=07_more")
+    assert told.returncode != 0 and 'no notebook "07_more"' in told.stderr
+    assert len(told.stderr.splitlines()) == 1 and ran(clone) == []
     shutil.rmtree(clone / ".venv")
     told = make(clone, "setup", "PYTHON=false")
     assert (

@@ -291,6 +291,7 @@ def test_values_are_those_that_the_notebooks_claim(found):
         "pretrained.bottom": "SmolLM2, bottom, max",
         "pretrained.facts": "SmolLM2, intact, facts",
         "pretrained.facts_top": "SmolLM2, top, facts",
+        "pretrained.facts_random": "SmolLM2, random, facts",
         "pretrained.rule": "SmolLM2, heads by the rule",
         "pretrained.used": "SmolLM2, heads, looks, used",
         "pretrained.idle": "SmolLM2, heads, looks, not used",
