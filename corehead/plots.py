@@ -66,6 +66,7 @@ LEVELS = {
     "intact": dict(color="black", ls="--"),
     "chance level": dict(color="gray", ls=":"),
 }
+ALL = (-0.03, 1.03)  # from 0 to 1, with room for marks at both
 LABELS = {
     "correct": "accuracy",
     "logprob": "log-probability (nats)",
@@ -466,7 +467,7 @@ def curves(
     xlabel = axes.pop("xlabel", x) + _note(table, y, x)
     ylabel = axes.pop("ylabel", LABELS.get(y, y))
     if y == "correct":
-        axes = {"ylim": (0, 1.03)} | axes  # all of it, and room for markers at 1
+        axes = {"ylim": ALL} | axes
     for ax, panel, rows in found:
         for line, points in rows.groupby(lines, sort=False):
             place = list(styles).index(line) - (len(styles) - 1) / 2
@@ -544,7 +545,7 @@ def dots(
     """
     xlabel = axes.pop("xlabel", LABELS.get(value, value)) + _note(table, value)
     if value == "correct":
-        axes = {"xlim": (0, 1.03)} | axes  # as in curves
+        axes = {"xlim": ALL} | axes
     order = table[rows].unique().tolist()
     styles = _styles(table[lines].unique().tolist())
     height = max(0.22, 0.08 * len(styles)) * len(order) + 0.3
