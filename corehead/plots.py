@@ -67,11 +67,6 @@ LEVELS = {
     "chance level": dict(color="gray", ls=":"),
 }
 ALL = (-0.03, 1.03)  # from 0 to 1, with room for marks at both
-LABELS = {
-    "correct": "accuracy",
-    "logprob": "log-probability (nats)",
-    "margin": "margin (logits)",
-}
 
 # at import, so that no notebook sets a style of its own
 sns.set_theme(
@@ -433,7 +428,6 @@ def curves(
     levels: Mapping | None = None,
     mark: float | None = None,
     ticks: Mapping[float, str] | None = None,
-    share_y: bool = True,
     **axes,
 ) -> plt.Figure:
     """A measure against something, one line a name, one panel a task.
@@ -452,8 +446,6 @@ def curves(
         A value of `x`, drawn as a vertical line.
     ticks : mapping of float to str
         Ticks of the x axis and their labels.
-    share_y : bool
-        All panels have one scale.
     **axes
         What ``Axes.set`` takes, such as ``xlabel``, ``xscale`` and ``ylim``.
 
@@ -461,11 +453,11 @@ def curves(
     -------
     Figure
     """
-    figure, found = _panels(table, panels, 4, 2.1, sharey=share_y)
+    figure, found = _panels(table, panels, 4, 2.1, sharey=True)
     styles = _styles(table[lines].unique().tolist())
     whole = (table[x] % 1 == 0).all()
     xlabel = axes.pop("xlabel", x) + _note(table, y, x)
-    ylabel = axes.pop("ylabel", LABELS.get(y, y))
+    ylabel = axes.pop("ylabel", "accuracy" if y == "correct" else y)
     if y == "correct":
         axes = {"ylim": ALL} | axes
     for ax, panel, rows in found:
@@ -478,7 +470,7 @@ def curves(
             ax.axhline(level.get(panel, np.nan), label=label, lw=1, **look)
         if mark is not None:
             ax.axvline(mark, color="black", lw=0.8, alpha=0.5)
-    for ax, _, rows in found:  # when all is drawn: panels may have one scale
+    for ax, _, rows in found:  # when all is drawn: panels have one scale
         ax.set(**axes)
         if ax.get_yscale() == "log":
             # powers of two are close enough to be read, and written as numbers
@@ -498,15 +490,13 @@ def curves(
 def _draw_line(
     ax: plt.Axes, points: pd.DataFrame, x: str, y: str, aside: float, **style
 ) -> None:
-    """One line with its interval: bars where points are few, a band and no markers where they are many."""
-    few = len(points) < 50
-    [drawn] = ax.plot(points[x], points[y], **style if few else style | {"marker": ""})
+    """One line, with its interval as bars; if its points are many, without markers."""
+    if len(points) >= 50:
+        style["marker"] = ""
+    [drawn] = ax.plot(points[x], points[y], **style)
     if f"{y}_low" not in points:
         return
     ends = points[x], points[f"{y}_low"], points[f"{y}_high"]
-    if not few:
-        ax.fill_between(*ends, alpha=0.15, color=style["color"], lw=0)
-        return
     bars = ax.vlines(*ends, color=style["color"], lw=1, alpha=0.6)
     # bars of several lines at one place stand side by side, so many 1/72 inches from it
     shift = ScaledTranslation(aside / 72, 0, ax.figure.dpi_scale_trans)
@@ -543,7 +533,9 @@ def dots(
     -------
     Figure
     """
-    xlabel = axes.pop("xlabel", LABELS.get(value, value)) + _note(table, value)
+    xlabel = axes.pop("xlabel", "accuracy" if value == "correct" else value) + _note(
+        table, value
+    )
     if value == "correct":
         axes = {"xlim": ALL} | axes
     order = table[rows].unique().tolist()
@@ -598,14 +590,12 @@ def scatter(
     figure, ax = plt.subplots(figsize=(5.2, 3.6))
     for kind, style in _styles(table[kinds].unique().tolist()).items():
         points = table[table[kinds] == kind]
-        label = f"{kind} ({len(points)})"
-        color, marker = style["color"], style["marker"]
-        ax.scatter(points[x], points[y], s=26, color=color, marker=marker, label=label)
+        look = dict(color=style["color"], marker=style["marker"], s=26)
+        ax.scatter(points[x], points[y], label=f"{kind} ({len(points)})", **look)
     for axis, place in (lines or {}).items():
         draw = ax.axvline if axis == "x" else ax.axhline
         draw(place, color="gray", lw=0.8, ls="--")
-    xlabel = axes.pop("xlabel", x)
-    ylabel = axes.pop("ylabel", y)
+    xlabel, ylabel = axes.pop("xlabel", x), axes.pop("ylabel", y)
     ax.set(**axes)
     return _finish(figure, xlabel, ylabel)
 
