@@ -1,8 +1,9 @@
-"""All figures: seven kinds in one style, in which a colour means one thing; markers and line styles vary with it."""
+"""All figures, in one style: a colour means one thing in all of them, and what a bar or a point is stands below."""
 
 from __future__ import annotations
 
 import os
+import textwrap
 from collections.abc import Mapping
 from html import escape
 from io import BytesIO
@@ -14,6 +15,7 @@ import seaborn as sns
 from matplotlib.collections import PatchCollection
 from matplotlib.colors import to_hex, to_rgba_array
 from matplotlib.patches import Patch, Rectangle
+from matplotlib.transforms import ScaledTranslation
 from PIL import Image
 
 from .families import Medium
@@ -36,32 +38,39 @@ TOKENS = {  # kinds of tokens; of a token of several kinds the last one shows
 COLOURS = to_rgba_array(list(TOKENS.values()))
 LINES = {  # colour, marker and line style of names; a benchmark looks like the domain that it belongs to
     ("black", "P", "-"): "intact",
-    (EVIDENCE, "o", "-"): "top, RAM, retrieval, hybrid",
-    (PALETTE[5], "v", "-"): "bottom",
+    ("#555555", "P", "-"): "whole; dense",
+    # heads that look at V*, and in its shades other ways to take them out
+    (EVIDENCE, "o", "-"): "top; RAM; hybrid; zero; looks, used",
+    (EVIDENCE, "x", "-"): "looks, not used",
+    ("#7f2704", "X", "--"): "knockout",
+    ("#f5a475", "s", ":"): "zeroed edges",
+    # the others: of the ranking's bottom, or all of them
+    (PALETTE[5], "v", "-"): "bottom; rest; neither; all",
     (PALETTE[7], "s", "--"): "random",
     (PALETTE[9], "D", ":"): "layer",
     ("#7a4ea8", "X", "-."): "text entropy",
-    (PALETTE[2], "^", "--"): "streaming",
-    ("#555555", "P", "-"): "whole, dense",
-    (PALETTE[0], "o", "-"): "image, copy_image, refcocog",
-    (PALETTE[1], "s", "-"): "document, mmdocir, mmlongbench, mmlongbench-doc",
-    (PALETTE[2], "^", "-"): "video, vidstg, mlvu",
-    (PALETTE[4], "D", "-"): "text, copy_text",
+    ("#1f2d6e", "*", ":"): "visual mass",
+    ("#808000", "^", "--"): "streaming",
+    ("gray", "", ":"): "uniform; |V*| / |V|",
+    # tasks are told apart by marks alone
+    ("black", "o", "-"): "retrieval",
+    ("black", "x", "-"): "others; used, does not look",
+    ("black", "D", "-"): "difference",
+    (PALETTE[0], "o", "-"): "image; copy_image; refcocog",
+    (PALETTE[1], "s", "-"): "document; mmdocir; mmlongbench; mmlongbench-doc",
+    (PALETTE[2], "^", "-"): "video; vidstg; mlvu",
+    (PALETTE[4], "D", "-"): "text; copy_text",
 }
-LINES = {name: line for line, names in LINES.items() for name in names.split(", ")}
+LINES = {name: line for line, names in LINES.items() for name in names.split("; ")}
 LEVELS = {
     "intact": dict(color="black", ls="--"),
     "chance level": dict(color="gray", ls=":"),
 }
-LABELS = {
-    "correct": "accuracy",
-    "logprob": "log-probability (nats)",
-    "margin": "margin (logits)",
-}
+ALL = (-0.03, 1.03)  # from 0 to 1, with room for marks at both
 
 # at import, so that no notebook sets a style of its own
 sns.set_theme(
-    context="notebook",
+    context="paper",
     style="ticks",
     palette="colorblind",
     rc={
@@ -69,9 +78,9 @@ sns.set_theme(
         "axes.spines.top": False,
         "axes.titlesize": "medium",
         "figure.constrained_layout.use": True,
-        "legend.fontsize": "small",
         "legend.frameon": False,
-        "lines.markersize": 5,
+        "legend.handlelength": 2.5,
+        "lines.markersize": 4.5,
         "pdf.fonttype": 42,  # TrueType: text stays text in the pdf
         "savefig.dpi": 150,
     },
@@ -97,55 +106,64 @@ def save(figure: plt.Figure, name: str, profile: str = "testbed") -> None:
 
 
 def _styles(names: list) -> dict:
-    """A style for each line: by its name or its first word, paler each time, or else by its place."""
+    """A style for each line: by its name or its first word, hollow if that is taken, or else by its place."""
     # names without a style of their own get their places on one scale of colours
     places = sns.color_palette("viridis", len(names))
     styles = {}
     known = []
     for i, name in enumerate(names):
-        # names with one first word are kinds of one thing: one colour, paler each time
         look = LINES.get(name) or LINES.get(str(name).split(" ")[0])
-        alpha = 0.6 ** known.count(look) if look else 1
-        known.append(look)
-        zorder = 3 if look else 2  # lines with a name of their own in front
         color, marker, line = look or (places[i], "osv^DPX*<>hdp8"[i % 14], "-")
-        styles[name] = dict(color=color, marker=marker, ls=line, alpha=alpha, zorder=zorder)
+        style = dict(color=color, marker=marker, ls=line, mfc=color)
+        if look in known:  # names with one first word are kinds of one thing
+            style |= dict(ls=(0, (1, 1.5)), mfc="white")
+        known += [look] if look else []
+        # lines with a name of their own in front
+        styles[name] = style | {"zorder": 3 if look else 2}
     return styles
 
 
-def _panels(
-    table: pd.DataFrame, by: str, columns: int, width: float, height: float, **shared
-):
-    """A figure with a panel of this size in inches for each value of a column, and (panel, value, rows) of each."""
+def _panels(table: pd.DataFrame, by: str, most: int, height: float, **shared):
+    """A figure with a panel for each value of a column, `most` in a row, and (panel, value, rows) of each."""
     groups = list(table.groupby(by, sort=False))
-    columns = min(columns, len(groups))
-    rows = -(-len(groups) // columns)  # rounded up
-    size = (width * columns + 0.8, height * rows + 0.6)
+    rows = -(-len(groups) // most)  # rounded up
+    columns = -(-len(groups) // rows)  # as many in every row, if that can be
+    # no wider than a page, so that nobody has to shrink it
+    size = (min(3.2, 8.4 / columns) * columns + 0.8, height * rows + 1.0)
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, **shared)
-    for ax in axes.flat[len(groups) :]:  # what is left empty in the last row
-        ax.remove()
+    for ax in axes.flat[len(groups) :]:
+        ax.axis("off")  # the legend has room here
     for ax, (name, _) in zip(axes.flat, groups):
         ax.set_title(str(name).replace("_", " "))
     return figure, [(ax, *group) for ax, group in zip(axes.flat, groups)]
 
 
+def _note(table: pd.DataFrame, value: str, x: str = "") -> str:
+    """What bars and points stand for: a line below the name of the x axis."""
+    parts = ["bars: 95 %"] if f"{value}_low" in table else []
+    if "n" in table and x != "n":
+        counts = dict.fromkeys(f"{n:g}" for n in (table.n.min(), table.n.max()))
+        parts.append(f"n = {' to '.join(counts)} a point")
+    return f"\n({'; '.join(parts)})" if parts else ""
+
+
 def _finish(figure: plt.Figure, xlabel: str, ylabel: str = "") -> plt.Figure:
-    """Names of the axes and one legend, for all panels together."""
-    figure.supxlabel(xlabel, fontsize="medium")
+    """Names of the axes and one legend, for all panels together: in an empty panel, or above them."""
+    figure.supxlabel(xlabel.strip(), fontsize="medium")
     figure.supylabel(ylabel, fontsize="medium")
     found = {}  # by label: the panels draw the same lines
     for ax in figure.axes:
         handles, labels = ax.get_legend_handles_labels()
         found |= dict(zip(labels, handles))
-    if len(found) > 1:
-        # as many in a row as fit: a mark and about 0.08 inches a letter
-        fitting = int(figure.get_figwidth() / (0.6 + 0.08 * max(map(len, found))))
-        figure.legend(
-            found.values(),
-            found,
-            loc="outside upper center",
-            ncols=min(fitting, len(found)),
-        )
+    empty = [ax for ax in figure.axes if not ax.axison]
+    if len(found) > 1 and empty:
+        empty[0].legend(found.values(), found, loc="center")
+    elif len(found) > 1:
+        # as many in a row as fit: a mark and about 0.07 inches a letter
+        fitting = int(figure.get_figwidth() / (0.6 + 0.07 * max(map(len, found))))
+        rows = -(-len(found) // max(1, fitting))
+        columns = -(-len(found) // rows)
+        figure.legend(found.values(), found, loc="outside upper center", ncols=columns)
     return figure
 
 
@@ -199,7 +217,8 @@ def _draw_view(
     lit = np.isin(tokens, tagged.evidence)
     face = to_rgba_array(EVIDENCE, 0.45 * lit)
     if weight is not None:
-        face = to_rgba_array(PALETTE[0], 0.8 * weight[tokens].clip(0, 1))
+        shades = plt.get_cmap(NUMBERS)(weight[tokens].clip(0, 1))
+        face = to_rgba_array(shades, 0.8 * weight[tokens].clip(0, 1))
     boxes = medium.boxes[view]
     cells = np.array([Rectangle((x1, y1), x2 - x1, y2 - y1) for x1, y1, x2, y2 in boxes])
     ax.add_collection(
@@ -252,18 +271,6 @@ def tags(samples: Mapping[str, TaggedSample], height: float = 2.0) -> plt.Figure
     return figure
 
 
-def text(tagged: TaggedSample, tokenizer, columns: int = 12) -> plt.Figure:
-    """The tokens of a sample, written out on the colour of their kind, so many in a line."""
-    figure, ax = plt.subplots(figsize=(9, 0.3 * len(tagged.ids) / columns + 0.4))
-    for i, (token, kind) in enumerate(zip(tagged.ids, _token_kinds(tagged))):
-        box = dict(facecolor=COLOURS[kind], linewidth=0, pad=2)
-        word = tokenizer.decode([token]).strip()
-        ax.text(i % columns, i // columns, word, fontsize="small", bbox=box)
-    ax.set(xlim=(0, columns), ylim=(len(tagged.ids) / columns, -1))
-    ax.axis("off")
-    return figure
-
-
 def overlays(rows: Mapping) -> plt.Figure:
     """Attention on pictures: a row a sample, a column a set of heads; V* is framed.
 
@@ -278,7 +285,7 @@ def overlays(rows: Mapping) -> plt.Figure:
     Figure
     """
     sets = list(next(iter(rows.values()))[1])
-    size = (2.2 * len(sets), 2.4 * len(rows))
+    size = (2.3 * len(sets) + 0.4, 2.3 * len(rows))
     figure, axes = plt.subplots(len(rows), len(sets), figsize=size, squeeze=False)
     for line, (title, (tagged, weights)) in zip(axes, rows.items()):
         mass = np.zeros(len(tagged.ids))  # on V* alone
@@ -286,8 +293,11 @@ def overlays(rows: Mapping) -> plt.Figure:
         view = max(_views(tagged), key=lambda view: mass[view[0].tokens[view[1]]].sum())
         for ax, name in zip(line, sets):
             _draw_view(ax, tagged, *view, weight=weights[name])
-            ax.set_title(name, fontsize="small")
-        line[0].set_ylabel(title, fontsize="small")
+            ax.set_title("" if line[0] in axes[1:, 0] else name, fontsize="small")
+            on_evidence = weights[name][tagged.evidence].sum()
+            ax.set_xlabel(f"{on_evidence:.2f} on V*", fontsize="small")
+        # a long question goes on in the next line, and is not cut
+        line[0].set_ylabel(textwrap.fill(title, 26), fontsize="small")
     return figure
 
 
@@ -361,13 +371,9 @@ def shaded_text(tagged: TaggedSample, tokenizer, weights: np.ndarray) -> str:
 
 
 def maps(
-    tables: Mapping[str, pd.DataFrame],
-    heads: HeadSet | None = None,
-    *,
-    label: str = "RAM",
-    written: bool = False,
+    tables: Mapping[str, pd.DataFrame], heads: HeadSet | None = None, *, label: str = "RAM"
 ) -> plt.Figure:
-    """Tables as maps side by side, on a scale with 0: scores (layers, heads), agreement, what attends to what.
+    """Scores (layers, heads) as maps side by side, on one scale with 0.
 
     Parameters
     ----------
@@ -377,17 +383,14 @@ def maps(
         These are framed.
     label : str
         What the numbers are.
-    written : bool
-        Cells are square, and their numbers are written into them.
 
     Returns
     -------
     Figure
     """
-    rows, columns = (max(table.shape[axis] for table in tables.values()) for axis in (0, 1))
-    width, height = (0.55 * columns + 1.8, 0.55 * rows + 1.4) if written else (2.8, 2.8)
+    width = min(2.6, 8.4 / len(tables))
     figure, axes = plt.subplots(
-        1, len(tables), figsize=(width * len(tables) + 0.8, height), squeeze=False
+        1, len(tables), figsize=(width * len(tables) + 0.8, 2.5), squeeze=False
     )
     # one scale for all maps, from 0 (or below it): only then can colours be compared
     numbers = np.concatenate([table.to_numpy().ravel() for table in tables.values()])
@@ -397,14 +400,10 @@ def maps(
             vmin=min(0, numbers.min()),
             vmax=numbers.max(),
             cmap=NUMBERS,
-            annot=written,
-            fmt=".2f",
-            annot_kws={"size": 8},
             cbar=False,
-            square=written,
-            # about eight labels, however many heads there are
-            xticklabels=max(1, columns // 8),
-            yticklabels=max(1, rows // 8),
+            # about six labels, however many heads there are
+            xticklabels=max(1, table.shape[1] // 6),
+            yticklabels=max(1, table.shape[0] // 6),
             ax=ax,
         )
         for layer, head in heads or ():
@@ -412,8 +411,9 @@ def maps(
                 Rectangle((head, layer), 1, 1, fill=False, edgecolor=EVIDENCE, lw=1.6)
             )
         ax.set_title(title)
-        ax.tick_params("y", rotation=0)
-        ax.tick_params("x", rotation=90 if isinstance(table.columns[0], str) else 0)
+        ax.tick_params(rotation=0)
+    for ax in axes[0, 1:]:
+        ax.set_ylabel("")  # that of the first
     figure.colorbar(axes[0, 0].collections[0], ax=axes, label=label, shrink=0.8)
     return figure
 
@@ -428,7 +428,6 @@ def curves(
     levels: Mapping | None = None,
     mark: float | None = None,
     ticks: Mapping[float, str] | None = None,
-    share_y: bool = True,
     **axes,
 ) -> plt.Figure:
     """A measure against something, one line a name, one panel a task.
@@ -447,8 +446,6 @@ def curves(
         A value of `x`, drawn as a vertical line.
     ticks : mapping of float to str
         Ticks of the x axis and their labels.
-    share_y : bool
-        All panels have one scale.
     **axes
         What ``Axes.set`` takes, such as ``xlabel``, ``xscale`` and ``ylim``.
 
@@ -456,49 +453,55 @@ def curves(
     -------
     Figure
     """
-    figure, found = _panels(table, panels, 4, 2.7, 2.4, sharey=share_y)
+    figure, found = _panels(table, panels, 4, 2.1, sharey=True)
     styles = _styles(table[lines].unique().tolist())
-    xlabel = axes.pop("xlabel", x)
-    ylabel = axes.pop("ylabel", LABELS.get(y, y))
+    whole = (table[x] % 1 == 0).all()
+    xlabel = axes.pop("xlabel", x) + _note(table, y, x)
+    ylabel = axes.pop("ylabel", "accuracy" if y == "correct" else y)
     if y == "correct":
-        axes = {"ylim": (0, 1.03)} | axes  # all of it, and room for markers at 1
+        axes = {"ylim": ALL} | axes
     for ax, panel, rows in found:
         for line, points in rows.groupby(lines, sort=False):
-            _draw_line(ax, points, x, y, label=line, **styles[line])
+            place = list(styles).index(line) - (len(styles) - 1) / 2
+            _draw_line(ax, points, x, y, 1.5 * place, label=line, **styles[line])
         for label, level in (levels or {}).items():
             look = LEVELS.get(label, dict(color="black", ls="-."))
             # NaN, which draws nothing, where a panel has no such level
             ax.axhline(level.get(panel, np.nan), label=label, lw=1, **look)
         if mark is not None:
             ax.axvline(mark, color="black", lw=0.8, alpha=0.5)
-    for ax, _, rows in found:  # when all is drawn: panels may have one scale
+    for ax, _, rows in found:  # when all is drawn: panels have one scale
         ax.set(**axes)
         if ax.get_yscale() == "log":
             # powers of two are close enough to be read, and written as numbers
             ax.set_yscale("log", base=2)
             ax.yaxis.set_major_formatter("{x:g}")
-        if x == "share":
-            ax.xaxis.set_major_formatter("{x:.0%}")
         if ticks is not None:
             ax.set_xticks(list(ticks), ticks.values())
             # a logarithmic axis would have its own among them
             ax.minorticks_off()
-        elif rows[x].nunique() == 1:
-            # a scale around a single point would say nothing, and its long labels collide
+        elif whole and rows[x].nunique() <= 5:
             ax.set_xticks(rows[x].unique())
+        elif whole:
+            ax.locator_params(axis="x", integer=True, nbins=6)
     return _finish(figure, xlabel, ylabel)
 
 
-def _draw_line(ax: plt.Axes, points: pd.DataFrame, x: str, y: str, **style) -> None:
-    """One line with its interval as a band, and as bars where points are few; many have no markers."""
-    few = len(points) < 50
-    ax.plot(points[x], points[y], **style if few else style | {"marker": ""})
-    look = dict(color=style["color"], lw=1)
-    if f"{y}_low" in points:
-        ends = points[x], points[f"{y}_low"], points[f"{y}_high"]
-        ax.fill_between(*ends, alpha=0.15, **look)
-        if few:
-            ax.vlines(*ends, **look)
+def _draw_line(
+    ax: plt.Axes, points: pd.DataFrame, x: str, y: str, aside: float, **style
+) -> None:
+    """One line, with its interval as bars; if its points are many, without markers."""
+    if len(points) >= 50:
+        style["marker"] = ""
+    [drawn] = ax.plot(points[x], points[y], **style)
+    if f"{y}_low" not in points:
+        return
+    ends = points[x], points[f"{y}_low"], points[f"{y}_high"]
+    bars = ax.vlines(*ends, color=style["color"], lw=1, alpha=0.6)
+    # bars of several lines at one place stand side by side, so many 1/72 inches from it
+    shift = ScaledTranslation(aside / 72, 0, ax.figure.dpi_scale_trans)
+    for artist in (drawn, bars):
+        artist.set_transform(ax.transData + shift)
 
 
 def dots(
@@ -508,6 +511,7 @@ def dots(
     rows: str,
     panels: str = "domain",
     lines: str = "heads",
+    levels: Mapping | None = None,
     **axes,
 ) -> plt.Figure:
     """A measure with its interval as dots: one panel a task, one row a name, one mark for each of `lines`.
@@ -520,6 +524,8 @@ def dots(
         The measure.
     rows, panels, lines : str
         The columns that tell rows, panels and marks apart.
+    levels : mapping of str to mapping of panel to float
+        Vertical lines, such as "chance level"; without any, one at 0, which is no difference.
     **axes
         What ``Axes.set`` takes.
 
@@ -527,21 +533,27 @@ def dots(
     -------
     Figure
     """
-    xlabel = axes.pop("xlabel", LABELS.get(value, value))
+    xlabel = axes.pop("xlabel", "accuracy" if value == "correct" else value) + _note(
+        table, value
+    )
+    if value == "correct":
+        axes = {"xlim": ALL} | axes
     order = table[rows].unique().tolist()
     styles = _styles(table[lines].unique().tolist())
-    height = max(0.3, 0.08 * len(styles)) * len(order) + 0.6
-    figure, found = _panels(table, panels, 99, 2.2, height, sharex=True, sharey=True)
-    for ax, _, part in found:
+    height = max(0.22, 0.08 * len(styles)) * len(order) + 0.3
+    figure, found = _panels(table, panels, 99, height, sharex=True, sharey=True)
+    for ax, panel, part in found:
         for i, (line, style) in enumerate(styles.items()):
             # all rows in every panel, with a gap where a task lacks one
             points = part[part[lines] == line].set_index(rows).reindex(order)
             # marks of one row a little apart, around its middle
             y = np.arange(len(order)) + 0.11 * (i - (len(styles) - 1) / 2)
-            look = dict(color=style["color"], alpha=style["alpha"], label=line)
-            ax.hlines(y, points[f"{value}_low"], points[f"{value}_high"], **look)
-            ax.plot(points[value], y, style["marker"], **look)
-        ax.axvline(0, color="gray", lw=0.8)  # no difference
+            color = style["color"]
+            ax.hlines(y, points[f"{value}_low"], points[f"{value}_high"], color=color)
+            ax.plot(points[value], y, label=line, **style | {"ls": ""})
+        for label, level in (levels or {"": {panel: 0.0}}).items():
+            look = LEVELS.get(label, dict(color="gray", ls="-"))
+            ax.axvline(level.get(panel, np.nan), label=label, lw=0.8, **look)
         ax.set(yticks=range(len(order)), yticklabels=order, **axes)
     ax.invert_yaxis()  # shared by all panels: the first row on top
     return _finish(figure, xlabel)
@@ -565,7 +577,7 @@ def scatter(
     x, y : str
         The columns against each other.
     kinds : str
-        The column that colours the dots.
+        The column that colours the dots; each kind is counted.
     lines : mapping of {"x", "y"} to float
         Where quadrants meet, drawn as dashed lines.
     **axes
@@ -575,15 +587,15 @@ def scatter(
     -------
     Figure
     """
-    figure, ax = plt.subplots(figsize=(4.2, 3.6))
-    for kind, colour in zip(table[kinds].unique(), PALETTE):
+    figure, ax = plt.subplots(figsize=(5.2, 3.6))
+    for kind, style in _styles(table[kinds].unique().tolist()).items():
         points = table[table[kinds] == kind]
-        ax.scatter(points[x], points[y], s=18, alpha=0.8, color=colour, label=kind)
+        look = dict(color=style["color"], marker=style["marker"], s=26)
+        ax.scatter(points[x], points[y], label=f"{kind} ({len(points)})", **look)
     for axis, place in (lines or {}).items():
         draw = ax.axvline if axis == "x" else ax.axhline
         draw(place, color="gray", lw=0.8, ls="--")
-    xlabel = axes.pop("xlabel", x)
-    ylabel = axes.pop("ylabel", y)
+    xlabel, ylabel = axes.pop("xlabel", x), axes.pop("ylabel", y)
     ax.set(**axes)
     return _finish(figure, xlabel, ylabel)
 
@@ -604,7 +616,7 @@ def bars(table: pd.DataFrame, parts: list[str], value: str) -> plt.Figure:
     -------
     Figure
     """
-    size = (9, 0.42 * len(table) + 1.2)
+    size = (8.4, 0.27 * len(table) + 1.1)
     figure, (left, right) = plt.subplots(
         1, 2, figsize=size, sharey=True, width_ratios=[2, 1]
     )
@@ -615,5 +627,5 @@ def bars(table: pd.DataFrame, parts: list[str], value: str) -> plt.Figure:
         range(len(table)), table[f"{value}_low"], table[f"{value}_high"], color="black"
     )
     right.plot(table[value], range(len(table)), "o", color="black")
-    right.set(xlabel=value, xlim=(0, None))
-    return _finish(figure, "")
+    right.set(xlabel=f"{value} (nats)", xlim=(0, None))
+    return _finish(figure, _note(table, value))

@@ -82,18 +82,6 @@ def test_the_strip_counts_tokens_of_every_kind():
     assert {to_hex(rgba) for rgba in strip[tagged.answer]} == {plots.TOKENS["answer"]}
 
 
-def test_text_is_written_on_the_colours_of_its_kinds():
-    mllm = tiny("llama")
-    tagged = mllm.tag(ask("alpha is 5. ", evidence=[ch.Span("alpha")]))
-    [ax] = plots.text(tagged, mllm.tokenizer).axes
-    assert len(ax.texts) == len(tagged.ids)
-    shown = {
-        to_hex(text.get_bbox_patch().get_facecolor())
-        for text in np.array(ax.texts)[tagged.evidence]
-    }
-    assert shown == {plots.EVIDENCE}
-
-
 def test_attention_is_shown_where_most_of_it_is_on_one_scale():
     tagged = tiny("qwen3_vl").tag(
         ask(video_part(film(6, 60, 60)), evidence=[ch.Frames(0, [0, 1])])
@@ -146,6 +134,8 @@ def test_overlays_show_the_view_that_is_looked_at_most():
     figure = plots.overlays({"Where?": (tagged, {"top": weight, "rest": 1 - weight})})
     assert [ax.get_title() for ax in figure.axes] == ["top", "rest"]
     assert figure.axes[0].get_ylabel() == "Where?"
+    on_evidence = weight[tagged.evidence].sum()
+    assert figure.axes[0].get_xlabel() == f"{on_evidence:.2f} on V*"
     opacity = [ax.collections[0].get_facecolor()[:, 3] for ax in figure.axes]
     np.testing.assert_allclose(opacity[0], 0.08)
     np.testing.assert_allclose(opacity[1], 0.72)
@@ -158,14 +148,13 @@ def test_a_figure_is_saved_to_the_same_bytes_in_the_folder_of_its_profile(
     tmp_path, monkeypatch
 ):
     monkeypatch.setenv("COREHEAD_OUTPUT", str(tmp_path))
-    mllm = tiny("llama")
-    tagged = mllm.tag(ask("alpha is 5. ", evidence=[ch.Span("alpha")]))
+    heads = pd.DataFrame({"look": [0.1, 0.5], "use": [0.0, 0.1], "kind": ["a", "b"]})
     for kind in ("png", "pdf"):
         monkeypatch.setenv("COREHEAD_FIGURES", kind)
         seen = []
         for _ in range(2):
-            plots.save(plots.text(tagged, mllm.tokenizer), "span", "other")
-            seen.append((tmp_path / f"figures/other/span.{kind}").read_bytes())
+            plots.save(plots.scatter(heads, "look", "use"), "heads", "other")
+            seen.append((tmp_path / f"figures/other/heads.{kind}").read_bytes())
         assert seen[0] == seen[1]
     plots.save(plt.figure(), "empty")
     assert (tmp_path / "figures/empty.pdf").exists() and not (
@@ -227,29 +216,15 @@ def test_maps_frame_heads_and_have_one_scale():
     )
     heads = ch.HeadSet(np.eye(3, 4, dtype=bool))
     figure = plots.maps({"low": low, "high": high}, heads)
+    assert [ax.get_ylabel() for ax in figure.axes[:2]] == ["layer", ""]
     for ax, title in zip(figure.axes, ("low", "high")):
-        assert (
-            len(ax.patches) == len(heads)
-            and ax.get_title() == title
-            and ax.get_ylabel() == "layer"
-        )
+        assert len(ax.patches) == len(heads) and ax.get_title() == title
         assert ax.collections[0].get_clim() == (0, 0.5)
     assert [tuple(patch.get_xy()) for patch in figure.axes[0].patches] == [
         (0, 0),
         (1, 1),
         (2, 2),
     ]
-    assert not figure.axes[0].texts
-
-
-def test_maps_write_their_numbers():
-    square = pd.DataFrame(np.eye(3) - 0.5, list("abc"), list("abc"))
-    figure = plots.maps({"one": square, "two": square}, label="overlap", written=True)
-    assert [float(text.get_text()) for text in figure.axes[1].texts] == list(
-        (np.eye(3) - 0.5).ravel()
-    )
-    assert [label.get_text() for label in figure.axes[1].get_xticklabels()] == list("abc")
-    assert figure.axes[0].collections[0].get_clim() == (-0.5, 0.5)
 
 
 def test_curves_show_lines_intervals_and_levels():
@@ -281,7 +256,7 @@ def test_curves_show_lines_intervals_and_levels():
     [collection] = [c for c in left.collections if isinstance(c, LineCollection)][:1]
     bars = collection.get_segments()
     np.testing.assert_allclose([bar[:, 1] for bar in bars], [[0.0, 0.2], [0.1, 0.3]])
-    assert left.lines[-1].get_xdata()[0] == 0.05 and left.get_ylim() == (0, 1.03)
+    assert left.lines[-1].get_xdata()[0] == 0.05 and left.get_ylim() == plots.ALL
     [legend] = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == [
         "top",
@@ -292,7 +267,7 @@ def test_curves_show_lines_intervals_and_levels():
     figure.savefig("/dev/null", format="png")
 
 
-def test_panels_with_one_scale_fit_the_highest_of_them():
+def test_panels_have_one_scale_that_fits_the_highest_of_them():
     table = points(
         domain=["image", "image", "text"],
         size=[4, 9, 4],
@@ -310,21 +285,51 @@ def test_panels_with_one_scale_fit_the_highest_of_them():
         "four",
         "nine",
     ]
-    apart = plots.curves(table, "size", "score", ylim=(0, None), share_y=False)
-    assert apart.axes[0].get_ylim()[1] < 0.6
 
 
-def test_five_panels_take_two_rows_and_many_points_no_markers():
+def test_five_panels_take_two_even_rows_and_the_legend_the_empty_place():
     long = pd.DataFrame(
         {"x": range(60), "y": np.arange(60) / 60, "heads": "top", "domain": "a"}
     )
-    table = pd.concat([long, *(long[:2].assign(domain=name) for name in "bcde")])
+    short = long[:2].assign(heads="random")
+    table = pd.concat([long, *(short.assign(domain=name) for name in "bcde")])
     figure = plots.curves(table, "x", "y")
-    assert len(figure.axes) == 5 and figure.axes[4].get_subplotspec().rowspan.start == 1
-    assert (
-        lines_of(figure.axes[0])["top"].get_marker() == ""
-        and lines_of(figure.axes[1])["top"].get_marker() == "o"
+    *panels, empty = figure.axes
+    assert [ax.get_subplotspec().rowspan.start for ax in panels] == [0, 0, 0, 1, 1]
+    assert not figure.legends and not empty.axison
+    assert [text.get_text() for text in empty.get_legend().get_texts()] == ["top", "random"]
+    # many points have no markers
+    assert lines_of(panels[0])["top"].get_marker() == ""
+    assert lines_of(panels[1])["random"].get_marker() == "s"
+
+
+def test_marks_of_several_lines_at_one_place_stand_side_by_side():
+    table = points(heads=["top", "random"], domain="a", k=3, correct=0.5)
+    figure = plots.curves(table, "k", "correct")
+    ax = figure.axes[0]
+    figure.canvas.draw()
+    places = [line.get_transform().transform((3, 0.5)) for line in lines_of(ax).values()]
+    left, right = (place - ax.transData.transform((3, 0.5)) for place in places)
+    # 1.5 / 72 inches apart, around the place, and at one height
+    np.testing.assert_allclose(right - left, [1.5 * figure.dpi / 72, 0], atol=1e-6)
+    np.testing.assert_allclose(left + right, 0, atol=1e-6)
+
+
+def test_axes_show_all_points_whole_numbers_and_what_a_point_stands_for():
+    table = points(
+        heads=["top"] * 9, domain="a", k=range(2, 11), n=[64] * 8 + [128], correct=0.5
     )
+    figure = plots.curves(table, "k", "correct", xlabel="heads")
+    [ax] = figure.axes
+    figure.canvas.draw()
+    low, high = ax.get_xlim()
+    assert 1 < low < 2 and 10 < high < 11
+    assert all(tick == int(tick) for tick in ax.get_xticks())
+    assert figure.get_supxlabel() == "heads\n(bars: 95 %; n = 64 to 128 a point)"
+    without = table.drop(columns=["n", "correct_low", "correct_high"])
+    assert plots.curves(without, "k", "correct", xlabel="heads").get_supxlabel() == "heads"
+    few = plots.curves(table[:3], "k", "correct").axes[0]
+    assert few.get_xticks().tolist() == [2, 3, 4]
 
 
 def test_dots_show_every_row_and_leave_gaps():
@@ -343,6 +348,10 @@ def test_dots_show_every_row_and_leave_gaps():
     np.testing.assert_allclose(lines["intact"].get_xdata(), [0.9, np.nan])
     np.testing.assert_allclose(lines["top 5%"].get_xdata(), [0.1, 0.8])
     assert (lines["intact"].get_ydata() < lines["top 5%"].get_ydata()).all()
+    assert ax.lines[-1].get_xdata()[0] == 0  # no difference
+    levels = {"chance level": {"image": 0.1}}
+    [ax] = plots.dots(table, "correct", rows="model", levels=levels).axes
+    assert lines_of(ax)["chance level"].get_xdata()[0] == 0.1
 
 
 def test_scatter_colours_kinds_and_marks_where_quadrants_meet():
@@ -360,26 +369,36 @@ def test_scatter_colours_kinds_and_marks_where_quadrants_meet():
         (0.6, 0.1),
     ]
     assert len({tuple(dots.get_facecolor()[0]) for dots in ax.collections}) == 3
+    assert ax.collections[0].get_label() == "neither (1)"
     across, up = (np.ravel(line.get_xydata()) for line in ax.lines)
     assert across[0] == across[2] == 0.4 and up[1] == up[3] == 0.05
 
 
-def test_a_name_has_one_look_and_what_it_begins_with_is_paler():
+def test_a_name_has_one_look_and_what_it_begins_with_is_hollow():
     styles = plots._styles(
         ["top 5%", "random", "top 10%", "unheard of", "refcocog", "image"]
     )
     assert styles["top 5%"]["color"] == styles["top 10%"]["color"] == plots.EVIDENCE
-    assert styles["top 5%"]["alpha"] == 1 > styles["top 10%"]["alpha"]
+    assert styles["top 5%"]["mfc"] == plots.EVIDENCE and styles["top 10%"]["mfc"] == "white"
     assert styles["refcocog"]["color"] == styles["image"]["color"]
-    assert (
-        len(
-            {
-                plots.LINES[name][0]
-                for name in ("intact", "top", "bottom", "random", "layer", *DOMAINS)
-            }
-        )
-        == 9
-    )
+
+
+def test_a_colour_means_one_thing():
+    """What has one colour is of one kind, and told apart by its mark."""
+    kinds = [
+        {"intact", "retrieval", "others", "difference", "used, does not look"},
+        {"whole", "dense"},
+        {"top", "RAM", "hybrid", "zero", "looks, used", "looks, not used"},
+        {"bottom", "rest", "neither", "all"},
+        {"uniform", "|V*| / |V|"},
+        {"image", "copy_image", "refcocog"},
+        {"document", "mmdocir", "mmlongbench", "mmlongbench-doc"},
+        {"video", "vidstg", "mlvu"},
+        {"text", "copy_text"},
+    ]
+    of_colour = pd.Series({name: look[0] for name, look in plots.LINES.items()})
+    shared = [set(names) for names in of_colour.groupby(of_colour).groups.values()]
+    assert all(names in kinds for names in shared if len(names) > 1)
 
 
 def test_bars_stack_to_the_whole():

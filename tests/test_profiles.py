@@ -179,8 +179,7 @@ def test_a_notebook_runs_on_a_checkpoint_of_the_family(
     assert tables <= saved(path, "results")
     assert saved(path, "results") - tables <= sometimes(path, "results")
     figures = {file.stem for file in (tmp_path / "figures" / profile).iterdir()}
-    # no benchmark of the profile is text
-    assert saved(path, "plots") - figures <= sometimes(path, "plots") | {"01_span"}
+    assert saved(path, "plots") - figures <= sometimes(path, "plots")
     assert {file.name for file in tmp_path.iterdir()} == {"data", "figures"}
 
 

@@ -30,6 +30,8 @@ MAX_TOKENS_A_LINE = 10
 # A cell of a notebook, its parameters aside
 MAX_CELL_LINES = 12
 MAX_PARAMETERS = 6
+# Those of the default profile, all notebooks together
+MAX_FIGURES = 20
 # All tracked files
 MAX_BYTES = 45 * 2**20
 
@@ -219,11 +221,35 @@ def saved(path: Path, module: str) -> set[str]:
     }
 
 
-def test_figures_are_those_that_notebooks_save_and_the_readme_shows_no_others():
+def test_figures_are_those_that_notebooks_save_and_the_gallery_shows_each():
+    names = sorted(name for path in NOTEBOOKS for name in saved(path, "plots"))
+    assert len(names) == len(set(names)) <= MAX_FIGURES
+    assert sorted(path.stem for path in (ROOT / "figures").glob("*.png")) == names
+    gallery = (ROOT / "figures/README.md").read_text()
+    entries = re.findall(
+        r"^## (.+)\?\n\n!\[(.+)\]\((\w+)\.png\)\n\n.+ \[(.+)\]\(\.\./notebooks/\4\.ipynb\)$",
+        gallery,
+        re.M,
+    )
+    # a question, its picture, an answer and the notebook that draws it, in their order
+    assert (
+        [name for _, _, name, _ in entries] == names == re.findall(r"(\w+)\.png", gallery)
+    )
+    for _, _, name, notebook in entries:
+        assert name in saved(ROOT / f"notebooks/{notebook}.ipynb", "plots")
+
+
+def test_figures_of_other_profiles_have_names_that_notebooks_save():
     names = set().union(*(saved(path, "plots") for path in NOTEBOOKS))
-    assert {path.stem for path in (ROOT / "figures").glob("*.png")} == names
-    for name in re.findall(r"figures/[\w/-]+\.png", (ROOT / "README.md").read_text()):
-        assert (ROOT / name).exists(), name
+    assert {path.stem for path in (ROOT / "figures").glob("*/*.png")} <= names
+
+
+def test_figures_that_are_shown_are_there():
+    cells = [c for path in NOTEBOOKS for c in json.loads(path.read_text())["cells"]]
+    texts = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
+    for text in [(ROOT / "README.md").read_text(), *texts]:
+        for name in re.findall(r"figures/[\w/-]+\.png", text):
+            assert (ROOT / name).exists(), name
 
 
 def test_figures_are_small(tracked):
