@@ -190,6 +190,8 @@ class Call:
         As transformers hands it over: (B or 1, 1, R, N), (B, N) or None.
     window : int, optional
         How many of the last keys a row of this layer sees, its own included; None is all.
+    softcap : float, optional
+        What bounds the logits: they are softcap * tanh(logit / softcap) (Gemma 2, arXiv 2408.00118).
     roles : TokenRoles, optional
         What the tokens are, where that is known.
     out : (B, R, H, D) tensor
@@ -204,6 +206,7 @@ class Call:
     first: int
     attention_mask: torch.Tensor | None = None
     window: int | None = None
+    softcap: float | None = None
     roles: TokenRoles | None = None
     out: torch.Tensor | None = None
 
@@ -499,6 +502,8 @@ def row_weights(
         # the query heads of a KV head become rows, so that its keys are not repeated
         query = query.reshape(batch, kv_heads, -1, dim)
         logits = (query @ keys).view(batch, heads, len(part), call.n)
+        if call.softcap is not None:
+            logits = call.softcap * (logits / call.softcap).tanh()
         # the least float, not -inf: a row that sees no key at all must not become NaN
         logits.masked_fill_(~visible(call, part, hooks), torch.finfo(torch.float32).min)
         yield part, logits.softmax(-1)
@@ -522,7 +527,7 @@ def full_attention(
     whole = call.first == 0
     states = call.query, call.key, call.value
     # nothing cached, or one row that sees every key: what transformers does is right and fast
-    if call.has_window:
+    if call.has_window or call.softcap is not None:
         native = False
     elif mask is None:
         native = whole or call.rows == 1
@@ -534,7 +539,7 @@ def full_attention(
     # Flash attention of a chunk behind a cache, which exists for 16-bit types on GPUs alone. The causal triangle stands
     # at the lower right of the R x N rectangle, since row 0 sees all `first` cached keys; SDPA's own is_causal puts it
     # at the upper left, where row 0 sees key 0 alone.
-    causal = mask is None and not call.has_window
+    causal = mask is None and not call.has_window and call.softcap is None
     if causal and call.query.is_cuda and call.query.element_size() == 2:
         bias = causal_lower_right(call.rows, call.n)
         grouped = call.query.shape[1] > call.key.shape[1]
@@ -553,6 +558,8 @@ def masked_attention(
     No more than MASK_BLOCK elements of a KV head's mask are held at once.
     This is the one path for chunks behind a cache, padding, cut edges and whatever hybrid attention has no kernel for.
     """
+    if call.softcap is not None:
+        return _capped_attention(call, rows, hooks)
     batch, heads = call.query.shape[:2]
     kv_heads = call.key.shape[1]
     group = heads // kv_heads
@@ -574,6 +581,18 @@ def masked_attention(
     return out
 
 
+def _capped_attention(
+    call: Call, rows: torch.Tensor, hooks: Sequence[Hook]
+) -> torch.Tensor:
+    """The same with capped logits, which SDPA has no way to take: by rows of weights."""
+    value = call.value.float()[:, :, None]  # (B, Hkv, 1, N, D)
+    out = []
+    for _, weights in row_weights(call, rows, hooks):
+        by_group = weights.unflatten(1, (value.shape[1], -1))  # (B, Hkv, g, r, N)
+        out.append((by_group @ value).flatten(1, 2).transpose(1, 2))  # (B, r, H, D)
+    return torch.cat(out, 1).to(call.value.dtype)
+
+
 def attention_forward(
     module, query, key, value, attention_mask, dropout=0.0, scaling=None, **options
 ):
@@ -592,6 +611,7 @@ def attention_forward(
         first=first,
         attention_mask=attention_mask,
         window=options.get("sliding_window"),
+        softcap=options.get("softcap"),
     )
     if now.roles is not None:
         call.roles = now.roles.covering(call.batch, call.n)

@@ -187,13 +187,16 @@ def batches(
     if mllm.model.training:
         # numbers of dropout are random, and gradient checkpointing runs layers again without hooks
         raise ValueError("the model is in training mode: call mllm.model.eval()")
-    waiting: dict[tuple[bool, int], list[Context]] = {}
+    waiting: dict[tuple[bool, int, bool], list[Context]] = {}
     alone = needs_own_rows(mllm)
     for group in _groups(mllm, samples, null, need_answer, fail):
         for context in _contexts(group, to_last, alone):
             # half octaves: lengths within a factor of 1.4, so that little is padding
             length = context.shared or len(context.members[0].ids)
-            kind = context.prefix is not None, int(2 * math.log2(length))
+            # what has the same token cannot be told apart within a batch
+            inputs = context.members[0].inputs
+            videos = mllm.family.one_token and "pixel_values_videos" in inputs
+            kind = context.prefix is not None, int(2 * math.log2(length)), videos
             queue = waiting.setdefault(kind, [])
             queue.append(context)
             longest = max(len(c.members[0].ids) for c in queue)
@@ -761,7 +764,7 @@ class Feed:
             behind = Wanted.last(rows, size)
             hidden = decode(mllm, self.chunk, cache, times, behind).flatten(0, 1)
             for _ in range(new_tokens):
-                token = mllm.model.get_output_embeddings()(hidden).argmax(-1)
+                token = mllm.logits(hidden).argmax(-1)
                 going &= ~torch.isin(token, ends)
                 if not going.any():
                     break

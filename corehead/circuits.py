@@ -80,9 +80,11 @@ def answer_written(
     def measure(seen: Seen) -> torch.Tensor:
         out = _from_evidence(seen)  # (B, r, H, hidden)
         layer = decoder.layers[seen.call.layer]
-        # Gemma 3 norms what a layer's heads write before it adds it
+        # Gemma 2 and 3 and GLM-4.1V norm what a layer's heads write before they add it
         if hasattr(layer, "pre_feedforward_layernorm"):
             out = layer.post_attention_layernorm(out.to(norm.weight))
+        elif hasattr(layer, "post_self_attn_layernorm"):
+            out = layer.post_self_attn_layernorm(out.to(norm.weight))
         # the norms' scale is common to all logits, and does not change which is the highest
         logits = norm(out.to(norm.weight)).to(unembedding) @ unembedding.T
         best = tokens.to(logits.device)[logits.argmax(-1)]  # (B, r, H)

@@ -276,7 +276,7 @@ class _Answering:
     ) -> Iterator[dict]:
         """What hidden states (n, hidden) of one condition say, a row a question."""
         # (n, vocabulary), only of rows that predict answers; float32, for sums over a vocabulary lose digits in 16 bits
-        logits = self.mllm.model.get_output_embeddings()(hidden).float().cpu()
+        logits = self.mllm.logits(hidden).float().cpu()
         expected = logits.gather(1, self.answer_ids[:, None])[:, 0]
         best = logits.argmax(1)
         rivals = logits.scatter(1, self.answer_ids[:, None], -torch.inf).amax(1)

@@ -80,6 +80,8 @@ class Family:
     name = ""
     auto_model: Any = AutoModelForImageTextToText
     auto_processor: Any = AutoProcessor
+    # images and videos have the same token, so that the model reads one of the two at a time
+    one_token = False
 
     def decoder(self, model: PreTrainedModel) -> torch.nn.Module:
         """The module that holds `layers`."""
@@ -187,11 +189,13 @@ class QwenVL(Family):
     Parameters
     ----------
     name : str
-        "qwen2_vl", "qwen2_5_vl", "qwen3_vl" or "qwen3_vl_moe", which differ in what stands between the frames.
+        "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v" (GLM-4.1V) or "glm4v_moe" (GLM-4.5V), which differ
+        in what stands between the frames.
     """
 
     def __init__(self, name: str):
         self.name = name
+        self.one_token = name.startswith("glm")
 
     def views(self, kind, index, size, count, config, processor, inputs):
         # the grid counts patches, of which merge x merge become one token
@@ -248,11 +252,17 @@ class InternVL(Family):
 
 
 class Llava(Family):
-    """A picture is fitted into one square: cropped, padded or stretched; what is cropped off is seen by no token."""
+    """A picture is fitted into one square: cropped, padded or stretched; what is cropped off is seen by no token.
+
+    With Pixtral's vision tower (Pixtral 12B) it is one token a patch of the resized picture, and each row is closed by
+    a text token.
+    """
 
     name = "llava"
 
     def views(self, kind, index, size, count, config, processor, inputs):
+        if config.vision_config.model_type == "pixtral":
+            return [_patches(index, size, config.vision_config.patch_size, inputs)]
         patches, side = _tower_patches(config)
         settings = processor.image_processor
         shortest = settings.size.get("shortest_edge")
@@ -384,8 +394,13 @@ class Mistral3(Family):
 
     def views(self, kind, index, size, count, config, processor, inputs):
         unit = config.vision_config.patch_size * config.spatial_merge_size
-        rows, columns = (inputs["image_sizes"][index] // unit).tolist()
-        return [_grid(rows, columns, *size[1:])]
+        return [_patches(index, size, unit, inputs)]
+
+
+def _patches(index: int, size, unit: int, inputs) -> np.ndarray:
+    """Boxes (n, 4) of a picture that Pixtral's processor resized to whole tokens of `unit` x `unit` pixels."""
+    rows, columns = (inputs["image_sizes"][index] // unit).tolist()
+    return _grid(rows, columns, *size[1:])
 
 
 def _tower_patches(config: PretrainedConfig) -> tuple[np.ndarray, int]:
@@ -464,12 +479,10 @@ def _resample(axis: np.ndarray, n: int) -> np.ndarray:
     return np.stack([axis[low, 0], axis[high, 1]], 1)
 
 
-TEXT = ("llama", "qwen2", "qwen3", "qwen3_moe", "mistral", "gemma", "gemma3_text")
+TEXT = ("llama", "qwen2", "qwen3", "qwen3_moe", "mistral", "gemma", "gemma2", "gemma3_text")
+MERGED = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v", "glm4v_moe")
 FAMILIES: dict[str, Family] = {
-    **{
-        name: QwenVL(name)
-        for name in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
-    },
+    **{name: QwenVL(name) for name in MERGED},
     "internvl": InternVL(),
     "llava": Llava(),
     "llava_next": LlavaNext(),
@@ -478,7 +491,7 @@ FAMILIES: dict[str, Family] = {
     "idefics3": Idefics3("idefics3"),
     "smolvlm": Idefics3("smolvlm"),
     "mistral3": Mistral3(),
-    # plain language models differ in nothing that corehead must know; Gemma 2 caps its logits, which SDPA cannot
+    # plain language models differ in nothing that corehead must know
     **dict.fromkeys(TEXT, Text()),
 }
 

@@ -69,8 +69,7 @@ class GatedBatch:
             states = decoder(**self.feed, use_cache=False).last_hidden_state
             # padding is on the left, so that answers end together
             longest = max(map(len, self.answers))
-            head = self.mllm.model.get_output_embeddings()
-            logits = head(states[:, -longest - 1 : -1]).float()
+            logits = self.mllm.logits(states[:, -longest - 1 : -1]).float()
         totals = []
         for row, answer in zip(logits.log_softmax(-1), self.answers):
             answer = answer.to(row.device)

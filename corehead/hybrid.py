@@ -6,7 +6,8 @@ paper, and to the sinks, j < sinks
 that padding changes nothing.
 
 KV groups that stream as a whole have a kernel and a small cache of their own. Everything else (single streaming heads
-in a group that is kept, padding, masks of the caller's) is exact under explicit masks over a whole cache.
+in a group that is kept, capped logits, padding, masks of the caller's) is exact under explicit masks over a whole
+cache.
 """
 
 from __future__ import annotations
@@ -219,8 +220,8 @@ class StreamingHeads(Hook):
     ----------
     kinds : dict
         "full" and "streaming", where there are any: indices of the query heads and of the KV groups.
-    mixed : bool
-        A KV group has heads of both kinds.
+    masked : bool
+        No kernel fits the layer: a KV group has heads of both kinds, or the logits are capped (Gemma 2).
     pending : HybridLayer or None
         The split cache that gave this layer its new keys alone; it takes them in when the layer attends.
     """
@@ -236,7 +237,9 @@ class StreamingHeads(Hook):
         # keys of a group can be let go only if none of its query heads is full
         by_group = full.reshape(mllm.n_kv_heads, -1)  # (Hkv, query heads of each)
         groups = by_group.any(1)
-        self.mixed = not np.array_equal(groups, by_group.all(1))
+        mixed = not np.array_equal(groups, by_group.all(1))
+        capped = getattr(mllm.text_config, "attn_logit_softcapping", None) is not None
+        self.masked = mixed or capped
         kinds = {"full": (full, groups), "streaming": (~full, ~groups)}
         self.kinds = {
             kind: (_index(h, device), _index(g, device))
@@ -252,7 +255,7 @@ class StreamingHeads(Hook):
     def _masks(self, call: Call) -> bool:
         """Whether this call has no fast path: to decode over a whole cache, all keys are read anyway."""
         decodes_over_all = call.rows == 1 and call.key.shape[2] > 1
-        return self.mixed or call.attention_mask is not None or decodes_over_all
+        return self.masked or call.attention_mask is not None or decodes_over_all
 
     def masked_rows(self, call: Call) -> np.ndarray:
         # all rows, which makes masked_attention the whole call's path
@@ -348,7 +351,7 @@ class _Caches:
     def __init__(self, mllm: MLLM, by_layer: dict[int, list[Hook]]):
         self.mllm = mllm
         self.open = True
-        self.hooks = {layer: hook for layer, [hook] in by_layer.items() if not hook.mixed}
+        self.hooks = {layer: hook for layer, [hook] in by_layer.items() if not hook.masked}
 
     def prepare(
         self, decoder: torch.nn.Module, args: tuple, kwargs: dict[str, Any]

@@ -45,7 +45,7 @@ class MLLM:
     Raises
     ------
     ValueError
-        The architecture is not supported, or PEFT adds a prompt, which is no part of the model inside.
+        The architecture or its decoder is not supported, or PEFT adds a prompt, which is no part of the model inside.
     """
 
     model: PreTrainedModel
@@ -65,7 +65,21 @@ class MLLM:
                 )
             self.model = inside
         self.family = family_of(self.model.config)
+        self._check_decoder()
         self.model.eval()
+
+    def _check_decoder(self):
+        """Some families come with decoders that attend in a way which attention weights alone do not tell."""
+        layers = dict(enumerate(self.family.decoder(self.model).layers))
+        kind = f"decoders of model_type {self.text_config.model_type!r} are not supported"
+        # a state goes from token to token, and no mask keeps the questions apart that share a context
+        recurrent = [i for i in layers if not hasattr(layers[i], "self_attn")]
+        if recurrent:
+            raise ValueError(f"{kind}: layers {recurrent} have no softmax attention")
+        if any(hasattr(layer.self_attn, "sinks") for layer in layers.values()):
+            raise ValueError(
+                f"{kind}: attention weights do not sum to one, for there are learned sinks"
+            )
 
     @cached_property
     def text_config(self) -> PretrainedConfig:
@@ -113,6 +127,13 @@ class MLLM:
                 "(merge_and_unload), or load it without quantisation"
             )
         return linear.weight
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Of the vocabulary, by what the decoder's last norm gives, (..., hidden) to (..., V)."""
+        logits = self.model.get_output_embeddings()(hidden)
+        # Gemma 2 bounds these as well as those of attention
+        softcap = getattr(self.text_config, "final_logit_softcapping", None)
+        return logits if softcap is None else softcap * (logits / softcap).tanh()
 
     @property
     def windows(self) -> list[int | None]:

@@ -464,6 +464,11 @@ class Prompt:
             self.sample.fail(
                 "messages", problem, "Give text alone, or take a model that reads them"
             )
+        if self.mllm.family.one_token and len({m.kind for m in self.media}) > 1:
+            problem = (
+                "they hold images and videos, and the model reads one of the two at a time"
+            )
+            self.sample.fail("messages", problem, "Give images alone, or videos alone")
         held = [len(m.tokens) for m in self.media]
         needed = [len(m.boxes) for m in self.media]
         whole = np.array_equal(self.ids, self.inputs["input_ids"][0])

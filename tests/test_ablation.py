@@ -26,11 +26,21 @@ ORACLE: dict = {}
 
 
 def reference_attention(
-    module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    dropout=0.0,
+    scaling=None,
+    softcap=None,
+    **kwargs,
 ):
     """Attention by full matrices, a row a head, with whatever ORACLE says."""
     groups = query.shape[1] // key.shape[1]
     logits = query @ key.repeat_interleave(groups, 1).transpose(2, 3) * scaling
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
     logits = logits + attention_mask[..., : key.shape[2]]
     before, after, between = (*ORACLE.get(module.layer_idx, (None, None)), None)[:3]
     if before is not None:

@@ -32,15 +32,18 @@ GEOMETRY = {
     "qwen2_5_vl": (28, 1),
     "qwen3_vl": (32, 1),
     "qwen3_vl_moe": (32, 1),
+    "glm4v": (28, 1),
+    "glm4v_moe": (28, 1),
     "llava": (14, 1),
     "llava_next": (14, 1),
     "gemma3": (28, 1),
     "idefics3": (14, 3),
     "smolvlm": (14, 3),
     "mistral3": (14, 1),
+    "pixtral": (14, 1),
 }
-TEXT = ("llama", "qwen2", "qwen3", "qwen3_moe", "mistral", "gemma", "gemma3_text")
-VIDEO = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl_moe", "smolvlm")
+TEXT = ("llama", "qwen2", "qwen3", "qwen3_moe", "mistral", "gemma", "gemma2", "gemma3_text")
+VIDEO = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl_moe", "glm4v", "glm4v_moe", "smolvlm")
 
 
 @pytest.fixture(autouse=True)
@@ -179,7 +182,7 @@ def test_painting_a_frame_changes_its_tokens(family):
         assert set(tagged.evidence) <= seen <= near(family, medium, box) & then
         # of a tube the paper's constructions take the frames whole
         assert set(mllm.tag(sample, "counting").evidence) == then
-        if family in ("qwen3_vl_moe", "smolvlm"):
+        if family in ("qwen3_vl_moe", "glm4v", "glm4v_moe", "smolvlm"):
             assert set(mllm.tag(sample, "markers").evidence) == then
         else:
             with pytest.raises(ch.SampleError, match="nothing to wrap"):
@@ -214,6 +217,14 @@ def test_families_without_videos_refuse_them(family):
     with pytest.raises(ch.SampleError, match="messages") as caught:
         tiny(family).tag(ask(video_part(film(2, 40, 40)), id="v3"))
     assert caught.value.sample_id == "v3"
+
+
+def test_images_and_videos_of_one_token_are_kept_apart():
+    """GLM-4V tells them apart by what stands around them, and its model reads one of the two."""
+    parts = image_part(picture(60, 60)), video_part(film(2, 60, 60))
+    with pytest.raises(ch.SampleError, match="one of the two at a time") as caught:
+        tiny("glm4v").tag(ask(*parts, id="m1"))
+    assert caught.value.sample_id == "m1"
 
 
 def test_what_a_crop_leaves_out_maps_to_no_token():
@@ -343,7 +354,7 @@ def test_windows_are_those_that_the_layers_attend_by():
     assert "window" not in repr(tiny("llama"))
 
 
-@pytest.mark.parametrize("family", ("gemma3", "mistral", "gemma3_text"))
+@pytest.mark.parametrize("family", ("gemma2", "gemma3", "mistral", "gemma3_text"))
 @pytest.mark.parametrize("mode", ("zero", "knockout"))
 def test_generate_under_an_ablation_of_windowed_layers(family, mode):
     """Token by token behind a cache, what forward passes without one give; roles know keys outside the window, too."""
@@ -392,7 +403,7 @@ HYBRIDS = {
 }
 
 
-@pytest.mark.parametrize("family", ("gemma3", "gemma3_text"))
+@pytest.mark.parametrize("family", ("gemma2", "gemma3", "gemma3_text"))
 @pytest.mark.parametrize("name", HYBRIDS)
 def test_hybrid_attention_beside_layers_with_a_window(family, name):
     mllm, full = tiny(family), HYBRIDS[name]
@@ -428,14 +439,23 @@ def test_hybrid_attention_refuses_layers_with_a_window(family):
         pass
 
 
-def test_what_heads_write_passes_the_norm_behind_them():
-    """Gemma 3 norms the sum of a layer's heads: the direct logits go through its weights and the last norm's."""
-    mllm = copy.deepcopy(tiny("gemma3_text"))
+# what norms the sum of a layer's heads, and what Gemma adds to a norm's weights
+NORMS = {
+    "gemma3_text": ("post_attention_layernorm", 1),
+    "glm4v": ("post_self_attn_layernorm", 0),
+}
+
+
+@pytest.mark.parametrize("family", NORMS)
+def test_what_heads_write_passes_the_norm_behind_them(family):
+    """The direct logits go through the weights of the norm behind the heads, and the last norm's."""
+    mllm = copy.deepcopy(tiny(family))
     decoder = mllm.family.decoder(mllm.model)
+    name, one = NORMS[family]
     torch.manual_seed(0)
     for layer in decoder.layers:
-        torch.nn.init.normal_(layer.post_attention_layernorm.weight)
-    sample = samples_of("gemma3_text")[1]
+        torch.nn.init.normal_(getattr(layer, name).weight)
+    sample = samples_of(family)[1]
     sample.answer = "5"
     options = {"candidates": "0123456789", "progress": False}
     found = circuits.answer_written(mllm, [sample], **options)
@@ -445,9 +465,9 @@ def test_what_heads_write_passes_the_norm_behind_them():
     for index, layer in enumerate(decoder.layers):
         # an answer of one token has one row that predicts it
         vectors = torch.from_numpy(written.values[index]) * (
-            1 + layer.post_attention_layernorm.weight
+            one + getattr(layer, name).weight
         )
-        said = (vectors * (1 + decoder.norm.weight) @ weights.T).argmax(-1)
+        said = (vectors * (one + decoder.norm.weight) @ weights.T).argmax(-1)
         assert np.array_equal(found.values[0, index], (said == 5).numpy())
 
 
@@ -461,3 +481,20 @@ def test_internvl_with_a_mixture_of_experts():
     scores = ch.score(mllm, [sample], null=False, on_error="raise", progress=False)
     for name, values in brute_force(mllm, mllm.tag(sample)).items():
         np.testing.assert_allclose(scores.data.isel(sample=0)[name], values, atol=1e-5)
+
+
+# what InternVL 3.5 comes with, too; and Qwen3.5's layers
+REFUSED = {
+    "gpt_oss": ({"num_local_experts": 2, "num_experts_per_tok": 1}, "learned sinks"),
+    "qwen3_5_text": (
+        {"layer_types": ["linear_attention", "full_attention"]},
+        r"layers \[0\] have no softmax attention",
+    ),
+}
+
+
+@pytest.mark.parametrize("decoder", REFUSED)
+def test_decoders_that_attend_in_another_way_are_refused(decoder):
+    text, problem = REFUSED[decoder]
+    with pytest.raises(ValueError, match=f"'{decoder}' are not supported: .*{problem}"):
+        tiny_model("internvl", text={"model_type": decoder} | text)

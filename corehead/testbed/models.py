@@ -19,6 +19,9 @@ from transformers import (
     CLIPImageProcessor,
     Gemma3ImageProcessor,
     Gemma3Processor,
+    Glm4vImageProcessor,
+    Glm4vProcessor,
+    Glm4vVideoProcessor,
     GotOcr2ImageProcessor,
     Idefics3ImageProcessor,
     Idefics3Processor,
@@ -85,9 +88,9 @@ def _qwen(family, tokenizer, template, text, vision, patch, most):
         "temporal_patch_size": 2,
         "size": pixels,
     }
-    of_prompt, of_video = QWEN[family]
+    of_prompt, of_image, of_video = QWEN[family]
     processor = of_prompt(
-        Qwen2VLImageProcessor(**look),
+        of_image(**look),
         tokenizer,
         # all frames as they are given: the evidence names them by number
         of_video(**look, do_sample_frames=False, cap_pixels_per_frame=False),
@@ -103,9 +106,10 @@ def _qwen(family, tokenizer, template, text, vision, patch, most):
     }
     if family.startswith("qwen3"):
         rope["mrope_interleaved"] = True
-    start, end, image, video = tokenizer.convert_tokens_to_ids(
+    start, end, image, video, *_ = tokenizer.convert_tokens_to_ids(
         list(FAMILIES[family]["tokens"].values())
     )
+    border = "image" if family.startswith("glm") else "vision"
     # what the vision tower hands to the decoder is as wide as the decoder
     out = "hidden_size" if family == "qwen2_vl" else "out_hidden_size"
     config = AutoConfig.for_model(
@@ -114,18 +118,19 @@ def _qwen(family, tokenizer, template, text, vision, patch, most):
         vision_config=vision | {"patch_size": patch, out: text["hidden_size"]},
         image_token_id=image,
         video_token_id=video,
-        vision_start_token_id=start,
-        vision_end_token_id=end,
+        **{f"{border}_start_token_id": start, f"{border}_end_token_id": end},
     )
     return config, processor
 
 
-# each with its processor and its video processor
+# each with its processor, and those of its images and videos
 QWEN = {
-    "qwen2_vl": (Qwen2VLProcessor, Qwen2VLVideoProcessor),
-    "qwen2_5_vl": (Qwen2_5_VLProcessor, Qwen2VLVideoProcessor),
-    "qwen3_vl": (Qwen3VLProcessor, Qwen3VLVideoProcessor),
-    "qwen3_vl_moe": (Qwen3VLProcessor, Qwen3VLVideoProcessor),
+    "qwen2_vl": (Qwen2VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor),
+    "qwen2_5_vl": (Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor),
+    "qwen3_vl": (Qwen3VLProcessor, Qwen2VLImageProcessor, Qwen3VLVideoProcessor),
+    "qwen3_vl_moe": (Qwen3VLProcessor, Qwen2VLImageProcessor, Qwen3VLVideoProcessor),
+    "glm4v": (Glm4vProcessor, Glm4vImageProcessor, Glm4vVideoProcessor),
+    "glm4v_moe": (Glm4vProcessor, Glm4vImageProcessor, Glm4vVideoProcessor),
 }
 
 
@@ -275,23 +280,27 @@ def _idefics3(family, tokenizer, template, text, vision, side, patch, most):
     return config, processor
 
 
-def _mistral3(family, tokenizer, template, text, vision, patch, longest):
-    """A picture at its own size, `longest` px at most; a token is 2 x 2 patches."""
+def _pixtral(family, tokenizer, template, text, vision, patch, longest):
+    """A picture at its own size, `longest` px at most; in Mistral 3 a token is 2 x 2 patches, in Pixtral 12B one."""
+    merge = 2 if family == "mistral3" else 1
+    merged = {"spatial_merge_size": merge}
+    # Pixtral 12B is a LLaVA with another vision tower, which has a feature for each patch and no other
+    whole = {"vision_feature_select_strategy": "full", "vision_feature_layer": -1}
     processor = PixtralProcessor(
         PixtralImageProcessor(size={"longest_edge": longest}, patch_size=patch, **LOOK),
         tokenizer,
         patch_size=patch,
-        spatial_merge_size=2,
+        spatial_merge_size=merge,
         chat_template=template,
     )
     config = AutoConfig.for_model(
-        family,
+        "llava" if family == "pixtral" else family,
         text_config={"model_type": "mistral", "sliding_window": None} | text,
         vision_config=vision
         | {"model_type": "pixtral", "image_size": longest, "patch_size": patch},
         image_token_index=tokenizer.convert_tokens_to_ids("[IMG]"),
-        spatial_merge_size=2,
         tie_word_embeddings=False,
+        **(whole if family == "pixtral" else merged),
     )
     return config, processor
 
@@ -305,7 +314,8 @@ BUILDERS = {
     "gemma3": _gemma3,
     "idefics3": _idefics3,
     "smolvlm": _idefics3,
-    "mistral3": _mistral3,
+    "mistral3": _pixtral,
+    "pixtral": _pixtral,
 }
 
 
