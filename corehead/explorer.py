@@ -144,7 +144,7 @@ def _as_ranking(mllm: MLLM, name: str, scores: Scores) -> HeadRanking:
         kind = getattr(scores, "dims", type(scores).__name__)
         fix = "Give HeadScores, a HeadRanking or a DataArray, such as use.mean('sample')"
         raise ValueError(f"scores {name!r}: {kind} is not (layer, head). {fix}")
-    scores.check(mllm.shape)
+    scores.check(mllm)
     return scores
 
 

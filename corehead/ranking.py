@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from functools import reduce
 from operator import or_
@@ -12,6 +13,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from scipy.stats import hypergeom, kendalltau, rankdata
+
+from .models import MLLM
+from .runs import check_model, named
 
 # heads to draw from for each that a random one is to resemble: few enough to be like it, enough for draws to differ
 NEAREST = 5
@@ -268,23 +272,23 @@ class HeadRanking:
         """How many heads a share in (0, 1] is: rounded to the nearest number, and at least one."""
         return _count(share, len(self.order))
 
-    def check(self, shape: tuple[int, int]) -> None:
+    def check(self, mllm: MLLM) -> None:
         """Check that this is a ranking of a model's heads.
 
         Parameters
         ----------
-        shape : tuple of int
-            (layers, heads) of the model.
+        mllm : MLLM
 
         Raises
         ------
         ValueError
-            The ranking is of a model of another shape.
+            The ranking is of a model of another shape or, as far as `provenance` tells, of other weights.
         """
-        _check_shape(repr(self), self.shape, shape)
+        _check_shape(repr(self), self.shape, mllm.shape)
+        check_model(self.provenance, mllm)
 
     def save(self, path: str | Path) -> None:
-        """Write name, shape, scores and provenance to a JSON file."""
+        """Write name, shape, scores and provenance, with the model and its revision, to a JSON file."""
         content = {
             "name": self.name,
             "shape": self.shape,
@@ -293,14 +297,28 @@ class HeadRanking:
         }
         Path(path).write_text(json.dumps(content) + "\n")
 
-    @classmethod
-    def load(cls, path: str | Path) -> HeadRanking:
-        """Read a ranking that `save` wrote; its `provenance` and its repr say which model it is for.
+    def to_retrieval_head(self, path: str | Path) -> None:
+        """Write the scores as Retrieval_Head (arXiv 2404.15574), HeadKV (arXiv 2410.19258) and others read them.
 
         Parameters
         ----------
         path : str or Path
-            The JSON file.
+            A JSON file of one line, ``{"layer-head": [score], ...}``; it does not say which model it is for.
+        """
+        heads = np.ndenumerate(self.values)
+        lists = {f"{layer}-{head}": [score] for (layer, head), score in heads}
+        Path(path).write_text(json.dumps(lists) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path, mllm: MLLM | None = None) -> HeadRanking:
+        """Read a ranking; its `provenance` and its repr say which model it is for.
+
+        Parameters
+        ----------
+        path : str or Path
+            A JSON file of `save`, or one of Retrieval_Head, whose scores for each head are averaged.
+        mllm : MLLM, optional
+            The model that is to use it: another's ranking is refused, see `check`.
 
         Returns
         -------
@@ -311,20 +329,43 @@ class HeadRanking:
         FileNotFoundError
             There is no such file.
         ValueError
-            The file holds something else, or scores that are not of the shape that it states.
+            The file holds something else, scores that are not of the shape that it states, or no score for some head;
+            the ranking is of another model.
         """
+        path = Path(path)
         try:
-            content = json.loads(Path(path).read_text())
-            values = np.reshape(content["values"], content["shape"])
-            return cls(values, content["name"], content["provenance"])
+            content = json.loads(path.read_text())
+            if "values" in content:
+                ranking = cls(content["values"], content["name"], content["provenance"])
+                if list(ranking.shape) != content["shape"]:
+                    raise ValueError(f"its scores are {_times(ranking.shape)}")
+            else:
+                ranking = cls(_mean_scores(content), path.stem)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{path} is not a ranking of heads ({error}): write it with HeadRanking.save"
             ) from error
+        if mllm is not None:
+            ranking.check(mllm)
+        return ranking
 
     def __repr__(self) -> str:
-        model = self.provenance.get("model", "an unnamed model")
-        return f"HeadRanking({self.name}: {_times(self.shape)} heads of {model})"
+        return f"HeadRanking({self.name}: {_times(self.shape)} heads of {named(self.provenance)})"
+
+
+def _mean_scores(lists: Mapping[str, list[float]]) -> np.ndarray:
+    """The mean of the scores of each "layer-head", (layers, heads)."""
+    means = {}
+    for key, scores in dict(lists).items():
+        if not re.fullmatch(r"\d+-\d+", key):
+            raise ValueError(f"its key {key!r} is not layer-head")
+        layer, head = key.split("-")
+        means[int(layer), int(head)] = np.mean(scores)
+    shape = np.max(list(means), axis=0) + 1
+    for head in np.ndindex(*shape):
+        if head not in means:
+            raise ValueError(f"it has no score for head {head}")
+    return np.reshape([means[head] for head in np.ndindex(*shape)], shape)
 
 
 def _count(share: float, n: int) -> int:

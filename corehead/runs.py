@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from operator import itemgetter, length_hint
@@ -135,6 +135,44 @@ def provenance(mllm: MLLM, **options: Any) -> dict:
         torch=torch.__version__,
         transformers=transformers.__version__,
         options=options,
+    )
+
+
+def named(provenance: Mapping[str, Any]) -> str:
+    """The model that results are of, with its revision."""
+    model = provenance.get("model") or "an unnamed model"
+    revision = provenance.get("revision")
+    return f"{model}@{revision}" if revision else model
+
+
+def check_model(made_by: Mapping[str, Any], mllm: MLLM) -> None:
+    """Check that results are of this model.
+
+    Parameters
+    ----------
+    made_by : mapping
+        Their `provenance`; without a digest of weights nothing is known, and nothing is refused.
+    mllm : MLLM
+
+    Raises
+    ------
+    ValueError
+        The weights differ. If they were read in another dtype or by another transformers, either of which changes the
+        digest, a model of the same name and commit on the hub is the same.
+    """
+    if "weights" not in made_by:
+        return
+    now = provenance(mllm)
+    same = {key for key in now if made_by.get(key) == now[key]}
+    one_commit = now["revision"] and same >= {"model", "revision"}
+    if "weights" in same or (one_commit and not same >= {"dtype", "transformers"}):
+        return
+    theirs, ours = (
+        f"{named(p)} ({p.get('dtype')}, {p['weights']})" for p in (made_by, now)
+    )
+    raise ValueError(
+        f"these heads are of {theirs}, but this model is {ours}, with other weights: "
+        "rank its own, or load without mllm= what shall be used on another"
     )
 
 

@@ -25,7 +25,7 @@ from .attention import Call, Measure, Reader, edited, hooks
 from .batching import Block, Context, Feed, Packed, batches, pack, run_one
 from .models import MLLM
 from .ranking import HeadRanking
-from .runs import digest, provenance, run
+from .runs import check_model, digest, named, provenance, run
 from .samples import Sample, SampleError
 from .stats import groups_of, mean_interval
 from .tagging import TaggedSample
@@ -191,6 +191,64 @@ class HeadScores:
             )
         return HeadRanking(
             scores.values, name=f"{variant}/{query}", provenance=self.provenance
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write all scores, coordinates, failures and the provenance to a NetCDF file, which xarray opens as well."""
+        failures = json.dumps(self.failures.values.tolist())
+        data = self.data.assign_attrs(failures=failures)
+        for name, coordinate in self.data.coords.items():
+            labels = coordinate.values
+            long = labels.dtype == int and abs(labels).max() >= 2**31
+            # NetCDF 3 has neither None, of which xarray may have made NaN, nor long integers: they become JSON
+            if long or labels.dtype == object:
+                texts = [json.dumps(None if x != x else x) for x in labels.tolist()]
+                data[name] = coordinate.dims, texts, {"format": "json"}
+        data.to_netcdf(path, engine="scipy")
+
+    @classmethod
+    def load(cls, path: str | Path, mllm: MLLM | None = None) -> HeadScores:
+        """Read scores; their `provenance` and their repr say which model they are of.
+
+        Parameters
+        ----------
+        path : str or Path
+            A file of `save`.
+        mllm : MLLM, optional
+            The model that is to use them: another's are refused.
+
+        Returns
+        -------
+        HeadScores
+
+        Raises
+        ------
+        FileNotFoundError
+            There is no such file.
+        ValueError
+            The file holds something else, or the scores are another model's (`runs.check_model`).
+        """
+        try:
+            data = xr.load_dataset(path, engine="scipy")
+            failures = json.loads(data.attrs.pop("failures"))
+        except (ValueError, TypeError, KeyError) as error:
+            problem = f"{path} is not a file of scores: write it with HeadScores.save"
+            raise ValueError(problem) from error
+        for name, coordinate in data.coords.items():
+            labels = coordinate.values.tolist()
+            if "format" in coordinate.attrs:
+                labels = [json.loads(label) for label in labels]
+            # as `_dataset` makes them: NetCDF 3 has changed some types
+            data[name] = coordinate.dims, labels
+        scores = cls(data, pd.DataFrame(failures, columns=["sample", "reason"]))
+        if mllm is not None:
+            check_model(scores.provenance, mllm)
+        return scores
+
+    def __repr__(self) -> str:
+        n, layers, heads = (self.data.sizes[name] for name in ("sample", "layer", "head"))
+        return (
+            f"HeadScores({n} samples, {layers} x {heads} heads of {named(self.provenance)})"
         )
 
 

@@ -16,7 +16,10 @@ import pandas as pd
 import pytest
 import shape
 import yaml
+from conftest import picture, tiny
 from PIL import Image
+
+import corehead as ch
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -310,6 +313,18 @@ def test_imports_go_one_way_and_the_core_needs_nothing_outside_it():
         and target.split(".")[0] in shape.NOT_CORE
     }
     assert outside == set()
+
+
+def test_the_page_for_your_own_model_runs(monkeypatch, tmp_path):
+    page = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ch, "load", lambda *source, **options: tiny("qwen3_vl"))
+    exec(page, {"page": picture(650, 310)})
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "heads.json",
+        "head_score.json",
+        "pattern",
+    }
 
 
 # --- the tests

@@ -8,12 +8,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import xarray as xr
+from conftest import tiny
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.stats import kendalltau, spearmanr
 
 import corehead as ch
+from corehead import testbed
 from corehead.ranking import NEAREST, agreement, chance, random_heads, universal
+from corehead.runs import check_model, provenance
 
 SHAPE = (4, 6)
 KEYS = ["spearman", "kendall", "overlap", "jaccard", "corrected", "rbo"]
@@ -214,14 +217,98 @@ def test_a_saved_ranking_comes_back(tmp_path):
     assert ch.HeadRanking.load(tmp_path / "bare.json").provenance == {}
 
 
-def test_a_ranking_of_another_model_is_refused():
-    ranking = ch.HeadRanking(np.zeros((4, 6)), "ram", {"model": "org/some-vl"})
-    ranking.check((4, 6))
+def test_a_ranking_of_another_model_is_refused(tmp_path):
+    mllm, path = tiny("llama"), tmp_path / "heads.json"
+    ch.HeadRanking(np.eye(2, 6), "ram", provenance(mllm)).save(path)
+    assert ch.HeadRanking.load(path, mllm).provenance == provenance(mllm)
+    other = testbed.tiny("llama", seed=1)  # of the same shape
+    with pytest.raises(
+        ValueError, match=r"of tiny-llama \(torch\.float32, .*with other weights"
+    ):
+        ch.HeadRanking.load(path, other)
+    assert ch.HeadRanking.load(path).shape == other.shape  # whoever wants to may
+    ch.HeadRanking(
+        np.zeros((28, 16)), "ram", {"model": "org/some-vl", "revision": "ab12"}
+    ).save(path)
     with pytest.raises(
         ValueError,
-        match=r"ram: 4 x 6 heads of org/some-vl\).*4 x 6 heads, but this one has 28 x 16",
+        match=r"ram: 28 x 16 heads of org/some-vl@ab12\).*28 x 16 heads, but this one has 2 x 6",
     ):
-        ranking.check((28, 16))
+        ch.HeadRanking.load(path, mllm)
+
+
+@pytest.mark.parametrize(
+    "changes, fits",
+    [
+        ({}, True),
+        ({"model": "a/folder", "revision": None}, True),  # the same weights from elsewhere
+        ({"weights": "0"}, False),  # trained on under its old name
+        ({"weights": "0", "dtype": "torch.bfloat16"}, True),
+        ({"weights": "0", "transformers": "5.0"}, True),
+        ({"weights": "0", "transformers": "5.0", "revision": "cd34"}, False),
+        ({"weights": "0", "transformers": "5.0", "model": "org/other"}, False),
+    ],
+)
+def test_which_models_are_the_same(changes, fits):
+    llama = tiny("llama")
+    mllm = ch.MLLM(llama.model, llama.processor, source="org/some", revision="ab12")
+    made_by = provenance(mllm) | changes
+    check_model({}, mllm)  # of which nothing is known
+    if fits:
+        check_model(made_by, mllm)
+    else:
+        with pytest.raises(ValueError, match=r"but this model is org/some@ab12"):
+            check_model(made_by, mllm)
+
+
+def test_a_folder_in_another_dtype_has_no_commit_to_tell_by():
+    made_by = provenance(tiny("llama")) | {"weights": "0", "dtype": "torch.bfloat16"}
+    with pytest.raises(ValueError, match=r"torch\.bfloat16, 0.*torch\.float32"):
+        check_model(made_by, tiny("llama"))
+
+
+# as retrieval_head_detection.py of nightdessert/Retrieval_Head writes it: one line, every head, a score a detection
+HEAD_SCORES = {"0-0": [0, 0.25], "0-1": [0.5, 0.75], "1-0": [0, 0], "1-1": [1, 0.5]}
+
+
+def test_head_scores_of_retrieval_head(tmp_path):
+    path = tmp_path / "llama-2-7b-80k.json"
+    path.write_text(json.dumps(HEAD_SCORES))
+    ranking = ch.HeadRanking.load(path)
+    assert ranking.values.tolist() == [[0.125, 0.625], [0, 0.75]]
+    assert repr(ranking) == "HeadRanking(llama-2-7b-80k: 2 x 2 heads of an unnamed model)"
+    with pytest.raises(ValueError, match="2 x 2 heads, but this one has 2 x 6"):
+        ch.HeadRanking.load(path, tiny("llama"))
+    values = np.random.default_rng(0).normal(size=(12, 11))
+    ch.HeadRanking(values, "ram").to_retrieval_head(path)
+    assert np.array_equal(ch.HeadRanking.load(path).values, values)
+    # what those who use such files do with them: the first line, lists to average, heads in order
+    lists = json.loads(path.read_text().split("\n")[0])
+    assert list(lists) == [f"{layer}-{head}" for layer, head in np.ndindex(12, 11)]
+    assert lists["10-2"] == [values[10, 2]]
+
+
+@pytest.mark.parametrize(
+    "change, problem",
+    [
+        (lambda lists: lists.pop("0-1"), r"no score for head \(0, 1\)"),
+        (lambda lists: lists.update({"99999-99999": [0]}), r"no score for head \(0, 2\)"),
+        (lambda lists: lists.update({"L1-0": [0]}), "key 'L1-0' is not layer-head"),
+        (lambda lists: lists.update({"-1-0": [0]}), "key '-1-0' is not layer-head"),
+        (lambda lists: lists.update({"0-0-0": [0]}), "key '0-0-0' is not layer-head"),
+        (lambda lists: lists.update({"1-1": [None]}), "unsupported operand"),
+        (lambda lists: lists.update({"1-1": [math.nan]}), "finite scores"),
+        (lambda lists: lists.clear(), "zero-size"),
+    ],
+)
+def test_bad_head_scores(tmp_path, change, problem):
+    lists = dict(HEAD_SCORES)
+    change(lists)
+    (tmp_path / "scores.json").write_text(json.dumps(lists))
+    with pytest.raises(
+        ValueError, match=rf"scores\.json is not a ranking of heads .*{problem}"
+    ):
+        ch.HeadRanking.load(tmp_path / "scores.json")
 
 
 @pytest.mark.parametrize(
@@ -230,6 +317,7 @@ def test_a_ranking_of_another_model_is_refused():
         lambda card: card.pop("values"),
         lambda card: card.pop("shape"),
         lambda card: card.update(shape=[6, 5]),
+        lambda card: card.update(shape=[6, 4]),  # as many heads, in other layers
         lambda card: card.update(values=[[None] * 6] * 4),
         lambda card: card.update(values=[[1.0], [1.0, 2.0]]),
     ],

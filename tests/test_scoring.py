@@ -1,8 +1,12 @@
 """Scores against brute force: the full attention matrices of transformers' eager attention."""
 
+import json
+
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+import xarray as xr
 from conftest import FAMILIES, ask, film, image_part, picture, tiny, video_part
 from transformers import Qwen3VLConfig
 
@@ -508,3 +512,58 @@ def test_configurations_do_not_mix(tmp_path):
     changed[0].answer = "8"
     with pytest.raises(ValueError, match="'s0' is not the one in the store"):
         ch.score(mllm, changed, store=tmp_path, resume=True, progress=False)
+
+
+# --- files
+
+
+def test_saved_scores_come_back(tmp_path):
+    mllm = tiny("qwen3_vl")
+    samples = [*samples_for(mllm), ask(image_part("nowhere.png"), id="Ünread")]
+    # meta that NetCDF 3 has no type for: None, and integers of more than 32 bits
+    metas = [{"domain": "page", "row": 7}, {"where": "süd", "row": None}, {"row": 2**40}]
+    for sample, meta in zip(samples, metas):
+        sample.meta = {"n": 2**40, "domain": "photo", "right": True} | meta
+    for sample in samples[len(metas) :]:
+        sample.meta = {"n": 3, "domain": "", "right": False}
+    scores = ch.score(mllm, samples, progress=False)
+    scores.save(tmp_path / "scores.nc")
+    back = ch.HeadScores.load(tmp_path / "scores.nc", mllm)
+    xr.testing.assert_identical(back.data, scores.data)
+    types = {name: values.dtype for name, values in scores.data.variables.items()}
+    assert types == {name: values.dtype for name, values in back.data.variables.items()}
+    pd.testing.assert_frame_equal(back.failures, scores.failures)
+    assert back.provenance == scores.provenance and list(back.failures["sample"]) == [
+        "Ünread"
+    ]
+    assert back.rank("lift").top(0.2) == scores.rank("lift").top(0.2)
+    assert list(back.by("domain")) == ["page", "photo", ""]
+    # others open it, too
+    with xr.open_dataset(tmp_path / "scores.nc") as opened:
+        assert opened.domain.values.tolist() == scores.data.domain.values.tolist()
+
+
+def test_scores_of_another_model_are_refused(tmp_path):
+    mllm, path = tiny("llama"), tmp_path / "scores.nc"
+    scores = ch.score(mllm, samples_for(mllm), progress=False)
+    scores.data.attrs["provenance"] = json.dumps(scores.provenance | {"model": "org/some"})
+    scores.save(path)
+    assert (
+        repr(ch.HeadScores.load(path)) == "HeadScores(5 samples, 2 x 6 heads of org/some)"
+    )
+    with pytest.raises(
+        ValueError, match=r"of org/some \(torch\.float32, .* with other weights"
+    ):
+        ch.HeadScores.load(path, testbed.tiny("llama", seed=1))
+
+
+def test_files_that_are_no_scores(tmp_path):
+    (tmp_path / "text.nc").write_text("scores")
+    xr.Dataset({"x": ("y", [1.0])}).to_netcdf(tmp_path / "other.nc", engine="scipy")
+    for name in ("text.nc", "other.nc"):
+        with pytest.raises(
+            ValueError, match=r"nc is not a file of scores: write it with HeadScores\.save"
+        ):
+            ch.HeadScores.load(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        ch.HeadScores.load(tmp_path / "nowhere.nc")
