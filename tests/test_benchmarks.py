@@ -225,6 +225,17 @@ def doc_row(**change):
     } | change
 
 
+def official_longdoc(folder, rows, pages=3):
+    """As the repository has it; other JSON files lie about there."""
+    (folder / "data").mkdir()
+    (folder / "data/samples.json").write_text(
+        rows if isinstance(rows, str) else json.dumps(rows)
+    )
+    (folder / "results.json").write_text("[1]")
+    pdf(folder / "data/documents/x.pdf", pages)
+    return folder
+
+
 def longdoc(folder, rows=None, pages=3):
     parquet(
         folder / "data/train-00000-of-00001.parquet", [doc_row()] if rows is None else rows
@@ -605,18 +616,22 @@ def test_mmdocir_documents_may_come_in_any_order(tmp_path):
             },
             "layout_mapping.bbox",
         ),
+        ({"layout_mapping": [{"page": 1}]}, "layout_mapping.page_size"),
+        ({"layout_mapping": None}, "layout_mapping"),
         ({"Q": " "}, "Q"),
     ],
 )
 def test_mmdocir_names_the_bad_field(tmp_path, change, where):
-    samples, errors = read(
-        "mmdocir",
-        mmdocir(
-            tmp_path, [docir_row(questions=[docir_question(**change), docir_question()])]
-        ),
-    )
+    rows = [docir_row(questions=[docir_question(**change), docir_question()])]
+    samples, errors = read("mmdocir", mmdocir(tmp_path, rows), evidence="layouts")
     assert [s.id for s in samples] == ["mmdocir-b-q1"]
     assert [(e.sample_id, e.where) for e in errors] == [("mmdocir-b-q0", where)]
+    # a faulty layout costs no question on whole pages
+    samples, errors = read("mmdocir", tmp_path)
+    on_layouts = where.startswith("layout_mapping")
+    assert len(samples) == 1 + on_layouts and len(errors) == 1 - on_layouts
+    if on_layouts:
+        assert [s.evidence for s in samples] == [[ch.Pages([1])]] * 2
 
 
 def test_mmdocir_shows_at_most_so_many_pages(tmp_path):
@@ -671,6 +686,35 @@ def test_longdoc_names_the_bad_field(tmp_path, change, where):
         and [e.where for e in errors] == [where]
         and errors[0].sample_id.endswith("-0")
     )
+
+
+def test_longdoc_reads_the_repository_as_the_hub(tmp_path):
+    rows = [doc_row(), doc_row(evidence_pages="[0]"), doc_row(doc_id="y.pdf")]
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "git").mkdir()
+    hub, bad = read("mmlongbench-doc", longdoc(tmp_path / "hub", rows))
+    git, bad_git = read("mmlongbench-doc", official_longdoc(tmp_path / "git", rows))
+    assert [(s.id, s.evidence, s.answer, s.meta) for s in git] == [
+        (s.id, s.evidence, s.answer, s.meta) for s in hub
+    ]
+    assert [str(e) for e in bad_git] == [str(e) for e in bad]
+    assert len(git) == 1 and [e.where for e in bad] == ["evidence_pages", "doc_id"]
+    # of both, the hub's
+    (tmp_path / "hub/samples.json").write_text("[]")
+    assert len(read("mmlongbench-doc", tmp_path / "hub")[0]) == 1
+    assert main(["mmlongbench-doc", "--check", str(tmp_path / "git")]) == 1
+
+
+def test_longdoc_names_a_broken_samples_json(tmp_path):
+    error = only_error("mmlongbench-doc", official_longdoc(tmp_path, "[{"))
+    assert error.sample_id == "samples.json" and "is no JSON" in error.problem
+
+
+def test_longdoc_an_unanswerable_question_has_no_evidence(tmp_path):
+    """Six rows of the repository name a page all the same."""
+    row = doc_row(answer="Not answerable", answer_format="None", evidence_pages="[2]")
+    [sample], errors = read("mmlongbench-doc", longdoc(tmp_path, [row]))
+    assert not errors and not sample.evidence and sample.answer == "Not answerable"
 
 
 def test_longdoc_names_the_pages_to_show(tmp_path):
@@ -961,6 +1005,15 @@ def test_anls():
         ("['pares', 'london']", "['London', 'Paris']", "List", 0.8, 1),
         ("[1, 3]", "[1, 2]", "List", 0, 1),
         ("", "['a']", "List", 0, 0),
+        # as the repository writes them: with a full stop, with a unit, empty, of a kind that is none
+        ("M.A.", "M.A.", "Str", 1, 1),
+        ("Scott Bradley", "Scott Bradley.", "Str", 1, 1),
+        ("April 5, 10 45 a.m.", "April 5, 10 45 a.m.", "Str", 1, 1),
+        ("April 5, 10 46 a.m", "April 5, 10 45 a.m.", "Str", 0, 1),
+        ("399 million.", "399 million", "Str", 1, 1),
+        ("[]", "[]", "List", 1, 1),
+        ("['a']", "[]", "List", 0, 1),
+        ("yes", "yes", "Int", 0, 0),
     ],
 )
 def test_rule_of_each_answer_format(text, gold, kind, score, parsed):
@@ -988,6 +1041,8 @@ def test_docqa_rule(text, gold, kind, score):
 
 def test_text_metrics():
     assert metrics.sub_em("Answer: The Red, tower!", ["blue", "red tower"])["sub_em"] == 1
+    # what stands before "Answer:" counts too
+    assert metrics.sub_em("A red tower. Answer: see above", "tower")["sub_em"] == 1
     assert metrics.sub_em("", ["the"]) == {"parsed": 0, "sub_em": 0}
     assert (
         metrics.sub_em("anything", ["!"])["sub_em"] == 0

@@ -134,6 +134,8 @@ def layout_recall_at(
 ) -> float:
     """Area of the true layouts that the first k of a ranking cover, divided by their area (MMDocIR).
 
+    What two of the k cover counts once; in MMDocIR's own metric_eval.py it counts twice, and recall can exceed 1.
+
     Parameters
     ----------
     ranked, true : sequence of (page, box)
@@ -222,11 +224,11 @@ def f1(text: str, gold: str) -> float:
 
 # addresses, files, dates, numbers: nearly right is wrong
 _EXACT = re.compile(
-    r"https?://|\.(py|ipynb)$|^page|^\d+([-\s]\d+)?$|[ap]\.m\.|^\d{4}[-/\s]\d{1,2}([-/\s]\d{1,2})?$"
+    r"https?://|\.(py|ipynb)$|^page|^\d+([-\s]\d+)?$|[ap]\.m\b|^\d{4}[-/\s]\d{1,2}([-/\s]\d{1,2})?$"
     r"|^\d{1,2}[-/\s]\d{1,2}[-/\s]\d{2,4}$|^[\w.%+-]+@[\w.-]+\.[a-z]{2,}$"
 )
 _UNITS = re.compile(
-    r"(?<=[\d\s])(miles?|million|billion|thousand|kg|meters|acres|minutes|feet|mm|m)$"
+    r"(?<=[\d\s])(miles?|million|billion|thousand|kg|meters|acres|minutes|feet|mm|m)\.?$"
 )
 
 
@@ -283,16 +285,21 @@ def _by_number(
 
 
 def _by_text(answer: str, gold: str) -> dict[str, float]:
-    true, found = _bare(gold), _bare(answer).rstrip(".")
+    # a full stop at the end of either is no difference
+    true, found = (_bare(value).rstrip(".") for value in (gold, answer))
     return _score(bool(found), found == true if _EXACT.search(true) else anls(found, true))
 
 
 def _by_entries(answer: str, gold: str) -> dict[str, float]:
     true, found = (sorted(map(_bare, _entries(value))) for value in (gold, answer))
+    parsed = found != [""]
     # both are sorted: the order of entries does not count, their number does
-    if not any(found) or len(true) != len(found):
-        return _score(any(found), 0)
-    if any(_number(entry) is not None or _EXACT.search(entry) for entry in true):
+    if not parsed or len(true) != len(found):
+        return _score(parsed, 0)
+    # the true list may be empty
+    if not true or any(
+        _number(entry) is not None or _EXACT.search(entry) for entry in true
+    ):
         return _score(True, true == found)
     return _score(True, min(anls(f, t) for f, t in zip(found, true)))
 
@@ -303,6 +310,11 @@ def doc_rule(text: str, gold: str, kind: str) -> dict[str, float]:
     Int: equal whole numbers. Float: equal within 1 %, or 100 times so. Str and None: ANLS (0.5), but equality for
     addresses, dates and numbers. List: of one length and, in sorted order, all equal (where one is a number, a date) or
     the least ANLS of a pair.
+
+    The repository's eval_score.py is followed but where it takes form for content: units, currency and a full stop at
+    the end count for nothing (there "$6" is no whole number, and units stay, though it means to cut them), and a list
+    that Python cannot read is one entry (there it stops the run). An Int whose answer is no number, as three rows have,
+    is never right, as there.
 
     Parameters
     ----------
@@ -376,8 +388,8 @@ def _kind(entry: str) -> str:
 
 
 def sub_em(text: str, golds: str | Sequence[str]) -> dict[str, float]:
-    """A true answer stands in the text, both in lower case and without articles and punctuation."""
-    answer = plain(said(text))
+    """A true answer stands anywhere in the text, both in lower case and without articles and punctuation."""
+    answer = plain(text)
     every = [golds] if isinstance(golds, str) else golds
     known = [gold for gold in map(plain, every) if gold]  # an empty text stands in any
     return {
@@ -398,7 +410,7 @@ def soft_acc(text: str, counts: Sequence[int]) -> dict[str, float]:
 
 
 def yes_no(text: str, right: str) -> dict[str, float]:
-    """The last "yes" or "no" of the text is the right one."""
+    """The last "yes" or "no" of the text is the right one; for an answer with neither MMLongBench takes a guess."""
     found = re.findall(r"\b(yes|no)\b", said(text).lower())
     return {"parsed": float(bool(found)), "accuracy": float(found[-1:] == [right])}
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from PIL import Image
 from pydantic import Field, Strict, field_validator
 
-from ..samples import Pages, Region, SampleError
+from ..samples import Evidence, Pages, Region, SampleError
 from .media import image
 from .metrics import page_metric
 from .rows import (
@@ -87,9 +87,12 @@ class Layout(Row):
 class Question(Row):
     Q: Text
     page_id: Annotated[Integers, Field(min_length=1)]  # in the document, from 0
-    layout_mapping: list[Layout]
     type: Names = Field(default_factory=list)
     A: Any = ""
+
+
+class LayoutQuestion(Question):
+    layout_mapping: list[Layout]
 
 
 @dataclass(kw_only=True)
@@ -151,15 +154,17 @@ class MMDocIR(Loader):
     def _question(
         self, id: str, values: Any, document: Document, pages: list[bytes], shown: list
     ) -> Found:
-        row = Question.of(id, values)
+        # whole pages need no layouts, and then a faulty one does not cost the question
+        on_pages = self.evidence == "pages"
+        row = (Question if on_pages else LayoutQuestion).of(id, values)
         for page in row.page_id:
             document.check(row, "page_id", page, len(pages))
         if not shown:  # the pages are decoded when the first question needs them
             shown += [_decoded(row, i, data) for i, data in enumerate(pages)]
-        evidence = [_region(row, layout, document, shown) for layout in row.layout_mapping]
-        if self.evidence == "pages":
-            evidence = [Pages(row.page_id)]
-        elif not evidence:
+        evidence: list[Evidence] = [Pages(row.page_id)]
+        if not on_pages:
+            evidence = [_region(row, part, document, shown) for part in row.layout_mapping]
+        if not evidence:
             row.fail("layout_mapping", "names no layout", "Take evidence='pages'")
         numbers = [page + 1 for page in row.page_id]
         task = ", ".join(map(str, row.type))
@@ -177,7 +182,7 @@ def _decoded(row: Question, page: int, data: bytes) -> Image.Image:
         return image(data)
 
 
-def _region(row: Question, layout: Layout, document: Document, shown: list) -> Region:
+def _region(row: LayoutQuestion, layout: Layout, document: Document, shown: list) -> Region:
     """A layout, scaled from the units of its page_size to pixels."""
     page, (width, height), (x1, y1, x2, y2) = layout.page, layout.page_size, layout.bbox
     document.check(row, "layout_mapping.page", page, len(shown))

@@ -23,6 +23,7 @@ from .rows import (
     Text,
     files,
     images,
+    json_list,
     parquet_rows,
 )
 
@@ -46,6 +47,9 @@ class Question(Row):
 class MMLongBenchDoc(Loader):
     """A sample for each question; those on one document follow each other and share its pages.
 
+    Two forms of the data are read: the hub's and, where a folder has no parquet file, samples.json of GitHub's
+    mayubo2333/MMLongBench-Doc. The documents lie anywhere below it.
+
     Parameters
     ----------
     max_pages : int
@@ -58,9 +62,13 @@ class MMLongBenchDoc(Loader):
     max_pages: int = 120
 
     def rows(self) -> Iterator[tuple[str, Any]]:
-        for at, values in parquet_rows(
-            files(self.folder, "*.parquet"), set(Question.model_fields)
-        ):
+        hub = sorted(self.folder.rglob("*.parquet"))
+        if hub:
+            rows = parquet_rows(hub, set(Question.model_fields))
+        else:
+            [path, *_] = files(self.folder, "samples.json", "nor a *.parquet: fetch either")
+            rows = enumerate(json_list(path))
+        for at, values in rows:
             name = values.get("doc_id") if isinstance(values, dict) else None
             yield f"mmlongbench-doc-{str(name).removesuffix('.pdf')}-{at}", values
 
@@ -89,8 +97,9 @@ class MMLongBenchDoc(Loader):
             )
             problem = f"page {last} is behind the {len(pages)} pages that are shown"
             row.fail("evidence_pages", problem, fix)
-        # the model's pages count from 0; what the document does not say has none
-        evidence = [Pages([page - 1 for page in wanted])] if wanted else []
+        # the model's pages count from 0; what the document does not say has none, though some rows name one
+        said = wanted and kind != "None"
+        evidence = [Pages([page - 1 for page in wanted])] if said else []
         answer = UNANSWERABLE.capitalize() if kind == "None" else row.answer
         metric = partial(doc_rule, gold=row.answer, kind=kind)
         sources = ", ".join(map(str, row.evidence_sources))
