@@ -98,8 +98,8 @@ class MMLongBenchDoc(Loader):
             problem = f"page {last} is behind the {len(pages)} pages that are shown"
             row.fail("evidence_pages", problem, fix)
         # the model's pages count from 0; what the document does not say has none, though some rows name one
-        said = wanted and kind != "None"
-        evidence = [Pages([page - 1 for page in wanted])] if said else []
+        answered = kind != "None"
+        evidence = [Pages([page - 1 for page in wanted])] if wanted and answered else []
         answer = UNANSWERABLE.capitalize() if kind == "None" else row.answer
         metric = partial(doc_rule, gold=row.answer, kind=kind)
         sources = ", ".join(map(str, row.evidence_sources))
