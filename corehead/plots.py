@@ -54,7 +54,8 @@ LINES = {  # colour, marker and line style of names; a benchmark looks like the 
     ("gray", "", ":"): "uniform; |V*| / |V|",
     # tasks are told apart by marks alone
     ("black", "o", "-"): "retrieval",
-    ("black", "x", "-"): "others; used, does not look",
+    ("black", "x", "-"): "others",
+    ("black", "^", "-"): "used, does not look",
     ("black", "D", "-"): "difference",
     (PALETTE[0], "o", "-"): "image; copy_image; refcocog",
     (PALETTE[1], "s", "-"): "document; mmdocir; mmlongbench; mmlongbench-doc",
