@@ -1,4 +1,4 @@
-"""engine="ray" with two workers on this machine: the local engine's tables, also when a worker dies or a run stops."""
+"""engine="ray" on this machine: the local engine's tables, also when a worker dies or a run stops."""
 
 import os
 import signal
@@ -21,6 +21,7 @@ from corehead.store import Store
 from corehead.testbed import save
 
 RAY = dict(engine="ray", workers=2, progress=False)
+ONE = RAY | {"workers": 1}  # a worker takes long to start, and not every test needs two
 slow = pytest.mark.slow(
     "Ray starts its workers anew for every run, and each imports torch and transformers"
 )
@@ -123,7 +124,7 @@ def test_ablation_curves_are_the_local_ones(ray):
         "resample": Ablation(ranking.top(0.2), "resample", reference=reference),
         "fast": ch.HybridAttention(ranking.top(0.2), window=16),
     }
-    far = ch.evaluate(mllm, samples, conditions, batch_size=1, **RAY)
+    far = ch.evaluate(mllm, samples, conditions, batch_size=1, **ONE)
     assert reference.mllm is mllm
     pd.testing.assert_frame_equal(
         far, ch.evaluate(mllm, samples, conditions, batch_size=1, progress=False)
@@ -169,10 +170,10 @@ def test_a_run_that_was_stopped_goes_on_with_either_engine(ray, tmp_path, monkey
     samples, store = questions(mllm), tmp_path / "s"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         appended(patch, stop_after=2)
-        ch.score(mllm, samples, batch_size=1, store=store, **RAY)
+        ch.score(mllm, samples, batch_size=1, store=store, **ONE)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         second = appended(patch, stop_after=2)
-        ch.score(mllm, samples, batch_size=1, store=store, resume=True, **RAY)
+        ch.score(mllm, samples, batch_size=1, store=store, resume=True, **ONE)
     third = appended(monkeypatch)
     whole = ch.score(mllm, samples, batch_size=1, store=store, resume=True, progress=False)
     assert len(second) == 6 and len(third) == 6 and not set(second) & set(third)
