@@ -502,11 +502,15 @@ def row_weights(
         # the query heads of a KV head become rows, so that its keys are not repeated
         query = query.reshape(batch, kv_heads, -1, dim)
         logits = (query @ keys).view(batch, heads, len(part), call.n)
-        if call.softcap is not None:
-            logits = call.softcap * (logits / call.softcap).tanh()
+        logits = capped(logits, call.softcap)
         # the least float, not -inf: a row that sees no key at all must not become NaN
         logits.masked_fill_(~visible(call, part, hooks), torch.finfo(torch.float32).min)
         yield part, logits.softmax(-1)
+
+
+def capped(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    """Logits within -softcap and softcap, as Gemma 2 has them (arXiv 2408.00118); as they are with None."""
+    return logits if softcap is None else softcap * (logits / softcap).tanh()
 
 
 def visible(call: Call, rows: torch.Tensor, hooks: Sequence[Hook]) -> torch.Tensor:
@@ -526,10 +530,10 @@ def full_attention(
     mask = call.attention_mask
     whole = call.first == 0
     states = call.query, call.key, call.value
+    if call.has_window or call.softcap is not None:  # for these there is no kernel
+        return masked_attention(call, call.all_rows())
     # nothing cached, or one row that sees every key: what transformers does is right and fast
-    if call.has_window or call.softcap is not None:
-        native = False
-    elif mask is None:
+    if mask is None:
         native = whole or call.rows == 1
     else:
         native = whole and mask.dim() == 4
@@ -539,8 +543,7 @@ def full_attention(
     # Flash attention of a chunk behind a cache, which exists for 16-bit types on GPUs alone. The causal triangle stands
     # at the lower right of the R x N rectangle, since row 0 sees all `first` cached keys; SDPA's own is_causal puts it
     # at the upper left, where row 0 sees key 0 alone.
-    causal = mask is None and not call.has_window and call.softcap is None
-    if causal and call.query.is_cuda and call.query.element_size() == 2:
+    if mask is None and call.query.is_cuda and call.query.element_size() == 2:
         bias = causal_lower_right(call.rows, call.n)
         grouped = call.query.shape[1] > call.key.shape[1]
         out = scaled_dot_product_attention(

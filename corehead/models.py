@@ -14,6 +14,7 @@ from huggingface_hub.errors import GatedRepoError, HFValidationError, RevisionNo
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
+from .attention import capped
 from .families import FAMILIES, Family, family_of
 from .samples import Sample
 
@@ -132,8 +133,7 @@ class MLLM:
         """Of the vocabulary, by what the decoder's last norm gives, (..., hidden) to (..., V)."""
         logits = self.model.get_output_embeddings()(hidden)
         # Gemma 2 bounds these as well as those of attention
-        softcap = getattr(self.text_config, "final_logit_softcapping", None)
-        return logits if softcap is None else softcap * (logits / softcap).tanh()
+        return capped(logits, getattr(self.text_config, "final_logit_softcapping", None))
 
     @property
     def windows(self) -> list[int | None]:

@@ -440,6 +440,7 @@ OWN_WORDS = {
     for i, domain in enumerate(DOMAINS)
     for word, id_of in VOCABULARY.items()
 }
+WORDS = [*VOCABULARY, *OWN_WORDS]  # by id
 
 
 def draw(
@@ -505,8 +506,7 @@ def in_own_words(scenes: Scenes) -> Scenes:
 
 def decode(ids: np.ndarray) -> str:
     """Token ids to text."""
-    words = [*VOCABULARY, *OWN_WORDS]
-    return " ".join(words[i] for i in ids)
+    return " ".join(WORDS[i] for i in ids)
 
 
 def cell_box(row: int, column: int) -> tuple[int, int, int, int]:
