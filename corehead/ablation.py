@@ -16,13 +16,15 @@ import numpy as np
 import torch
 
 from .attention import LAST, PHASES, Call, Hook, TokenRoles, hooks, row_weights
-from .batching import Condition, run_one
+from .batching import Condition, run_unpadded
 from .models import MLLM, device_of
 from .ranking import HeadRanking, HeadSet, random_heads
 from .runs import digest
 from .samples import Sample
 from .tagging import TaggedSample
 
+# of a reference, that run together
+TOKENS = 2**12
 MODES = ("zero", "mean", "resample", "patch", "knockout", "zero_edges")
 
 
@@ -81,11 +83,23 @@ class Reference:
     def key(self) -> str:
         return digest([[t.ids, t.sample] for t in self.tagged] + [self.donor_of])
 
+    @cached_property
+    def _batches(self) -> list[list[int]]:
+        """Which samples run together: some of one length, for the outputs of padding mean nothing."""
+        by_length: dict[int, list[int]] = {}
+        for i, t in enumerate(self.tagged):
+            by_length.setdefault(len(t.ids), []).append(i)
+        return [
+            same[start : start + max(1, TOKENS // length)]
+            for length, same in by_length.items()
+            for start in range(0, len(same), max(1, TOKENS // length))
+        ]
+
     def _run(self, recorders: Mapping[int, Hook]) -> None:
-        """All samples under recorders by layer, one by one: without padding, whose outputs mean nothing."""
+        """All samples under recorders by layer, batch by batch."""
         by_layer = {layer: [recorder] for layer, recorder in recorders.items()}
-        for t in self.tagged:
-            run_one(self.mllm, t, by_layer)
+        for batch in self._batches:
+            run_unpadded(self.mllm, [self.tagged[i] for i in batch], by_layer)
 
     @cached_property
     def means(self) -> torch.Tensor:
@@ -106,8 +120,15 @@ class Reference:
                 missing = list(range(self.mllm.n_layers))
             recorders = {layer: _Recorder(phase) for layer in missing}
             self._run(recorders)
+            place = np.argsort([i for batch in self._batches for i in batch])
             for layer, recorder in recorders.items():
-                self._outputs[layer, phase] = recorder.by_sample(self.names)
+                found = recorder.outputs()
+                self._outputs[layer, phase] = [found[i] for i in place]
+            for name, (tokens, _) in zip(self.names, self._outputs[layer, phase]):
+                if not len(tokens):
+                    raise ValueError(
+                        f"reference {name!r} has no token in phase={phase!r}: give it an answer"
+                    )
         return {layer: self._outputs[layer, phase] for layer in layers}
 
 
@@ -117,33 +138,29 @@ class _Sum(Hook):
     total: torch.Tensor | float = 0.0
 
     def output(self, call: Call, out: torch.Tensor) -> torch.Tensor:
-        self.total = self.total + out[0].float().sum(0).cpu()
+        self.total = self.total + out.float().sum((0, 1)).cpu()
         return out
 
 
 class _Recorder(Hook):
-    """Keeps the outputs of one layer in the rows of a phase, of one sample after the other."""
+    """Keeps the outputs of one layer in the rows of a phase, of every sample of one batch after the other."""
 
     def __init__(self, phase: str):
         self.phase = phase
         self.chunks: list[list[Outputs]] = []  # of every sample
 
     def output(self, call: Call, out: torch.Tensor) -> torch.Tensor:
-        rows = call.in_phase(self.phase)[0].nonzero()[:, 0]
-        if not call.first:  # a sample's first chunk
-            self.chunks.append([])
-        self.chunks[-1].append(Outputs((call.first + rows).cpu(), out[0, rows]))
+        if not call.first:  # a batch's first chunk
+            self.chunks += [[] for _ in range(call.batch)]
+        wanted = call.in_phase(self.phase).expand(call.batch, -1)
+        for chunks, rows, values in zip(self.chunks[-call.batch :], wanted, out):
+            rows = rows.nonzero()[:, 0]
+            chunks.append(Outputs((call.first + rows).cpu(), values[rows]))
         return out
 
-    def by_sample(self, names: list[str]) -> list[Outputs]:
-        """Of every sample, or a ValueError that names the one without rows in the phase."""
-        found = [Outputs(*map(torch.cat, zip(*chunks))) for chunks in self.chunks]
-        for name, (tokens, _) in zip(names, found):
-            if not len(tokens):
-                raise ValueError(
-                    f"reference {name!r} has no token in phase={self.phase!r}: give it an answer"
-                )
-        return found
+    def outputs(self) -> list[Outputs]:
+        """Of every sample, in the order in which they ran."""
+        return [Outputs(*map(torch.cat, zip(*chunks))) for chunks in self.chunks]
 
 
 @dataclass(frozen=True)

@@ -825,12 +825,13 @@ class Feed:
 
 
 @torch.inference_mode()
-def run_one(
-    mllm: MLLM, tagged: TaggedSample, by_layer: Mapping[int, Sequence[Hook]]
+def run_unpadded(
+    mllm: MLLM, batch: Sequence[TaggedSample], by_layer: Mapping[int, Sequence[Hook]]
 ) -> None:
-    """One sample through the decoder, unpadded, for what hooks (by layer) see of it."""
-    with hooks(mllm, by_layer, TokenRoles.of([tagged])):
-        decode(mllm, embedded(mllm, to_model(tagged.inputs, mllm)))
+    """Samples of one length through the decoder, without padding, for what hooks (by layer) see of them."""
+    inputs = to_model(collate(batch, pad_id(mllm)), mllm)
+    with hooks(mllm, by_layer, TokenRoles.of(batch)):
+        decode(mllm, embedded(mllm, inputs))
 
 
 def decode(

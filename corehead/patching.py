@@ -77,8 +77,9 @@ def patch(
     pairs = list(pairs)
     if not pairs:
         raise ValueError("no pairs: give samples and their counterfactuals")
-    bases, donors = zip(*pairs)
     donor_of = {base.id: donor.id for base, donor in pairs}
+    # once, for each of them runs twice
+    bases, donors = ([mllm.tag(sample) for sample in side] for side in zip(*pairs))
     intact = evaluate(mllm, [*bases, *donors], **options).set_index("sample")
     base = intact.loc[list(donor_of)]
     donor = intact.loc[list(donor_of.values())].set_axis(base.index)
@@ -91,7 +92,7 @@ def patch(
     conditions = {
         name: Ablation(set_, "patch", phase, reference) for name, set_ in heads.items()
     }
-    asked = [sample for sample in bases if sample.id in known]
+    asked = [tagged for tagged in bases if tagged.sample.id in known]
     patched = evaluate(mllm, asked, conditions, **options)
     # the donor's answer is the foil's, so that its contrast counts the other way
     way = (base.contrast + donor.contrast).loc[known].mean()

@@ -22,7 +22,7 @@ import torch
 import xarray as xr
 
 from .attention import Call, Measure, Reader, edited, hooks
-from .batching import Block, Context, Feed, Packed, batches, pack, run_one
+from .batching import Block, Context, Feed, Packed, batches, pack, run_unpadded
 from .models import MLLM
 from .ranking import HeadRanking
 from .runs import check_model, digest, named, provenance, run
@@ -456,7 +456,7 @@ def read_rows(
 ) -> np.ndarray:
     """What is measured at rows of one sample that runs alone, (L, R, ...); see `Reader`."""
     reader = Reader(rows, measure)
-    run_one(mllm, tagged, reader.everywhere(mllm))
+    run_unpadded(mllm, [tagged], reader.everywhere(mllm))
     return reader.result()[:, 0]
 
 

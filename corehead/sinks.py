@@ -11,7 +11,7 @@ import torch
 import xarray as xr
 
 from .attention import Call, Hook
-from .batching import run_one
+from .batching import run_unpadded
 from .models import MLLM
 from .samples import Sample
 from .scoring import group_mass
@@ -53,7 +53,7 @@ def drawn_attention(mllm: MLLM, tagged: TaggedSample) -> np.ndarray:
     length = tagged.last + 1
     # the answer's rows are left out, as nobody knows them when the question is asked
     reader = DrawnReader(length, len(tagged.ids))
-    run_one(mllm, tagged, reader.everywhere(mllm))
+    run_unpadded(mllm, [tagged], reader.everywhere(mllm))
     drawn = reader.drawn[:length].numpy() / math.prod(mllm.shape)
     even = 1 / np.arange(1, length + 1)
     # of the rows strictly behind each token

@@ -431,6 +431,22 @@ def test_a_reference_runs_once_for_all_batches(mllm, monkeypatch):
     assert len(runs) == 1
 
 
+def test_a_reference_in_batches_is_what_each_sample_gives_alone(mllm, monkeypatch):
+    samples = [*some(mllm), *(replace(s, id=f"{s.id} again") for s in some(mllm))]
+    together = Reference(mllm, samples)
+    assert 1 < len(together._batches) < len(samples)  # lengths differ, and come again
+    monkeypatch.setattr("corehead.ablation.TOKENS", 1)
+    alone = Reference(mllm, samples)
+    assert len(alone._batches) == len(samples)
+    torch.testing.assert_close(together.means, alone.means, atol=1e-5, rtol=1e-5)
+    for phase in ("both", "prefill", "decode", "context", "question", "last"):
+        found, expected = (given.outputs([0, 1], phase) for given in (together, alone))
+        for layer in (0, 1):
+            for one, other in zip(found[layer], expected[layer], strict=True):
+                assert one.tokens.tolist() == other.tokens.tolist()
+                torch.testing.assert_close(one.values, other.values, atol=1e-5, rtol=1e-5)
+
+
 def test_tagged_samples_need_no_name(mllm):
     samples = some(mllm)[:3]
     bare = [replace(mllm.tag(s), sample=None) for s in samples]

@@ -22,7 +22,7 @@ import corehead as ch
 from corehead import circuits
 from corehead.ablation import Ablation, Reference
 from corehead.attention import CACHE, Hook
-from corehead.batching import NULL, embedded, run_one, with_question
+from corehead.batching import NULL, embedded, run_unpadded, with_question
 from corehead.tagging import with_text
 from corehead.testbed.models import tiny as tiny_model
 
@@ -347,7 +347,7 @@ def test_windows_are_those_that_the_layers_attend_by():
     for family in [*GEOMETRY, *TEXT]:
         mllm = tiny(family)
         seen = Windows()
-        run_one(mllm, mllm.tag(samples_of(family)[0]), seen.everywhere(mllm))
+        run_unpadded(mllm, [mllm.tag(samples_of(family)[0])], seen.everywhere(mllm))
         assert [seen.windows[layer] for layer in range(mllm.n_layers)] == mllm.windows
     assert tiny("gemma3").windows == [12, None] and tiny("mistral").windows == [12, 12]
     assert "1 layers with a window of 12" in repr(tiny("gemma3"))
