@@ -24,6 +24,29 @@ from .samples import Sample
 Pairs = Iterable[tuple[Sample, Sample]]
 
 
+def answered(mllm: MLLM, pairs: Pairs, **options) -> list[tuple[Sample, Sample]]:
+    """The pairs of which the model answers both samples right: others have no content to move.
+
+    Parameters
+    ----------
+    mllm : MLLM
+    pairs : iterable of (Sample, Sample)
+    **options
+        Of `evaluate`: batch_size, store, resume, progress.
+
+    Returns
+    -------
+    list of (Sample, Sample)
+        Empty where there are none, as in a model that is too weak for the task.
+    """
+    pairs = list(pairs)
+    if not pairs:
+        return []
+    found = evaluate(mllm, [sample for pair in pairs for sample in pair], **options)
+    right = set(found["sample"][found.correct])
+    return [pair for pair in pairs if right.issuperset(sample.id for sample in pair)]
+
+
 def patch(
     mllm: MLLM,
     pairs: Pairs,
@@ -49,8 +72,7 @@ def patch(
         The rows that are patched, as in `Ablation`: "last" (the last token of the prompt), "question", "context" or
         "both" (all).
     only_right : bool
-        Leave out pairs of which the model does not answer both samples right, for these have no content to move. Off,
-        the pairs are the same whatever is ablated.
+        Take no pairs but those that `answered` leaves. Off, all are taken, whatever is ablated.
     **options
         Of `evaluate`: batch_size, store, resume, progress.
 
@@ -77,36 +99,36 @@ def patch(
     pairs = list(pairs)
     if not pairs:
         raise ValueError("no pairs: give samples and their counterfactuals")
+    if only_right:
+        pairs = answered(mllm, pairs, **options)
+    if not pairs:
+        raise ValueError(
+            "no pair of which both samples are answered right: patch a model that can do the task"
+        )
     donor_of = {base.id: donor.id for base, donor in pairs}
     # once, for each of them runs twice
     bases, donors = ([mllm.tag(sample) for sample in side] for side in zip(*pairs))
     intact = evaluate(mllm, [*bases, *donors], **options).set_index("sample")
     base = intact.loc[list(donor_of)]
     donor = intact.loc[list(donor_of.values())].set_axis(base.index)
-    known = base.index[base.correct & donor.correct] if only_right else base.index
-    if not len(known):
-        raise ValueError(
-            "no pair of which both samples are answered right: patch a model that can do the task"
-        )
     reference = Reference(mllm, donors, donor_of)
     conditions = {
         name: Ablation(set_, "patch", phase, reference) for name, set_ in heads.items()
     }
-    asked = [tagged for tagged in bases if tagged.sample.id in known]
-    patched = evaluate(mllm, asked, conditions, **options)
+    patched = evaluate(mllm, bases, conditions, **options)
     # the donor's answer is the foil's, so that its contrast counts the other way
-    way = (base.contrast + donor.contrast).loc[known].mean()
+    way = (base.contrast + donor.contrast).mean()
     moved = patched["sample"].map(base.contrast) - patched.contrast
     return patched.assign(moved=moved, recovered=moved / way)
 
 
-def use(mllm: MLLM, pairs: Pairs, *, phase: str = "last", **options) -> xr.DataArray:
+def use(mllm: MLLM, pairs: Pairs, **options) -> xr.DataArray:
     """A score of use for every head: the share of the logit difference that it alone recovers.
 
     Parameters
     ----------
-    mllm, pairs, phase, **options
-        As in `patch`.
+    mllm, pairs, **options
+        As in `patch`: phase, only_right and those of `evaluate`.
 
     Returns
     -------
@@ -114,7 +136,7 @@ def use(mllm: MLLM, pairs: Pairs, *, phase: str = "last", **options) -> xr.DataA
         Its mean over samples ranks heads by what they do, as that of RAM does by where they look.
     """
     singles = {head: HeadSet.of([head], mllm.shape) for head in np.ndindex(mllm.shape)}
-    table = patch(mllm, pairs, singles, phase=phase, **options)
+    table = patch(mllm, pairs, singles, **options)
     by_head = table.pivot(index="sample", columns="condition", values="recovered")
     values = by_head[list(singles)].to_numpy().reshape(-1, *mllm.shape)
     return xr.DataArray(

@@ -233,6 +233,9 @@ def _draw_view(
     ax.set(xticks=[], yticks=[], xlim=(0, width), ylim=(height, 0))
     ax.spines[:].set_visible(False)
     name = f"frame {first}-{end - 1}" if medium.kind == "video" else f"image {medium.index}"
+    # tiles or crops, and the whole picture beside them
+    if medium.kind == "image" and not view.all():
+        name += f": {view.sum()} tokens"
     ax.set_title(name, fontsize="small")
 
 

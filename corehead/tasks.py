@@ -225,7 +225,7 @@ class TaskSet:
         tasks : iterable of str, or mapping of str to dict
             By default those of retrieval; a mapping gives layouts of its own.
         questions : int
-            On one context, as far as a task allows.
+            On one context, as far as a task allows and so that all contexts have as many.
 
         Returns
         -------
@@ -234,8 +234,9 @@ class TaskSet:
         found = []
         for task in tasks or self.retrieval:
             layout = tasks[task] if isinstance(tasks, Mapping) else self.layouts[task]
-            # no more than a context of this task has to offer
-            together = min(questions, self.questions.get(task, 1))
+            # no more than a context of this task has to offer, and none left over: 6 of 16 would leave 4
+            most = min(questions, self.questions.get(task, 1))
+            together = max(k for k in range(1, most + 1) if n % k == 0)
             found += samples(task, split, n, seed, questions=together, **layout)
         return found
 

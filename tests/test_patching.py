@@ -235,6 +235,7 @@ def test_pairs_that_are_not_answered_are_left_out_or_kept(trained):
         *others,
     ]
     heads = {"all": ch.HeadSet(np.ones(mllm.shape, bool))}
+    assert patching.answered(mllm, wrong, progress=False) == others
     left = patching.patch(mllm, wrong, heads, progress=False)
     assert set(left["sample"]) == {pair[0].id for pair in others}
     kept = patching.patch(mllm, wrong, heads, only_right=False, progress=False)
@@ -253,6 +254,8 @@ def test_bad_input_is_named(trained):
     wrong = replace(base, answer=donor.answer, foil=base.answer)
     with pytest.raises(ValueError, match="answered right"):
         patching.patch(mllm, [(wrong, donor)], heads, progress=False)
+    assert patching.answered(mllm, [(wrong, donor)], progress=False) == []
+    assert patching.answered(mllm, []) == []
     with pytest.raises(ValueError, match="not one of the samples"):
         Reference(mllm, [donor], {base.id: "somebody"})
     with pytest.raises(ValueError, match="donor_of="):

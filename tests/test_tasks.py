@@ -55,6 +55,9 @@ def test_samples_of_a_set_follow_each_other_task_by_task():
     others = chosen.samples("test", 8, tasks=["majority", "count"], questions=8)
     pictures = [id(s.messages[0]["content"][0]["image"]) for s in others]
     assert len(set(pictures[:8])) == 8 and len(set(pictures[8:])) == 2
+    # none left over: 6 do not go into 16, and 4 do
+    even = chosen.samples("test", 16, tasks=["image"], questions=6)
+    assert len({id(s.messages[0]["content"][0]["image"]) for s in even}) == 4
     mapped = chosen.samples("test", 2, tasks={"document": {"pages": 2}})
     assert {len(s.messages[0]["content"]) for s in mapped} == {
         len(samples("document", n=1, pages=2)[0].messages[0]["content"])
