@@ -23,7 +23,6 @@ from test_benchmarks import (
 from test_project import NOTEBOOKS, PARAMS, ROOT, code_cells, saved, tags, values_of
 
 import corehead as ch
-from corehead import gates
 from corehead.tasks import samples, task_set
 from corehead.testbed import save, tiny
 
@@ -174,8 +173,6 @@ def test_a_notebook_runs_on_a_checkpoint_of_the_family(
     monkeypatch.setenv("COREHEAD_OUTPUT", str(tmp_path))
     monkeypatch.chdir(ROOT / "notebooks")
     plt.switch_backend("agg")
-    # gates learn nothing in a random model, however long it takes
-    monkeypatch.setitem(gates.closings.__kwdefaults__, "steps", 3)
     scope = run(path, values)
     assert scope["profile"] == profile and scope["mllm"].source == source
     tables = {file.stem for file in results.glob("*.csv")}
