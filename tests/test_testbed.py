@@ -492,7 +492,7 @@ def test_training_goes_on_from_a_trained_model(tmp_path):
     assert card["steps"] == 3 and card["recipe"]["base"] == str(tmp_path / "a")
     with pytest.raises(
         ValueError,
-        match="curriculum='longer': take one of 'short', 'tiled', 'memory', 'long'",
+        match="curriculum='longer': take one of 'short', 'apart', 'tiled', 'memory', 'long'",
     ):
         Recipe(curriculum="longer")
 
