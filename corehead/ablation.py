@@ -89,11 +89,11 @@ class Reference:
         by_length: dict[int, list[int]] = {}
         for i, t in enumerate(self.tagged):
             by_length.setdefault(len(t.ids), []).append(i)
-        return [
-            same[start : start + max(1, TOKENS // length)]
-            for length, same in by_length.items()
-            for start in range(0, len(same), max(1, TOKENS // length))
-        ]
+        batches = []
+        for length, same in by_length.items():
+            size = max(1, TOKENS // length)
+            batches += [same[i : i + size] for i in range(0, len(same), size)]
+        return batches
 
     def _run(self, recorders: Mapping[int, Hook]) -> None:
         """All samples under recorders by layer, batch by batch."""
@@ -122,13 +122,14 @@ class Reference:
             self._run(recorders)
             place = np.argsort([i for batch in self._batches for i in batch])
             for layer, recorder in recorders.items():
-                found = recorder.outputs()
-                self._outputs[layer, phase] = [found[i] for i in place]
-            for name, (tokens, _) in zip(self.names, self._outputs[layer, phase]):
-                if not len(tokens):
-                    raise ValueError(
-                        f"reference {name!r} has no token in phase={phase!r}: give it an answer"
-                    )
+                outputs = recorder.outputs()
+                outputs = [outputs[i] for i in place]
+                for name, (tokens, _) in zip(self.names, outputs):
+                    if not len(tokens):
+                        raise ValueError(
+                            f"reference {name!r} has no token in phase={phase!r}: give it an answer"
+                        )
+                self._outputs[layer, phase] = outputs
         return {layer: self._outputs[layer, phase] for layer in layers}
 
 

@@ -43,7 +43,14 @@ def answered(mllm: MLLM, pairs: Pairs, **options) -> list[tuple[Sample, Sample]]
     if not pairs:
         return []
     found = evaluate(mllm, [sample for pair in pairs for sample in pair], **options)
-    right = set(found["sample"][found.correct])
+    return _both_right(pairs, found.set_index("sample"))
+
+
+def _both_right(
+    pairs: list[tuple[Sample, Sample]], intact: pd.DataFrame
+) -> list[tuple[Sample, Sample]]:
+    """The pairs of which both samples are right in a table of answers by sample."""
+    right = set(intact.index[intact.correct])
     return [pair for pair in pairs if right.issuperset(sample.id for sample in pair)]
 
 
@@ -99,16 +106,17 @@ def patch(
     pairs = list(pairs)
     if not pairs:
         raise ValueError("no pairs: give samples and their counterfactuals")
+    # once, for each of them runs twice
+    tagged = {sample.id: mllm.tag(sample) for side in zip(*pairs) for sample in side}
+    intact = evaluate(mllm, tagged.values(), **options).set_index("sample")
     if only_right:
-        pairs = answered(mllm, pairs, **options)
+        pairs = _both_right(pairs, intact)
     if not pairs:
         raise ValueError(
             "no pair of which both samples are answered right: patch a model that can do the task"
         )
     donor_of = {base.id: donor.id for base, donor in pairs}
-    # once, for each of them runs twice
-    bases, donors = ([mllm.tag(sample) for sample in side] for side in zip(*pairs))
-    intact = evaluate(mllm, [*bases, *donors], **options).set_index("sample")
+    bases, donors = ([tagged[sample.id] for sample in side] for side in zip(*pairs))
     base = intact.loc[list(donor_of)]
     donor = intact.loc[list(donor_of.values())].set_axis(base.index)
     reference = Reference(mllm, donors, donor_of)
