@@ -34,7 +34,7 @@ CACHE = (
 )
 # attention weights (float32) held at once while rows are read: what stays in a CPU's cache, what keeps a GPU busy
 WEIGHTS_BLOCK = {"cpu": 2**18, "cuda": 2**26}
-# elements of a KV head's mask that are held at once; SDPA makes floats of them, 64 MiB in float32
+# elements of masks that are held at once; SDPA makes floats of them, 64 MiB in float32
 MASK_BLOCK = 2**24
 
 PADDING, CONTEXT, QUESTION, LAST, ANSWER = range(5)
@@ -558,7 +558,7 @@ def masked_attention(
 ) -> torch.Tensor:
     """Exact attention of some rows under explicit masks, (B, R, H, D).
 
-    No more than MASK_BLOCK elements of a KV head's mask are held at once.
+    No more than MASK_BLOCK elements of masks are held at once.
     This is the one path for chunks behind a cache, padding, cut edges and whatever hybrid attention has no kernel for.
     """
     if call.softcap is not None:
@@ -567,11 +567,14 @@ def masked_attention(
     kv_heads = call.key.shape[1]
     group = heads // kv_heads
     out = call.query.new_empty(batch, len(rows), heads, call.value.shape[-1])
-    block = max(1, MASK_BLOCK // (batch * group * call.n))
+    # one mask for all KV heads, or one for each where a hook tells heads apart
+    own_masks = visible(call, rows[:1], hooks).shape[1] > 1
+    masks = heads if own_masks else group
+    block = max(1, MASK_BLOCK // (batch * masks * call.n))
     for i, part in enumerate(rows.split(block)):
         # the g query heads of a KV head become rows, so that the cache is not repeated g times
         seen = visible(call, part, hooks)  # (B or 1, H or 1, r, N)
-        seen = seen.expand(-1, heads if seen.shape[1] > 1 else group, -1, -1)
+        seen = seen.expand(-1, masks, -1, -1)
         seen = seen.unflatten(1, (-1, group)).flatten(2, 3)  # (B or 1, Hkv or 1, g r, N)
         query = call.query[:, :, part].unflatten(1, (kv_heads, group)).flatten(2, 3)
         attended = scaled_dot_product_attention(

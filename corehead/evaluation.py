@@ -131,12 +131,14 @@ def evaluate(
         label = {} if conditions is None else columns_of(name, "condition")
         rows += [label | row for row in _answer_rows(finished, condition.key, new_tokens)]
     # comparisons are paired: a sample that fails under one condition is left out of all
-    failed = {failure["sample"] for failure in finished.failures}
+    failed = finished.failures
     answers = pd.DataFrame([row for row in rows if row["sample"] not in failed])
     if failed and answers.empty:
-        reason = finished.failures[0]["reason"]
+        reason = next(iter(failed.values()))
         raise ValueError(f"no sample could be evaluated; the first: {reason}")
-    answers.attrs["failures"] = finished.failures
+    answers.attrs["failures"] = [
+        {"sample": name, "reason": reason} for name, reason in failed.items()
+    ]
     return answers
 
 

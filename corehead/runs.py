@@ -194,8 +194,8 @@ class Finished:
         By id, in the order given; without messages and evidence, whose media would fill the memory.
     digests : dict of str to str
         Of each sample's whole content.
-    failures : list of dict
-        "sample" (its id) and "reason" of each sample that failed.
+    failures : dict of str to str
+        The reason, by the id of each sample that failed.
     on_error : {"raise", "record"}
         What to do with a sample that fails.
     """
@@ -205,7 +205,7 @@ class Finished:
     on_error: str = "raise"
     samples: dict[str, Sample] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)
-    failures: list[dict] = field(default_factory=list)
+    failures: dict[str, str] = field(default_factory=dict)
 
     def lacking(self, ids: Iterable[str]) -> list[str]:
         """Keys for which any of these samples has no row yet."""
@@ -218,7 +218,8 @@ class Finished:
         """Raise or record the error of a sample."""
         if self.on_error == "raise":
             raise error
-        self.failures.append({"sample": error.sample_id, "reason": str(error)})
+        # the first reason, under however many conditions it fails
+        self.failures.setdefault(error.sample_id, str(error))
 
     def draw(
         self, samples: Iterable[Sample | TaggedSample], bar: tqdm

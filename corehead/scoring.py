@@ -326,11 +326,9 @@ def score(
         finished.rows[name, ""] for name in finished.samples if (name, "") in finished.rows
     ]
     if not rows:
-        reason = (
-            finished.failures[0]["reason"] if finished.failures else "there are no samples"
-        )
+        reason = next(iter(finished.failures.values()), "there are no samples")
         raise ValueError(f"no sample could be scored; the first: {reason}")
-    failures = pd.DataFrame(finished.failures, columns=["sample", "reason"])
+    failures = pd.DataFrame(finished.failures.items(), columns=["sample", "reason"])
     data = digest([[row["sample"], row["digest"]] for row in rows])
     # of the samples as they are given now: a store keeps what the model saw
     metas = [finished.samples[row["sample"]].meta for row in rows]

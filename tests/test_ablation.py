@@ -14,6 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 import corehead as ch
+from corehead import attention
 from corehead.ablation import MODES, Ablation, Reference, curve
 from corehead.attention import NAME
 from corehead.batching import Feed, collate, pad_id, to_model
@@ -492,6 +493,23 @@ def test_no_more_conditions_run_side_by_side_than_memory_holds(mllm, monkeypatch
         found.append(ch.evaluate(mllm, samples, conditions, progress=False))
     assert [n for n, _ in runs] == [1] * 5 + [2, 2, 1]
     np.testing.assert_allclose(found[0].logprob, found[1].logprob, atol=1e-5)
+
+
+def test_masks_of_single_heads_are_held_in_pieces(mllm, monkeypatch):
+    conditions = {"cut": Ablation(HEADS, "knockout")}
+    whole = ch.evaluate(mllm, some(mllm), conditions, progress=False)
+    most, sizes = 2**12, []
+    sdpa = attention.scaled_dot_product_attention
+
+    def spy(*states, attn_mask, **options):
+        sizes.append(attn_mask.numel())
+        return sdpa(*states, attn_mask=attn_mask, **options)
+
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", spy)
+    monkeypatch.setattr(attention, "MASK_BLOCK", most)
+    pieces = ch.evaluate(mllm, some(mllm), conditions, batch_size=1, progress=False)
+    assert sizes and max(sizes) <= most
+    np.testing.assert_allclose(pieces.logprob, whole.logprob, atol=1e-5)
 
 
 def test_named_tuples_become_columns_and_equal_sets_run_once(mllm, monkeypatch):

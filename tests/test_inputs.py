@@ -639,13 +639,17 @@ def test_evaluate_leaves_a_bad_sample_out_under_every_condition():
         sample_with(id="good"),
         sample_with(id="a number", answer=7),
         sample_with(id="metric", metric=metric),
+        sample_with(id="no metric", metric=dict),
     ]
     conditions = {"intact": None, "none": ch.Ablation(heads)}
     options = dict(new_tokens=1, progress=False)
     answers = ch.evaluate(mllm, samples, conditions, on_error="record", **options)
     assert answers["sample"].tolist() == ["good", "good"]
     failed = {f["sample"]: f["reason"] for f in answers.attrs["failures"]}
-    assert set(failed) == {"a number", "metric"} and "ZeroDivisionError" in failed["metric"]
+    assert set(failed) == {"a number", "metric", "no metric"}
+    # once, though "no metric" fails under both conditions
+    assert len(answers.attrs["failures"]) == 3
+    assert "ZeroDivisionError" in failed["metric"]
     with pytest.raises(ch.SampleError, match="'a number', answer: 7 is no text"):
         ch.evaluate(mllm, samples, conditions, **options)
     with pytest.raises(

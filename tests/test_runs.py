@@ -244,18 +244,15 @@ def test_what_fails_is_recorded_and_the_run_goes_on(tmp_path, bars):
     samples = toys(6)
     options = dict(keys=["a", "b"], store=tmp_path, on_error="record")
     finished = go(samples, Toy(2, bad=("s1", "s5")), **options)
-    assert finished.failures == [
-        {"sample": name, "reason": f"sample {name!r}, question: is bad. Ask another."}
-        for name in ("s1", "s5")
-    ]
+    assert finished.failures == {
+        name: f"sample {name!r}, question: is bad. Ask another." for name in ("s1", "s5")
+    }
     assert {name for name, _ in finished.rows} == {"s0", "s2", "s3", "s4"} and len(
         finished.samples
     ) == 6
     again = Toy(2, bad=("s5",))
     finished = go(samples, again, resume=True, **options)  # what failed is tried again
-    assert [f["sample"] for f in finished.failures] == ["s5"] and again.batches == [
-        (["s1"], ["a", "b"])
-    ]
+    assert list(finished.failures) == ["s5"] and again.batches == [(["s1"], ["a", "b"])]
     assert [(bar.total, bar.n) for bar in bars] == [(12, 12), (12, 12)]
 
 
