@@ -186,39 +186,30 @@ def samples(
         # all different: what is said again stands in one place, and has one successor
         names = rng.permutation(len(NAMES))[:length]
         words = [f" {NAMES[i]}" for i in names]
-        if task == "copy_text":
-            context = [_text("".join(words) + "\n")]
-            where = [Span(word) for word in words]
-        else:
-            pictures = tiles(names.reshape(pages, -1), rng, split)
-            context = [
-                *(
-                    {"type": "image", "image": Image.fromarray(picture)}
-                    for picture in pictures
-                ),
-                _text("\n"),
-            ]
-            where = [
-                Region(page, cell_box(row, column))
-                for page, row, column in np.ndindex(pages, SIDE, SIDE)
-            ]
+        context, where = _sequence(task, names, words, rng, split)
         for i, start in enumerate(rng.permutation(length - repeat)[:questions]):
             end = start + repeat  # the name to say, and where it stands the evidence
             question = "".join(words[start:end])
             messages = [{"role": "user", "content": [*context, _text(question)]}]
             # 35 names come back in all samples; those of the same handwritten digit have the same name
             meta = {"domain": task, "scene": scene, "item": NAMES[names[end]]}
-            found.append(
-                Sample(
-                    f"{prefix}-{scene}-{i}",
-                    messages,
-                    [where[end]],
-                    words[end],
-                    question,
-                    meta,
-                )
-            )
+            name = f"{prefix}-{scene}-{i}"
+            found.append(Sample(name, messages, [where[end]], words[end], question, meta))
     return found
+
+
+def _sequence(
+    task: str, names: np.ndarray, words: list[str], rng: np.random.Generator, split: str
+) -> tuple[list[dict], list[Span | Region]]:
+    """The context that shows a sequence of names, and where each of them stands in it."""
+    if task == "copy_text":
+        return [_text("".join(words) + "\n")], [Span(word) for word in words]
+    context = []
+    where = []
+    for page, picture in enumerate(tiles(names.reshape(-1, TILES), rng, split)):
+        context.append({"type": "image", "image": Image.fromarray(picture)})
+        where += [Region(page, cell_box(*cell)) for cell in np.ndindex(SIDE, SIDE)]
+    return [*context, _text("\n")], where
 
 
 def _text(text: str) -> dict[str, str]:
