@@ -277,6 +277,7 @@ def test_a_recipe_of_the_graft_takes_no_other_keys(tmp_path, capsys):
     not (GRAFTED / "training.json").exists(),
     reason="`make testbed MODELS=smollm2` makes it",
 )
+@pytest.mark.slow("a pretrained language model of 135 million parameters answers")
 def test_the_grafted_model_copies_words_and_pictures_and_knows_its_facts():
     mllm = ch.load(GRAFTED)
     assert (mllm.n_layers, mllm.n_heads, mllm.n_kv_heads) == (30, 9, 3)

@@ -1,11 +1,15 @@
 """The named task sets ask what they say."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
 from corehead import tasks
+from corehead.runs import digest
 from corehead.tasks import samples, task_set
 
 SETS = yaml.safe_load(Path(tasks.__file__).with_name("tasks.yaml").read_text())
@@ -80,3 +84,27 @@ def test_pairs_are_those_of_tasks_that_have_them():
     pairs = task_set("english").pairs("validation", 2)
     assert [base.meta["domain"] for base, _ in pairs[::2]] == ["traits", "codes"]
     assert task_set("benchmarks").pairs("validation", 2) == []
+
+
+DRAWN = ("digits", "english", "zeroshot")  # those that need no download
+
+
+def digests() -> list[str]:
+    """Of samples and pairs of every task that is drawn by code."""
+    drawn = []
+    for name in DRAWN:
+        chosen = task_set(name)
+        drawn.append(chosen.samples("test", 2, tasks=chosen.layouts, questions=2))
+        drawn.append(chosen.pairs("validation", 1))
+    return [digest(samples) for samples in drawn]
+
+
+def test_samples_are_the_same_in_every_process():
+    """Strings hash otherwise in each: nothing drawn may follow the order of a set."""
+    environment = os.environ | {
+        "PYTHONHASHSEED": "1",
+        "PYTHONPATH": str(Path(__file__).parent),
+    }
+    command = [sys.executable, "-c", "import test_tasks; print(*test_tasks.digests())"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == digests(), done.stderr

@@ -131,7 +131,8 @@ def _pairs(
         # each kind of sentence twice, so that it takes the person to know which is meant; codes have one kind
         kinds = islice(cycle(shuffled(list(told))[: -(-sentences // 2)]), sentences)
         kinds = shuffled(list(kinds))
-        left = {kind: shuffled(told[kind]) for kind in set(kinds)}
+        # not a set, whose order differs from process to process
+        left = {kind: shuffled(told[kind]) for kind in dict.fromkeys(kinds)}
         said = [(kind.format(who.pop()), left[kind].pop()) for kind in kinds]
         places = rng.permutation(sentences).tolist()
         if depth is not None:
