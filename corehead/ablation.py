@@ -10,6 +10,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import takewhile
 from typing import NamedTuple
 
 import numpy as np
@@ -220,8 +221,13 @@ class Ablation(Condition):
             )
 
     def check(self, mllm: MLLM) -> None:
-        """Raise ValueError where the heads are none, or another model's."""
+        """Raise ValueError where the heads are none, or they or the reference are another model's."""
         self.heads.check(mllm.shape)
+        theirs = None if self.reference is None else self.reference.mllm
+        if theirs is not None and theirs.model is not mllm.model:
+            raise ValueError(
+                "the reference was made with another model: make one with this"
+            )
 
     @property
     def key(self) -> str:
@@ -309,6 +315,8 @@ class _HeadHook(Hook):
 class Replacement(_HeadHook):
     """Other outputs for some heads: zero, or what a function of the call gives, (H, D) or (B, R, H, D)."""
 
+    replaces = True
+
     def __init__(
         self,
         heads: torch.Tensor,
@@ -353,8 +361,13 @@ class ZeroedEdges(_HeadHook):
             return out
         value = call.head_values  # (B, H, N, D)
         where = self.where(call)
+        for hook in takewhile(lambda hook: hook is not self, call.hooks):
+            if isinstance(hook, ZeroedEdges):  # has taken it out already
+                where = where & ~hook.where(call)
         out = out.clone()
-        for part, weights in row_weights(call, torch.from_numpy(rows).to(call.device)):
+        rows = torch.from_numpy(rows).to(call.device)
+        # under all masks: what another hook has cut was not read, and cannot be taken out
+        for part, weights in row_weights(call, rows, call.hooks):
             weights = weights * call.evidence_of(part)[:, None]  # (B, H, r, N)
             read = torch.einsum("bhrn,bhnd->brhd", weights, value)
             out[:, part] -= (read * where[:, part, :, None]).to(out.dtype)

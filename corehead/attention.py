@@ -196,6 +196,8 @@ class Call:
         What the tokens are, where that is known.
     out : (B, R, H, D) tensor
         The output so far; hooks that read find it here.
+    hooks : sequence of Hook
+        All that are in force in this layer.
     """
 
     layer: int
@@ -209,6 +211,7 @@ class Call:
     softcap: float | None = None
     roles: TokenRoles | None = None
     out: torch.Tensor | None = None
+    hooks: Sequence[Hook] = ()
 
     @property
     def batch(self) -> int:
@@ -318,11 +321,14 @@ class Hook:
     ----------
     needs_own_row : bool
         Every sequence must stand in a batch row of its own, with nothing shared.
+    replaces : bool
+        Its outputs take the place of those that were there; such hooks act behind all others.
     rows : (R,) int64 array, optional
         Positions among the keys of the query rows that `read` is to see.
     """
 
     needs_own_row = False
+    replaces = False
     rows: np.ndarray | None = None
 
     def everywhere(self, mllm: MLLM) -> dict[int, list[Hook]]:
@@ -415,10 +421,9 @@ def hooks(
     implementation = config._attn_implementation
     before = [active(module) for module in modules]
     config._attn_implementation = NAME
-    handle = None
-    if roles is not None and any(mllm.windows):
-        decoder = mllm.family.decoder(mllm.model)
-        handle = decoder.register_forward_pre_hook(_keep_all_keys, with_kwargs=True)
+    decoder = mllm.family.decoder(mllm.model)
+    prepare = _keep_all_keys if roles is not None and any(mllm.windows) else _check_cache
+    handle = decoder.register_forward_pre_hook(prepare, with_kwargs=True)
     try:
         for layer, (module, outer) in enumerate(zip(modules, before)):
             mine = tuple((by_layer or {}).get(layer, ()))
@@ -430,8 +435,7 @@ def hooks(
             yield
     finally:
         config._attn_implementation = implementation
-        if handle is not None:
-            handle.remove()
+        handle.remove()
         for module, outer in zip(modules, before):
             if implementation == NAME:
                 module.corehead = outer
@@ -439,8 +443,20 @@ def hooks(
                 del module.corehead
 
 
+def _check_cache(decoder: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+    """Raise ValueError for a static cache, whose empty slots would count as keys."""
+    cache = kwargs.get(CACHE)
+    if cache is not None and any(
+        getattr(layer, "is_compileable", False) for layer in cache.layers
+    ):
+        raise ValueError(
+            "a static cache has slots that hold no key yet: take a DynamicCache()"
+        )
+
+
 def _keep_all_keys(decoder: torch.nn.Module, args: tuple, kwargs: dict) -> None:
     """Let an empty cache keep what falls out of a layer's window, since roles count positions among all keys."""
+    _check_cache(decoder, args, kwargs)
     cache = kwargs.get(CACHE)
     for i, layer in enumerate(cache.layers if cache is not None else ()):
         if layer.is_sliding:
@@ -618,11 +634,12 @@ def attention_forward(
         attention_mask=attention_mask,
         window=options.get("sliding_window"),
         softcap=options.get("softcap"),
+        hooks=now.hooks,
     )
     if now.roles is not None:
         call.roles = now.roles.covering(call.batch, call.n)
     call.out = _attend(call, now.hooks, module, dropout, options)
-    for hook in now.hooks:
+    for hook in sorted(now.hooks, key=lambda hook: hook.replaces):
         call.out = hook.output(call, call.out)
     # only now, so that readers find the output as all hooks left it
     for hook in now.hooks:

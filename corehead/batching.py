@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -100,17 +100,20 @@ class Block:
     ids : (n,) int64 array
         Token ids behind the prefix.
     owner : int
-        Which sample of the context; of a null block, one of those that it serves.
+        Which sample of the context; of a null block, the first that it serves.
     null : bool
         It asks the null question.
     tagged : TaggedSample
         The full sequence.
+    serves : dict of int to (E,) int64 array
+        Of a null block, the samples that it serves, each with its evidence in the full sequence.
     """
 
     ids: np.ndarray
     owner: int
     null: bool
     tagged: TaggedSample
+    serves: dict[int, np.ndarray] = field(default_factory=dict)
 
     @property
     def answer(self) -> np.ndarray:
@@ -132,9 +135,9 @@ class Context:
         return 0 if self.prefix is None else len(self.prefix.ids)
 
     def null_of(self, asked: Block) -> int | None:
-        """The block with the null question and the same answer, if there is one."""
+        """The block with the null question in place of a sample's own, if there is one."""
         for k, block in enumerate(self.blocks):
-            if block.null and np.array_equal(block.answer, asked.answer):
+            if asked.owner in block.serves:
                 return k
         return None
 
@@ -273,7 +276,9 @@ def _contexts(group: list[_Pair], to_last: bool, alone: bool) -> list[Context]:
         if pair.null is not None:
             ids = pair.null.ids[shared:]
             # null questions that are equal token for token run once
-            blocks["null", ids.tobytes()] = Block(ids, owner, null=True, tagged=pair.null)
+            block = Block(ids, owner, null=True, tagged=pair.null)
+            block = blocks.setdefault(("null", ids.tobytes()), block)
+            block.serves[owner] = pair.null.evidence
     first = group[0].tagged
     nothing = np.empty(0, np.int64)
     # all media stand in the prefix, so that one sample's pixels serve the whole group
@@ -319,7 +324,10 @@ def _shared_tokens(sequences: list[TaggedSample], to_last: bool) -> int:
 
 def _alone(pair: _Pair, like: _Pair) -> Context:
     """A context of one sample whose sequences are run whole, with the name of another sample on it."""
-    blocks = [Block(t.ids, 0, t is pair.null, t) for t in pair if t is not None]
+    blocks = [Block(pair.tagged.ids, 0, null=False, tagged=pair.tagged)]
+    if pair.null is not None:
+        serves = {0: pair.null.evidence}
+        blocks.append(Block(pair.null.ids, 0, null=True, tagged=pair.null, serves=serves))
     return Context(
         prefix=None,
         blocks=blocks,
@@ -376,11 +384,12 @@ class Packed:
             keys = torch.from_numpy(self.keys(c, k, np.arange(len(block.tagged.ids))))
             evidence_set = None if block.null else block.owner
             self.roles.mark(slot.row, block.tagged, keys, evidence_set, shared)
-            # A null question looks for nothing, but the mass that it gives to V* is wanted. In a row of its own nobody
-            # else has marked V*; behind a prefix the samples' own blocks have.
-            if block.null and self.prefix is None:
-                evidence = keys[torch.from_numpy(block.tagged.evidence)]
-                self.roles.evidence[slot.row, block.owner, evidence] = True
+            # A null question looks for nothing, but the mass that it gives to V* is wanted, also to what stands behind
+            # the question.
+            for owner, evidence in block.serves.items():
+                self.roles.evidence[slot.row, owner, keys[torch.from_numpy(evidence)]] = (
+                    True
+                )
 
     def keys(self, c: int, k: int, tokens: np.ndarray) -> np.ndarray:
         """Positions among the keys, padding and prefix included, of tokens of a block's full sequence."""
@@ -867,8 +876,8 @@ def decode(
         cache = room_for(mllm, length)
     before = cache.get_seq_length() if cache is not None else 0
     hidden = None
-    for start in range(0, length, PREFILL_CHUNK):
-        stop = min(start + PREFILL_CHUNK, length)
+    start = 0
+    for stop in _chunk_ends(feed, before):
         part = feed if stop - start == length else _tokens(feed, start, stop, before)
         # repeated chunk by chunk, so that the embeddings of a long context are held once
         inputs = _repeated(part, times) | {CACHE: cache, "use_cache": cache is not None}
@@ -881,7 +890,28 @@ def decode(
             rows = wanted.rows[here]
             tokens = wanted.tokens[here] - start
             hidden[:, here.to(hidden.device)] = states[:, rows, tokens]
+        start = stop
     return hidden
+
+
+def _chunk_ends(feed: dict[str, Any], before: int) -> list[int]:
+    """Where chunks of PREFILL_CHUNK tokens end: a picture whose tokens attend both ways (Gemma 3) stays in one."""
+    length = feed["inputs_embeds"].shape[1]
+    mask = feed.get("attention_mask")
+    if length <= PREFILL_CHUNK or mask is None or mask.dim() == 2:
+        return [*range(PREFILL_CHUNK, length, PREFILL_CHUNK), length]
+    allowed = mask if mask.dtype == torch.bool else mask == 0
+    seen = allowed.any(0)[0, :, before : before + length]  # (L, L)
+    last = length - seen.flip(1).to(torch.uint8).argmax(1)
+    # how many of these tokens are seen by any up to each one
+    reach = torch.where(seen.any(1), last, 0).cummax(0).values.cpu()
+    # a chunk may end where none of its tokens sees a later one
+    ends = torch.nonzero(reach <= torch.arange(1, length + 1))[:, 0] + 1
+    chosen = [0]
+    for end, following in zip(ends.tolist(), [*ends[1:].tolist(), math.inf]):
+        if following - chosen[-1] > PREFILL_CHUNK:
+            chosen.append(end)
+    return chosen[1:]
 
 
 def _tokens(feed: dict[str, Any], start: int, stop: int, before: int) -> dict[str, Any]:

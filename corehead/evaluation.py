@@ -80,15 +80,15 @@ def evaluate(
     -------
     DataFrame
         One row a condition and sample in the order given: the condition (a named tuple gives one column a field, any
-        other name the column "condition"), sample, context (the first sample on the same context; its own where nothing
-        stands in front of the question, however the samples were packed), the columns of its `meta` (of which "item",
-        what the answer is read from and other samples may share, counts in `stats` beside the context), answer,
-        prediction (the likeliest token at each place of the answer, the ones before it given), correct (all right),
-        logprob (of the whole answer, nats), margin (first token: logit of the answer less the best other logit); where
-        a sample has a foil, contrast (logit of the answer less that of the foil, at the first token in which they
-        differ) and flipped (the foil's token is the likeliest there); with new_tokens, written (the text) and, where a
-        sample has a metric, its values, of which correct then says whether the first is at least one half. The "sample"
-        and "reason" of those that failed are in its ``attrs["failures"]``.
+        other name the column "condition"), sample, context (the first sample on the same context, of 32 at most that
+        follow each other and run together; its own where nothing stands in front of the question), the columns of its
+        `meta` (of which "item", what the answer is read from and other samples may share, counts in `stats` beside the
+        context), answer, prediction (the likeliest token at each place of the answer, the ones before it given),
+        correct (all right), logprob (of the whole answer, nats), margin (first token: logit of the answer less the best
+        other logit); where a sample has a foil, contrast (logit of the answer less that of the foil, at the first token
+        in which they differ) and flipped (the foil's token is the likeliest there); with new_tokens, written (the text)
+        and, where a sample has a metric, its values, of which correct then says whether the first is at least one half.
+        The "sample" and "reason" of those that failed are in its ``attrs["failures"]``.
 
     Raises
     ------
@@ -191,6 +191,8 @@ def _work(
     """Answers of every sample under the conditions that it lacks, a list a batch."""
     # without the question's own tokens, blocks are a token or two
     late = all(condition.leaves_prompt_intact for condition in conditions.values())
+    # an ablation around this run may be about those tokens
+    late = late and not edited(mllm)
     for batch in batches(
         mllm, samples, batch_size, need_answer=True, to_last=late, fail=fail
     ):

@@ -123,6 +123,8 @@ def patch(
     conditions = {
         name: Ablation(set_, "patch", phase, reference) for name, set_ in heads.items()
     }
+    if options.get("store") is not None:
+        options |= {"resume": True}  # it holds the table above
     patched = evaluate(mllm, bases, conditions, **options)
     # the donor's answer is the foil's, so that its contrast counts the other way
     way = (base.contrast + donor.contrast).mean()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -53,19 +54,31 @@ def digest(value: Any) -> str:
 def _as_json(value: Any) -> Any:
     """What JSON does not know as something that it does."""
     if isinstance(value, TaggedSample):
-        return [value.ids, value.evidence]
+        inputs = sorted(value.inputs.items())
+        return [
+            inputs,
+            value.evidence,
+            value.question,
+            value.answer,
+            value.last,
+            value.sample,
+        ]
     # neither meta nor metric, of which the model sees nothing
     if isinstance(value, Sample):
         return [
             value.id,
             value.messages,
+            [_file(path) for path in _paths(value.messages)],
             value.evidence,
             value.answer,
             value.question,
             value.foil,
         ]
     if isinstance(value, Image.Image):
-        return [value.mode, np.asarray(value)]  # pixels, wherever the picture was read from
+        # as it is seen, wherever it was read from: upright, and in the colours of its palette
+        upright = ImageOps.exif_transpose(value)
+        seen = upright.convert("RGBA") if upright.mode in ("P", "PA") else upright
+        return [value.mode, np.asarray(seen)]
     if torch.is_tensor(value):
         value = value.numpy(force=True)
     if hasattr(value, "read"):  # an open file
@@ -74,6 +87,27 @@ def _as_json(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return [value.shape, value.dtype.str, hashlib.sha256(value.tobytes()).hexdigest()]
     return repr(value)  # evidence: dataclasses, whose repr holds all fields
+
+
+def _paths(value: Any) -> Iterator[str]:
+    """Paths of media among messages."""
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            if name != "text":
+                yield from _paths(inner)
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from _paths(inner)
+    elif isinstance(value, (str, os.PathLike)) and len(os.fspath(value)) < 4096:
+        path = os.fspath(value).removeprefix("file://")
+        if os.path.isfile(path):
+            yield path
+
+
+def _file(path: str) -> list:
+    """What tells a file from another of the same name: its size, and how it begins."""
+    with open(path, "rb") as file:
+        return [os.path.getsize(path), hashlib.sha256(file.read(2**20)).hexdigest()]
 
 
 def fingerprint(model: PreTrainedModel) -> str:

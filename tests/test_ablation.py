@@ -1,7 +1,7 @@
 """Ablations against independent references: edited weights, and attention with full matrices."""
 
 import copy
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -680,3 +680,60 @@ def test_resampling_needs_the_prompt_in_one_piece():
         half = mllm.model(input_ids=ids[:, :9], use_cache=True)
         with pytest.raises(ValueError, match="one piece"):
             mllm.model(input_ids=ids[:, 9:], past_key_values=half.past_key_values)
+
+
+@torch.no_grad()
+def test_zeroed_edges_take_out_what_is_read_and_no_more():
+    """Inside other contexts too: what these have cut, zeroed or taken out is not taken out again."""
+    mllm = tiny("qwen3_vl")
+    tagged = mllm.tag(some(mllm)[0])
+    heads = ch.HeadSet.of([(1, 0), (1, 1)], SHAPE)
+
+    def logits(*modes, window=None):
+        with ExitStack() as stack:
+            if window is not None:
+                stack.enter_context(ch.hybrid_attention(mllm, [], window, 2))
+            for mode in modes:
+                stack.enter_context(ch.ablate(mllm, heads, mode, tagged=tagged))
+            return logits_of(mllm, tagged)
+
+    assert not torch.allclose(logits("zero_edges"), logits(), atol=1e-3)
+    for outer in ("zero_edges", "zero", "knockout"):
+        torch.testing.assert_close(logits(outer, "zero_edges"), logits(outer))
+    torch.testing.assert_close(logits("zero_edges", "zero"), logits("zero"))
+    # the evidence stands in front of the window: streaming heads read nothing of it
+    assert tagged.question.min() - tagged.evidence.max() > 6
+    windowed = logits(window=6)
+    torch.testing.assert_close(logits("zero_edges", window=6), windowed)
+
+
+def test_an_ablation_around_a_run_reaches_the_question_whatever_the_run_compares(mllm):
+    samples = some(mllm)
+    ablated, last = ch.HeadSet.of([(0, 1), (0, 2)], SHAPE), Ablation(HEADS, "zero", "last")
+    for mode, phase in (("zero", "question"), ("knockout", "both")):
+        with ch.ablate(mllm, ablated, mode, phase):
+            alone = ch.evaluate(mllm, samples, {"last": last}, progress=False)
+            beside = ch.evaluate(
+                mllm, samples, {"last": last, "none": None}, progress=False
+            )
+        beside = beside[beside.condition == "last"]
+        np.testing.assert_allclose(alone.logprob, beside.logprob, atol=1e-5)
+
+
+def test_static_caches_are_refused(mllm):
+    tagged = mllm.tag(some(mllm)[0])
+    with (
+        ch.ablate(mllm, HEADS),
+        pytest.raises(ValueError, match="a static cache has slots"),
+    ):
+        mllm.model.generate(
+            **tagged.inputs, max_new_tokens=2, cache_implementation="static"
+        )
+
+
+def test_a_reference_of_another_model_is_refused():
+    one, other = tiny("llama"), tiny("qwen3")
+    reference = Reference(other, some(other)[:2])
+    condition = Ablation(HEADS, "resample", reference=reference)
+    with pytest.raises(ValueError, match="reference was made with another model"):
+        ch.evaluate(one, some(one), {"resampled": condition}, progress=False)

@@ -278,3 +278,14 @@ def test_bad_input_is_named(trained):
             {"p": Ablation(heads["all"], "patch", "decode", without)},
             progress=False,
         )
+
+
+def test_a_new_store_takes_both_tables_of_patching(tmp_path):
+    mllm = ch.load(ROOT)
+    heads = {"one": ch.HeadSet.of([(2, 6)], mllm.shape)}
+    options = dict(only_right=False, progress=False)
+    plain = patching.patch(mllm, pairs_for("text", 2), heads, **options)
+    stored = patching.patch(
+        mllm, pairs_for("text", 2), heads, store=tmp_path / "new", **options
+    )
+    np.testing.assert_allclose(stored.recovered, plain.recovered)

@@ -324,7 +324,7 @@ def test_bad_options_are_named(tmp_path):
 # --- digests and provenance
 
 
-def test_digests_tell_contents_apart():
+def test_digests_tell_contents_apart(tmp_path):
     image = picture(9, 9)
     values = [1, 1.0, "1", True, None, [1], [[1]], [1, 2], {"a": 1}, {"b": 1}, {"a": [1]}]
     values += [
@@ -353,6 +353,20 @@ def test_digests_tell_contents_apart():
     assert digest(ask(image_part(image))) == digest(
         ask(image_part(image.copy()), meta={"not": "content"})
     )
+    # what a model sees: the colours of a palette, and what is in a file
+    coloured = image.quantize(8)
+    other = coloured.copy()
+    other.putpalette(coloured.getpalette()[::-1])
+    assert digest(coloured) != digest(other)
+    path = tmp_path / "page.png"
+    image.save(path)
+    before = digest(ask(image_part(str(path))))
+    picture(9, 9, seed=1).save(path)
+    assert digest(ask(image_part(str(path)))) != before
+    mllm = tiny("qwen3_vl")
+    tagged = [mllm.tag(ask(image_part(picture(48, 48, seed=seed)))) for seed in (0, 1, 0)]
+    first, second, again = map(digest, tagged)
+    assert first == again != second
     large = np.zeros(10**6)
     large[5 * 10**5] = 1e-9
     assert digest(large) != digest(np.zeros(10**6))

@@ -15,7 +15,7 @@ from corehead import testbed
 from corehead.attention import CACHE, WEIGHTS_BLOCK, Call, hooks, row_weights
 from corehead.batching import NULL, batches, room_for, with_question
 from corehead.models import memory
-from corehead.scoring import QUERIES, MassReader
+from corehead.scoring import QUERIES, MassReader, attention_map
 
 EVERY = [*FAMILIES, "llama", "qwen3"]
 QWEN3_VL_8B = dict(
@@ -567,3 +567,60 @@ def test_files_that_are_no_scores(tmp_path):
             ch.HeadScores.load(tmp_path / name)
     with pytest.raises(FileNotFoundError, match="nowhere"):
         ch.HeadScores.load(tmp_path / "nowhere.nc")
+
+
+@pytest.mark.parametrize("order", [["a", "b"], ["b"], ["b", "a"]])
+def test_the_null_question_is_a_sample_s_own_whoever_stands_beside_it(order):
+    """Options behind the question differ, and the answers do not."""
+    mllm = tiny("qwen3_vl")
+    image = image_part(picture(48, 48))
+    asked = {
+        "a": "What is it?\nA. cat B. dog",
+        "b": "Which colour?\nA. red B. blue C. some very other thing",
+    }
+    samples = []
+    for name in order:
+        content = [image, {"type": "text", "text": asked[name]}]
+        evidence = [ch.Region(0, (0, 0, 32, 32))]
+        question = asked[name].partition("\n")[0]
+        message = {"role": "user", "content": content}
+        samples.append(ch.Sample(name, [message], evidence, "A", question))
+    alone = ch.score(mllm, samples[order.index("b") :][:1], progress=False)
+    beside = ch.score(mllm, samples, progress=False).data.sel(sample="b")
+    np.testing.assert_allclose(beside.null_evidence, alone.data.null_evidence[0], atol=1e-6)
+
+
+def test_the_null_question_attracts_to_what_stands_behind_it():
+    mllm = tiny("qwen3_vl")
+    question = "What is the code?"
+    text = f"{question} Here is the text: the house is red. the code is 734. the end."
+    evidence = [ch.Span("the code is 734")]
+    sample = ch.Sample("x", [{"role": "user", "content": text}], evidence, "7", question)
+    scores = ch.score(mllm, [sample], progress=False).data
+    null = mllm.tag(with_question(sample, question, "N/A"))
+    for query in ("last", "answer"):
+        weights = attention_map(mllm, null, query)
+        expected = weights[..., null.evidence].sum(-1)
+        found = scores.null_evidence.sel(query=query)[0]
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [5, 11, 16, 25])
+def test_chunks_never_part_a_picture_that_attends_both_ways(chunk, monkeypatch):
+    mllm = tiny("gemma3")
+    samples = [
+        ask(
+            image_part(picture(96, 96, 1)),
+            question=q,
+            id=q,
+            evidence=[ch.Region(0, (0, 0, 32, 32))],
+        )
+        for q in ("what is it?", "which one?")
+    ]
+    whole = ch.score(mllm, samples, null=False, progress=False)
+    answers = ch.evaluate(mllm, samples, new_tokens=3, progress=False)
+    monkeypatch.setattr("corehead.batching.PREFILL_CHUNK", chunk)
+    assert_same(whole, ch.score(mllm, samples, null=False, progress=False))
+    pieces = ch.evaluate(mllm, samples, new_tokens=3, progress=False)
+    np.testing.assert_allclose(pieces.logprob, answers.logprob, atol=1e-5)
+    assert list(pieces.written) == list(answers.written)
