@@ -157,10 +157,11 @@ def token_patterns(
     Raises
     ------
     ValueError
-        There are no samples.
+        There are no samples, or two have one id.
     """
     previous, duplicate = {}, {}
     for sample in tqdm(list(samples), desc="token patterns", disable=not progress):
+        _check_new(sample.id, previous)
         tagged = mllm.tag(sample)
         length = tagged.last + 1
         ids = torch.from_numpy(tagged.ids).clone()
@@ -317,9 +318,17 @@ def _in_batches(
     with tqdm(desc="measuring", unit="sample", disable=not progress) as bar:
         for batch in batches(mllm, samples, batch_size, need_answer=True):
             new = measure(batch)
+            for name in new:
+                _check_new(name, found)
             found |= new
             bar.update(len(new))
     return _table(found, dims)
+
+
+def _check_new(name: str, found: dict[str, np.ndarray]) -> None:
+    """Raise ValueError where a sample of this id has been measured before, which it would replace."""
+    if name in found:
+        raise ValueError(f"two samples have the id {name!r}: ids must differ")
 
 
 def _table(found: dict[str, np.ndarray], dims: tuple[str, ...] = ()) -> xr.DataArray:

@@ -457,11 +457,13 @@ def load(
         The weights do not fit on the device: see `memory`.
     ValueError
         The architecture is not supported; a file of weights is missing, damaged, quantised or no safetensors; the
-        weights do not fit the architecture; the dtype or device is not to be had.
+        weights do not fit the architecture; the dtype or device is not to be had; a revision is asked of a folder.
     """
     _check_device(device)
     name = str(source)
     folder = _find(name, revision)
+    if revision is not None and Path(name).is_dir():
+        raise ValueError(f"revision={revision!r}: {name} is a folder, and has but one")
     config = _read_config(folder)
     # the hub's cache names a snapshot's folder by its commit; a branch that moves meanwhile must not mix two of them
     if folder.parent.name == "snapshots":

@@ -431,6 +431,10 @@ def random_heads(
     if by_score:
         match = np.asarray(match, float)
         _check_shape("the scores to match", match.shape, ranking.shape)
+        if not np.isfinite(match).all():
+            raise ValueError(
+                "the scores to match are not all finite: leave such heads out of both"
+            )
         taken = _nearest(match[tuple(free.T)], match[like.mask], rng)
     elif match == "layer":
         taken = _matched(free[:, 0], wanted, rng)
@@ -462,8 +466,9 @@ def _nearest(
     """Which heads to take, (n,) bool, of these scores (n,): for each that is wanted one of those nearest to it."""
     taken = np.zeros(len(scores), bool)
     for score in rng.permutation(wanted):
-        distance = np.where(taken, np.inf, np.abs(scores - score))
-        taken[rng.choice(distance.argsort()[:NEAREST])] = True
+        left = np.flatnonzero(~taken)
+        distance = np.abs(scores[left] - score)
+        taken[left[rng.choice(distance.argsort()[:NEAREST])]] = True
     return taken
 
 

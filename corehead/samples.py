@@ -9,6 +9,13 @@ from typing import Any, NoReturn
 
 # what a part of a message holds beside its text, image or video
 BESIDE = {"text": (), "image": (), "video": ("fps", "frames_indices")}
+# of the tables of `evaluate` and `score`, beside which a sample's meta stands
+COLUMNS = {
+    *("condition", "heads", "share", "draw", "sample", "context", "answer", "prediction"),
+    *("correct", "logprob", "margin", "contrast", "flipped", "written", "parsed"),
+    *("query", "layer", "head", "n_evidence", "n_context", "on_text", "depth", "entropy"),
+    *("visual", "text", "sink", "evidence", "null_evidence", "null_context"),
+}
 # where transformers' templates look for an image or a video, besides under its own name
 SOURCES = ("url", "path", "base64")
 
@@ -267,6 +274,9 @@ def _check_fields(sample: Sample) -> None:
                 name, f"{value!r} is no text", "Give it as it is written, in quotes"
             )
     meta = sample.meta if isinstance(sample.meta, Mapping) else {"meta": sample.meta}
+    if taken := meta.keys() & COLUMNS:
+        problem = f"{', '.join(sorted(taken))} would hide what a table has under the name"
+        sample.fail("meta", problem, "Take other names")
     for name, value in meta.items():
         # columns of tables, at the end of a run
         if not isinstance(value, (str, Number, type(None))) or meta is not sample.meta:
@@ -299,12 +309,20 @@ def _read_part(sample: Sample, given: Any, where: str) -> dict[str, Any]:
     if source == "base64":
         value = f"data:;base64,{value}"
     if kind == "text":
-        if not isinstance(value, str):
-            sample.fail(where, f"its text is {value!r}", "Give a string")
-        return {"type": "text", "text": value}
+        return _text_part(sample, value, part.keys() & set(names), where)
     # such as Qwen's "max_pixels": another picture than the one that was asked for, in silence
     if unread := part.keys() - set(BESIDE[kind]):
         problem = f"{', '.join(sorted(unread))} would not be heeded"
         fix = f"Leave it out: the processor sets sizes. Read is {', '.join([kind, *BESIDE[kind]])}"
         sample.fail(where, problem, fix)
     return {"type": kind, kind: value, **part}
+
+
+def _text_part(sample: Sample, text: Any, beside: set[str], where: str) -> dict[str, str]:
+    """A part that is a text, with no media `beside` it."""
+    if not isinstance(text, str):
+        sample.fail(where, f"its text is {text!r}", "Give a string")
+    if beside:
+        problem = f"a text with {', '.join(sorted(beside))} in it"
+        sample.fail(where, problem, "Give each a part of its own")
+    return {"type": "text", "text": text}

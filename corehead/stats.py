@@ -344,7 +344,14 @@ def heads_for_share(values, share: float = 0.5) -> float | np.ndarray:
     -------
     float or ndarray, shape (...)
         In (0, 1]; NaN where no score is positive.
+
+    Raises
+    ------
+    ValueError
+        The share is not in (0, 1].
     """
+    if not 0 < share <= 1:
+        raise ValueError(f"share={share}: take a part of the mass, above 0 and at most 1")
     positive = np.clip(np.asarray(values, float), 0, None)
     flat = positive.reshape(*positive.shape[:-2], -1)
     mass = np.sort(flat, axis=-1)[..., ::-1].cumsum(-1)
@@ -599,7 +606,7 @@ def summary(
 def _by_group(answers: pd.DataFrame, by: str | list[str], row) -> pd.DataFrame:
     """A row, as `row` makes it of a part of the answers, for each of the groups."""
     # columns by name: versions of pandas differ in whether those of `by` are among a group's
-    groups = answers.groupby(by, sort=False)[list(answers.columns)]
+    groups = answers.groupby(by, sort=False, dropna=False)[list(answers.columns)]
     return groups.apply(row).astype({"n": np.int64})
 
 
@@ -718,10 +725,16 @@ def compare(
     Raises
     ------
     ValueError
-        A sample lacks an answer under one of the conditions, or has more than one that no column tells apart.
+        A sample lacks an answer under one of the conditions, or has more than one that no column tells apart; a
+        condition or column is not in the table.
     """
     by = [by] if isinstance(by, str) else list(by)
-    groups = answers.groupby(by, sort=False) if by else [((), answers)]
+    against = _known_conditions(answers, condition, against)
+    if unknown := set(by) - set(answers):
+        raise ValueError(
+            f"no column {min(unknown)!r} to compare by: take another, or by=[]"
+        )
+    groups = answers.groupby(by, sort=False, dropna=False) if by else [((), answers)]
     rows = []
     for group, part in groups:
         for control in against:
@@ -733,6 +746,22 @@ def compare(
     table[["accuracy_holm", "logprob_holm"]] = holm
     table[["accuracy_bonferroni", "logprob_bonferroni"]] = bonferroni
     return table
+
+
+def _known_conditions(
+    answers: pd.DataFrame, condition: str, against: Iterable[str]
+) -> list[str]:
+    """The controls as a list, all of them in the table."""
+    if isinstance(against, str) or not (against := list(against)):
+        raise ValueError(f"against={against!r}: give a list of one control or more")
+    label = _label(answers)
+    there = list(answers[label].unique())
+    for name in (condition, *against):
+        if name not in there:
+            raise ValueError(
+                f"no {label} {name!r}: there are {', '.join(map(repr, there))}"
+            )
+    return against
 
 
 def _compare_pair(answers: pd.DataFrame, condition: str, control: str) -> dict[str, float]:

@@ -189,10 +189,7 @@ def to_video(part: dict, sample_id: str, where: str) -> tuple[np.ndarray, dict[s
             frames = _channels_last(video)
         if frames.ndim != 4 or frames.shape[-1] != 3 or not frames.size:
             raise ValueError(f"its shape is {frames.shape}")
-        # a list of its own, because processors write into it
-        indices = list(range(len(frames))) if indices is None else [int(i) for i in indices]
-        if len(indices) != len(frames):
-            raise ValueError(f"{len(indices)} frames_indices for {len(frames)} frames")
+        indices = _frame_indices(indices, len(frames))
     except SampleError:
         raise
     except Exception as error:  # decoders raise many kinds
@@ -202,6 +199,16 @@ def to_video(part: dict, sample_id: str, where: str) -> tuple[np.ndarray, dict[s
     # time stamps that a processor writes into the prompt come from fps and indices
     timing = {"fps": fps, "frames_indices": indices, "total_num_frames": max(indices) + 1}
     return frames, timing
+
+
+def _frame_indices(given: Any, count: int) -> list[int]:
+    """Places of the frames in their source, one by one where none are given; a list that processors may write into."""
+    indices = list(range(count)) if given is None else [int(i) for i in given]
+    if len(indices) != count:
+        raise ValueError(f"{len(indices)} frames_indices for {count} frames")
+    if indices[0] < 0 or (np.diff(indices) < 0).any():
+        raise ValueError("its frames_indices do not count up from 0 or more")
+    return indices
 
 
 def _brief(error: Exception) -> str:

@@ -84,9 +84,14 @@ def counterfactuals(
     -------
     list of (Sample, Sample)
         Empty where a task cannot be redrawn with another answer, as benchmarks cannot.
+
+    Raises
+    ------
+    ValueError
+        No such task.
     """
-    from . import zeroshot
-    from .testbed import prose, scenes
+    from . import benchmarks, zeroshot
+    from .testbed import graft, prose, scenes
 
     if task in prose.TASKS:
         return prose.counterfactuals(task, split, n, seed, **layout)
@@ -94,6 +99,8 @@ def counterfactuals(
         return zeroshot.counterfactuals(task, split, n, seed, **layout)
     if task in scenes.WITH_NEEDLE:
         return scenes.counterfactuals(task, split, n, seed, **layout)
+    if task not in {*benchmarks.BENCHMARKS, *graft.TASKS, *zeroshot.TASKS, *scenes.DOMAINS}:
+        raise ValueError(f"no task {task!r}: `samples` names them all")
     return []
 
 

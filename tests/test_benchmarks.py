@@ -1014,6 +1014,8 @@ def test_anls():
         ("[]", "[]", "List", 1, 1),
         ("['a']", "[]", "List", 0, 1),
         ("yes", "yes", "Int", 0, 0),
+        ("0.002", "0.3", "Float", 0, 1),  # both would be 0.00 to two places
+        ("0.004", "0.001", "Float", 0, 1),
     ],
 )
 def test_rule_of_each_answer_format(text, gold, kind, score, parsed):
@@ -1031,6 +1033,13 @@ def test_rule_of_each_answer_format(text, gold, kind, score, parsed):
         ("see https://a.b/c", "https://a.b/c", "String", 1),
         ("red tower and 7", '["red", 7]', "List", (2 / 5 + 1) / 2),
         ("", "7", "Integer", 0),
+        ("pages 3-5", "5", "Integer", 1),
+        ("in 2019-2020", "2020", "Integer", 1),
+        ("it is -5", "-5", "Integer", 1),
+        ("3,4", "4", "Integer", 1),
+        ("1,234", "1234", "Integer", 1),
+        ("a", "A", "String", 1),
+        ("the", "A", "String", 0),
         ("", "red", "String", 0),
     ],
 )
@@ -1070,6 +1079,12 @@ def test_text_metrics():
         ("B or C", None),
         ("B eats", 1),
         ("maybe (A), maybe (B)", None),
+        ("A and not another", 0),
+        ("A is correct.", 0),
+        ("The answer is A because the dog eats", 0),
+        ("Option A is right", 0),
+        ("The answer is a dog", None),
+        ("A-frame houses", None),
         ("", None),
     ],
 )

@@ -175,6 +175,15 @@ def test_bad_input(mllm):
             function(mllm, [], **OPTIONS)
 
 
+def test_samples_of_one_id_are_refused(mllm):
+    same = [ask("seven", id="twice", answer="7"), ask("eight", id="twice", answer="8")]
+    for function in (controls.output_norm, controls.attribution):
+        with pytest.raises(ValueError, match="two samples have the id 'twice'"):
+            function(mllm, same, batch_size=1, progress=False)
+    with pytest.raises(ValueError, match="two samples have the id 'twice'"):
+        controls.token_patterns(mllm, same, False)
+
+
 @pytest.mark.parametrize("family", EVERY)
 def test_token_patterns_are_sums_over_full_matrices(family):
     mllm = tiny(family)

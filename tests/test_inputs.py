@@ -601,6 +601,19 @@ BAD = {
         dict(messages=said({**video_part(FILM), "frames_indices": ["a"] * 4})),
         r"messages\[0\].content\[0\]",
     ),
+    "frame indices, below 0": (
+        dict(messages=said({**video_part(FILM), "frames_indices": [-1, 0, 1, 2]})),
+        r"messages\[0\].content\[0\]",
+    ),
+    "frame indices, backwards": (
+        dict(messages=said({**video_part(FILM), "frames_indices": [3, 2, 1, 0]})),
+        r"messages\[0\].content\[0\]",
+    ),
+    "meta, a column": (dict(meta={"context": "page 3"}), "meta: context"),
+    "a text with a picture in it": (
+        dict(messages=said({"text": "What?", "image": np.zeros((8, 8, 3), np.uint8)})),
+        r"messages\[0\].content\[0\]: a text with image in it",
+    ),
     "half a character": (dict(messages=said("What \ud800 is")), "messages"),
 }
 

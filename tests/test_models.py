@@ -349,6 +349,8 @@ def test_an_offline_hub_cache_loads_by_id_at_its_commit(hub, family):
     for revision in (None, "main", commit):
         mllm = ch.load(HUB[family], revision=revision, device="auto")
         assert mllm.revision == commit and mllm.source == HUB[family]
+    with pytest.raises(ValueError, match=r"'main': .* is a folder"):
+        ch.load(hub[family], revision="main")
     scores = ch.score(mllm, [sample], progress=False)
     assert abs(scores.mean("ram") - expected.mean("ram")).max() < 1e-6
     assert json.loads(scores.data.provenance)["revision"] == commit
@@ -435,6 +437,7 @@ for name, revision in ("org/gated", None), ("org/known", "v9"), ("org/nobody", N
 """
 
 
+@pytest.mark.slow("another process imports torch and transformers without a network")
 def test_what_the_hub_refuses_names_the_fix(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", SERVED, tmp_path], capture_output=True, text=True

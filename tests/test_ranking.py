@@ -370,6 +370,18 @@ def test_random_heads_are_others_and_as_many(heads, seed, match):
         assert len({random_heads(ranking, like, s, match) for s in range(60)}) > 1
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_heads_of_like_scores_are_as_many_when_few_are_left(seed):
+    scores = np.random.default_rng(seed).random((4, 4))
+    ranking = ch.HeadRanking(scores)
+    like = ranking.top(0.5)
+    drawn = random_heads(ranking, like, seed, match=scores)
+    assert drawn == ~like
+    scores[next(iter(like))] = np.nan
+    with pytest.raises(ValueError, match="not all finite"):
+        random_heads(ranking, like, seed, match=scores)
+
+
 def test_what_a_layer_cannot_give_comes_from_the_nearest():
     ranking = ch.HeadRanking(np.zeros((6, 4)))
 

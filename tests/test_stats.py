@@ -1027,7 +1027,9 @@ def test_what_cannot_be_compared():
         match=r"sample 'image2-1' has no answer under 'random': evaluate both on the same",
     ):
         compare(lacking, "top", ["random"])
-    with pytest.raises(ValueError, match=r"sample 'image0-0' has no answer under 'rnadom'"):
+    with pytest.raises(
+        ValueError, match="no condition 'rnadom': there are 'top', 'random'"
+    ):
         compare(answers, "top", ["rnadom"])
     curve = answers.rename(columns={"condition": "heads"})
     shares = pd.concat([curve.assign(share=0.05), curve.assign(share=0.1)])
@@ -1045,3 +1047,34 @@ def test_what_cannot_be_compared():
         )
     with pytest.raises(ValueError, match="in one group"):
         compare(answers.assign(context="c"), "top", ["random"])
+
+
+def test_what_compare_cannot_find_it_names():
+    rng = np.random.default_rng(0)
+    answers = answers_of(rng, {"top": 0.2, "intact": 0.9})
+    for against, problem in (
+        ("intact", "against='intact': give a list"),
+        ([], "one control or more"),
+        (["intakt"], "no condition 'intakt': there are 'top', 'intact'"),
+    ):
+        with pytest.raises(ValueError, match=problem):
+            compare(answers, "top", against)
+    with pytest.raises(ValueError, match="no condition 'topp'"):
+        compare(answers, "topp", ["intact"])
+    with pytest.raises(ValueError, match="no column 'domain' to compare by"):
+        compare(answers.drop(columns="domain"), "top", ["intact"])
+
+
+def test_rows_without_a_group_are_one():
+    rng = np.random.default_rng(0)
+    answers = answers_of(rng, {"top": 0.2, "intact": 0.9})
+    answers["domain"] = answers.domain.where(answers.domain == "image")
+    table = summary(answers, ["condition", "domain"], ["correct"])
+    assert len(table) == 4 and table.n.sum() == len(answers)
+    assert list(compare(answers, "top", ["intact"]).n) == [120, 120]
+
+
+@pytest.mark.parametrize("share", [0, -1, 50])
+def test_a_share_of_the_mass_is_a_share(share):
+    with pytest.raises(ValueError, match=f"share={share}"):
+        heads_for_share(np.ones((2, 3)), share)

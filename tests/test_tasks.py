@@ -84,6 +84,8 @@ def test_pairs_are_those_of_tasks_that_have_them():
     pairs = task_set("english").pairs("validation", 2)
     assert [base.meta["domain"] for base, _ in pairs[::2]] == ["traits", "codes"]
     assert task_set("benchmarks").pairs("validation", 2) == []
+    with pytest.raises(ValueError, match="no task 'documnt'"):
+        tasks.counterfactuals("documnt")
 
 
 DRAWN = ("digits", "english", "zeroshot")  # those that need no download
@@ -99,6 +101,7 @@ def digests() -> list[str]:
     return [digest(samples) for samples in drawn]
 
 
+@pytest.mark.slow("another process imports torch and draws everything once more")
 def test_samples_are_the_same_in_every_process():
     """Strings hash otherwise in each: nothing drawn may follow the order of a set."""
     environment = os.environ | {

@@ -21,7 +21,10 @@ from torchvision.ops import box_iou
 
 from .rows import Box
 
-NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)"
+DIGITS = r"(?:\d+\.?\d*|\.\d+)"
+NUMBER = rf"[-+]?{DIGITS}"
+# words that go on behind a letter as they would not behind the article
+BEHIND_A_LETTER = "is|was|because|since|as|and|or|but|shows?|seems"
 UNANSWERABLE = "not answerable"
 
 
@@ -219,6 +222,8 @@ def anls(text: str, golds: str | Sequence[str], threshold: float = 0.5) -> float
 def f1(text: str, gold: str) -> float:
     """F1 of the words of two texts."""
     a, b = Counter(plain(text).split()), Counter(plain(gold).split())
+    if not b:  # an answer of nothing but articles and punctuation
+        return float(text.lower().strip() == gold.lower().strip())
     return 2 * (a & b).total() / max(1, a.total() + b.total())
 
 
@@ -252,12 +257,20 @@ def _number(value: object) -> float | None:
 
 
 def _close(gold: float, found: float) -> bool:
-    """Equal within 1 % or to two places; a per cent sign may have been taken along or not."""
-    golds = gold / 100, gold, gold * 100
-    return any(
-        math.isclose(g, found, rel_tol=0.01) or round(g, 2) == round(found, 2)
-        for g in golds
-    )
+    """Equal within 1 % or to the places of both; a per cent sign may have been taken along or not."""
+    for true in (gold / 100, gold, gold * 100):
+        places = max(2, min(_places(true), _places(found)))
+        if math.isclose(true, found, rel_tol=0.01) or round(true, places) == round(
+            found, places
+        ):
+            return True
+    return False
+
+
+def _places(value: float) -> int:
+    """Digits behind the point, as Python writes the number; 3 where it writes none, as the repository has it."""
+    _, point, digits = str(value).partition(".")
+    return len(digits) if point else 3
 
 
 def _entries(value: object) -> list:
@@ -359,7 +372,9 @@ def doc_qa(text: str, gold: str, kind: str) -> dict[str, float]:
     if kind in ("Integer", "Float"):
         true = _number(gold)
         same = _close if kind == "Float" else float.__eq__
-        found = [float(n) for n in re.findall(NUMBER, answer.replace(",", ""))]
+        # commas between thousands, and signs that are no hyphens
+        whole = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", answer)
+        found = [float(n) for n in re.findall(rf"(?<!\w){NUMBER}|{DIGITS}", whole)]
         return _score(bool(found), true is not None and any(same(true, n) for n in found))
     if kind in ("String", "None"):
         exact = _EXACT.search(gold.lower())
@@ -425,17 +440,15 @@ def letter(text: str, options: Sequence[str]) -> int | None:
         return None
     # a letter in front, or one behind "answer" or "option"
     for pattern in (
-        rf"^\W*([A-{last}])(?![A-Za-z'])",
-        rf"(?i:answer|option)(?: is)?:?\s*\(?([A-{last}])(?![A-Za-z'])",
+        rf"^\W*([A-{last}])(?![A-Za-z']|-[a-z])",
+        rf"(?i:answer|option)(?: is)?:?\s*\(?([A-{last}])(?![A-Za-z']|-[a-z])",
     ):
         found = re.search(pattern, text)
         behind = text[found.end() :] if found else ""
         # "A man ..." is the article, "A or B" is no choice
-        if (
-            found
-            and not re.match(r"\W+(or|and)\b", behind)
-            and not (found[1] == "A" and re.match(r"\s+[a-z]", behind))
-        ):
+        article = re.match(rf"\s+(?!({BEHIND_A_LETTER})\b)[a-z]", behind)
+        several = re.match(rf"\W+(or|and)\W+[A-{last}]\b", behind)
+        if found and not several and not (found[1] == "A" and article):
             return ord(found[1]) - ord("A")
     # no letter: the option's own words, if they are one option's alone
     answer = plain(said(text))
@@ -472,7 +485,7 @@ def table(results: pd.DataFrame, by: str | list[str] | None = None) -> pd.DataFr
     Parameters
     ----------
     results : DataFrame
-        Its rows; the metrics are the columns behind "parsed".
+        Its rows; the metrics are the columns of numbers behind "parsed".
     by : str or list of str, optional
         Columns to group by, such as "condition"; None gives one row.
 
@@ -482,12 +495,16 @@ def table(results: pd.DataFrame, by: str | list[str] | None = None) -> pd.DataFr
         n, unparsed (how many answers could not be read; they count as wrong), and the mean of each metric.
     """
     # `evaluate` puts a metric's values last, and "parsed" is the first of them
-    names = list(results.columns[results.columns.get_loc("parsed") + 1 :])
+    behind = results.iloc[:, results.columns.get_loc("parsed") + 1 :]
+    grouping = [by] if isinstance(by, str) else list(by or [])
+    metrics = behind.drop(columns=grouping, errors="ignore").select_dtypes(
+        ["number", "bool"]
+    )
     groups = results.groupby((lambda row: "all") if by is None else by, sort=False)
     counts = groups["parsed"].agg(
         n="size", unparsed=lambda parsed: int((parsed != 1).sum())
     )
-    return counts.join(groups[names].mean())
+    return counts.join(groups[list(metrics)].mean())
 
 
 def macro_mean(results: pd.DataFrame, metric: str, task: str = "task") -> float:
