@@ -1,7 +1,7 @@
 # `make` alone prints this help. The profile `testbed` is the notebooks' own default and has no file.
 PROFILE  ?= testbed
 # recipes of data/testbed that a CPU can train
-MODELS   ?= qwen3vl-s qwen3vl-s-long qwen3vl-s-seed1 qwen3vl-s-seed2 qwen3vl-s-memory internvl-s llava-onevision-s qwen3vl-m
+MODELS   ?= qwen3vl-s qwen3vl-s-long qwen3vl-s-seed1 qwen3vl-s-seed2 qwen3vl-s-memory qwen3vl-s-apart internvl-s llava-onevision-s qwen3vl-m
 PYTHON   ?= python3
 VENV     := .venv
 BIN      := $(VENV)/bin

@@ -647,8 +647,8 @@ def test_the_survey_that_ships_is_whole():
         pd.read_csv(folder / "patched.csv"),
     )
     assert set(use.model) == set(patched.model) == {path.name for path in SHIPPED}
-    # these know other tasks
-    others = {("smollm2", 0), ("qwen3vl-s-memory", 0)}
+    # these know other tasks or words
+    others = {("smollm2", 0), ("qwen3vl-s-memory", 0), ("qwen3vl-s-apart", 0)}
     trained = {(path.parent.name, 0) for path in FOLDER.parent.glob("*/training.json")}
     assert trained - others <= runs[0]
 
@@ -658,6 +658,16 @@ def test_the_model_that_was_taught_facts_knows_them_and_still_looks_up():
     for domain in ("memory", "image", "text"):
         asked = samples(domain, n=60)
         assert ch.evaluate(mllm, asked, progress=False).correct.mean() >= 0.9, domain
+
+
+def test_the_model_whose_domains_share_no_word_looks_up_in_all_of_them():
+    folder = FOLDER.with_name("qwen3vl-s-apart")
+    mllm, card = ch.load(folder), json.loads((folder / "training.json").read_text())
+    for domain in survey.RETRIEVAL:
+        layout = card["layouts"][domain]
+        asked = samples(domain, "validation", 48, questions=6, **layout)
+        assert layout["own_words"]
+        assert ch.evaluate(mllm, asked, progress=False).correct.mean() >= 0.7, domain
 
 
 SHIPPED = [folder for _, step, folder, _ in survey.runs(FOLDER.parent) if not step]
