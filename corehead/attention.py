@@ -638,6 +638,7 @@ def attention_forward(
     )
     if now.roles is not None:
         call.roles = now.roles.covering(call.batch, call.n)
+        _check_padding(call, known=now.roles.roles.shape[1])
     call.out = _attend(call, now.hooks, module, dropout, options)
     for hook in sorted(now.hooks, key=lambda hook: hook.replaces):
         call.out = hook.output(call, call.out)
@@ -652,6 +653,19 @@ def attention_forward(
                 for part, weights in row_weights(call, rows, now.hooks):
                     hook.read(call, part, weights)
     return call.out, None
+
+
+def _check_padding(call: Call, known: int) -> None:
+    """Raise ValueError where what runs is padded otherwise than the samples whose first `known` tokens have roles."""
+    mask = call.attention_mask
+    # once, where the sequences begin
+    if call.layer or call.first or mask is None or mask.dim() != 2:
+        return
+    real = call.roles.roles[:, : min(known, call.n)] != PADDING
+    if not torch.equal(mask[:, : real.shape[1]].bool().cpu(), real):
+        raise ValueError(
+            "the input is padded otherwise than its tagged samples: pad on the left to the longest of them"
+        )
 
 
 def _attend(

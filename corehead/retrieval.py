@@ -65,7 +65,7 @@ def recall(
     ----------
     mllm : MLLM
     samples : iterable of Sample
-        A sample with fewer than two units, or with evidence that is none of them (text), is left out.
+        A sample with fewer than two units, or without evidence in any, is left out; evidence in text does not count.
     heads : mapping of name to HeadSet
         A named tuple as name gives one column a field, any other the column "heads".
     ks : sequence of int
@@ -103,7 +103,8 @@ def recall(
         labels = units(tagged, unit)
         relevant = np.unique(labels[tagged.evidence])
         sizes = np.bincount(labels[labels >= 0])  # tokens of each unit
-        if len(sizes) < 2 or not len(relevant) or relevant[0] < 0:
+        relevant = relevant[relevant >= 0]
+        if len(sizes) < 2 or not len(relevant):
             continue
         scores = np.einsum("slh,lhu->su", masks, mass[..., : len(sizes)])
         if per_token:

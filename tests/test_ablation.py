@@ -737,3 +737,14 @@ def test_a_reference_of_another_model_is_refused():
     condition = Ablation(HEADS, "resample", reference=reference)
     with pytest.raises(ValueError, match="reference was made with another model"):
         ch.evaluate(one, some(one), {"resampled": condition}, progress=False)
+
+
+def test_an_input_that_is_padded_otherwise_than_its_samples_is_refused(mllm):
+    tagged = mllm.tag(some(mllm)[0])
+    inputs = to_model(collate([tagged], pad_id(mllm)), mllm)
+    with ch.ablate(mllm, HEADS, "knockout", tagged=tagged), torch.no_grad():
+        mllm.model(**inputs)
+        inputs["attention_mask"] = inputs["attention_mask"].clone()
+        inputs["attention_mask"][:, :3] = 0
+        with pytest.raises(ValueError, match="padded otherwise than its tagged samples"):
+            mllm.model(**inputs)

@@ -224,3 +224,14 @@ def test_nothing_is_a_sink_where_attention_is_even():
     np.testing.assert_allclose(means, 1)
     with pytest.raises(ValueError, match="no sample has visual tokens"):
         visual_sinks(mllm, [ask("A 7.", evidence=[ch.Span("A 7.")])])
+
+
+def test_evidence_in_text_beside_a_page_does_not_cost_the_sample():
+    mllm = tiny("qwen3_vl")
+    *_, words = documents()
+    mixed = replace(words, evidence=[*words.evidence, ch.Pages([1])])
+    alone = replace(words, evidence=[ch.Pages([1])])
+    heads = {"all": ch.HeadSet(np.ones(mllm.shape, bool))}
+    for unit in ("page", "token"):
+        first, second = (recall(mllm, [s], heads, unit=unit) for s in (mixed, alone))
+        assert first.equals(second)
