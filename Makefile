@@ -100,9 +100,6 @@ $(CACHE)/%.done: notebooks/%.ipynb $(PARAMS) $(INPUTS) $(if $(FORCE),FORCE)
 	@mkdir -p $(OUT) && mv $(@:.done=.ipynb) $(OUT)/$*.ipynb
 	@touch $@
 
-# notebook 5 ablates the share that notebook 4 writes
-$(filter $(CACHE)/05_%,$(STAMPS)): $(filter $(CACHE)/04_%,$(STAMPS))
-
 test: $(READY)  ## unit tests, and the notebooks against their committed outputs
 	@$(BIN)/python -m pytest -n $(JOBS) --nbval --nbval-sanitize-with notebooks/sanitize.cfg --nbval-cell-timeout 1800 \
 	  --nbval-kernel-startup-timeout 600 \

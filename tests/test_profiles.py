@@ -169,7 +169,6 @@ def test_a_notebook_runs_on_a_checkpoint_of_the_family(
     }
     results = tmp_path / "data/results" / profile
     results.mkdir(parents=True)
-    (results / "threshold.json").write_text('{"p": 0.1}')  # of notebook 4, for notebook 5
     monkeypatch.setenv("COREHEAD_OUTPUT", str(tmp_path))
     monkeypatch.chdir(ROOT / "notebooks")
     plt.switch_backend("agg")
