@@ -300,7 +300,7 @@ class _Answering:
                 "logprob": float(logprobs[i].sum()),
                 "margin": float(margins[i][0]),
             }
-            if sample.foil is not None:
+            if self.blocks[i][2].tagged.foil is not None:
                 row |= self._against_foil(rows, self.blocks[i][2])
             if written is not None:
                 row["written"] = self._text(written[i])
@@ -308,9 +308,7 @@ class _Answering:
 
     def _against_foil(self, logits: torch.Tensor, block: Block) -> dict:
         """The answer against the sample's foil, at the first token in which the two differ."""
-        foil = self.mllm.tokenizer(block.tagged.sample.foil, add_special_tokens=False)[
-            "input_ids"
-        ]
+        foil = block.tagged.foil.tolist()
         for place, (own, other) in enumerate(zip(block.answer.tolist(), foil)):
             if own != other:
                 contrast = logits[place, own] - logits[place, other]

@@ -262,15 +262,24 @@ class Llava(Family):
 
     def views(self, kind, index, size, count, config, processor, inputs):
         if config.vision_config.model_type == "pixtral":
+            _check_resized(processor.image_processor)
             return [_patches(index, size, config.vision_config.patch_size, inputs)]
         patches, side = _tower_patches(config)
         settings = processor.image_processor
         shortest = settings.size.get("shortest_edge")
+        _check_resized(settings)
+        padded = isinstance(settings, LlavaImageProcessor) and settings.do_pad
+        sides = {shortest or settings.size.get(edge) for edge in ("height", "width")}
+        # of a picture that is padded or stretched the middle alone would be left
+        if (padded or not shortest) and sides != {side}:
+            raise ValueError(
+                f"pictures of size {settings.size} are cropped to {side}: set that as their size"
+            )
         axes = []
         for x in size[1:]:
             scale, padding = x / side, 0
             # padded to a square, in front of all else
-            if isinstance(settings, LlavaImageProcessor) and settings.do_pad:
+            if padded:
                 scale, padding = max(size) / side, (max(size) - x) // 2
             elif shortest:  # the longer side keeps the ratio, and its ends are cropped off
                 fitted = int(shortest * x / min(size[1:]))
@@ -373,6 +382,7 @@ class Idefics3(Family):
         tiles = count // len(whole) - 1
         if tiles < 1:
             return [whole]
+        _check_resized(processor.image_processor)
         # the longer side always has as many tiles
         settings = processor.image_processor
         tile = settings.max_image_size["longest_edge"]
@@ -393,8 +403,17 @@ class Mistral3(Family):
     name = "mistral3"
 
     def views(self, kind, index, size, count, config, processor, inputs):
+        _check_resized(processor.image_processor)
         unit = config.vision_config.patch_size * config.spatial_merge_size
         return [_patches(index, size, unit, inputs)]
+
+
+def _check_resized(settings: Any) -> None:
+    """Raise ValueError where pictures keep their size, which the model then cuts or pads in ways of its own."""
+    if not settings.do_resize:
+        raise ValueError(
+            "its image processor has do_resize=False: leave pictures to be resized"
+        )
 
 
 def _patches(index: int, size, unit: int, inputs) -> np.ndarray:

@@ -73,6 +73,8 @@ class TaggedSample:
         Geometry of every image and video, in the order in which they stand in the prompt.
     sample : Sample or None
         What was tagged.
+    foil : ndarray (n,) int64, optional
+        Tokens of the sample's foil, as they would stand in the answer's place.
     """
 
     inputs: dict[str, torch.Tensor]
@@ -83,6 +85,7 @@ class TaggedSample:
     last: int
     media: list[Medium] = field(default_factory=list)
     sample: Sample | None = None
+    foil: np.ndarray | None = None
 
     @property
     def ids(self) -> np.ndarray:
@@ -124,10 +127,10 @@ def to_image(value: Any, sample_id: str, where: str) -> Image.Image:
             value = io.BytesIO(value)
         if isinstance(value, (str, os.PathLike)) or hasattr(value, "read"):
             with Image.open(value) as image:
-                return _upright(image)
+                return upright(image)
         if not isinstance(value, Image.Image):
             value = Image.fromarray(_channels_last(value))
-        return _upright(value)
+        return upright(value)
     # PIL raises many kinds, from a missing file to one that is cut off
     except Exception as error:
         fix = "Give a PIL image, the path of a whole image file or a uint8 array (H, W, 3)"
@@ -135,7 +138,7 @@ def to_image(value: Any, sample_id: str, where: str) -> Image.Image:
         raise SampleError(sample_id, where, problem, fix) from error
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def upright(image: Image.Image) -> Image.Image:
     """RGB, turned as EXIF says, on white where it is transparent."""
     if image.mode.startswith(("I", "F")):
         # 16 bits and more: PIL would cut them off at 255, and leave a white picture
@@ -309,10 +312,9 @@ class Prompt:
         inputs = self.inputs
         length = len(self.ids)
         answer_ids = []
+        foil = self.sample.foil
         if self.sample.answer is not None:
-            # apart from the prompt, as the model writes it: no token straddles the two
-            tokenised = self.mllm.tokenizer(self.sample.answer, add_special_tokens=False)
-            answer_ids = tokenised["input_ids"]
+            answer_ids = self.written(self.sample.answer)
             if not answer_ids:
                 self.sample.fail(
                     "answer", "is empty", "Give the text of the answer, or None"
@@ -332,7 +334,39 @@ class Prompt:
             last=length - 1,
             media=self.media,
             sample=self.sample,
+            foil=None if foil is None else np.array(self.written(foil), np.int64),
         )
+
+    def written(self, answer: str) -> list[int]:
+        """Token ids of an answer as the model writes it behind the prompt: no token straddles the two."""
+
+        def encode(text: str) -> list[int]:
+            return self.mllm.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+        gap = self._gap(answer)
+        if not gap:
+            return encode(answer)
+        # behind the prompt's end, for some vocabularies write a blank in front of whatever stands first
+        end = self.rendered[-32:]
+        before, together = encode(end), encode(end + gap + answer)
+        if together[: len(before)] == before:
+            return together[len(before) :]
+        return encode(gap + answer)
+
+    def _gap(self, answer: str) -> str:
+        """What the chat template puts between the prompt and an answer, such as the blank in "Assistant: left"."""
+        turn = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
+        try:
+            whole = self._render([*self.messages, turn], add_generation_prompt=False)
+        except SampleError:  # a template that takes no such turn
+            return ""
+        if not whole.startswith(self.rendered):
+            return ""
+        behind = whole[len(self.rendered) :]
+        gap = behind[: len(behind) - len(behind.lstrip())]
+        # of an answer that brings its own the template's would be one more
+        brings = answer[:1].isspace() or not behind.lstrip().startswith(answer)
+        return "" if brings else gap
 
     def _read_messages(self) -> None:
         """The messages in one form, and those of their parts that are images and videos."""
@@ -345,10 +379,12 @@ class Prompt:
                     self.parts.append(part)
                     self.fields.append(f"messages[{m}].content[{p}]")
 
-    def _render(self, add_generation_prompt: bool = True) -> str:
+    def _render(
+        self, messages: list[dict] | None = None, add_generation_prompt: bool = True
+    ) -> str:
         """The prompt by the chat template, each medium one placeholder."""
         processor = self.mllm.processor
-        messages = self.messages
+        messages = self.messages if messages is None else messages
         options = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
         try:
             # templates of plain language models take strings, not parts
@@ -476,6 +512,11 @@ class Prompt:
                 "they hold images and videos, and the model reads one of the two at a time"
             )
             self.sample.fail("messages", problem, "Give images alone, or videos alone")
+        # a tokenizer's own end token, behind which no model goes on
+        if len(self.ids) and self.offsets[-1, 0] == self.offsets[-1, 1]:
+            problem = f"the tokenizer puts {self.mllm.tokenizer.decode(self.ids[-1])!r} behind them"
+            fix = "Set its add_eos_token to False, or take off its post-processor"
+            self.sample.fail("messages", problem, fix)
         held = [len(m.tokens) for m in self.media]
         needed = [len(m.boxes) for m in self.media]
         whole = np.array_equal(self.ids, self.inputs["input_ids"][0])
@@ -501,6 +542,9 @@ class Prompt:
         if not isinstance(text, str):
             self.sample.fail(where, f"{text!r} is no text", "Give a string")
         count = said.count(text) if text else 0
+        # "ana" stands twice in "banana", and is counted once
+        overlaps = count == 1 and said.find(text) != said.rfind(text)
+        count += overlaps
         if count == 0 or (once and count > 1):
             fix = (
                 "Quote a piece of the messages' text, exactly"
@@ -515,10 +559,17 @@ class Prompt:
         question = self.sample.question
         if question is None:
             question = ""
+            behind = ""  # what other roles say after it
             for message in self.messages:
                 for part in message["content"]:
                     if message.get("role") == "user" and part["type"] == "text":
-                        question = part["text"]
+                        question, behind = part["text"], ""
+                    else:
+                        behind += part.get("text", "") + "\n"
+            if question.strip() and question.strip() in behind:
+                problem = f"{question.strip()!r} is quoted in a later message"
+                fix = "Give as question= a piece of it that is not"
+                self.sample.fail("question", problem, fix)
         # chat templates may strip what they are given
         return self.find(question.strip(), "question")
 

@@ -1619,3 +1619,14 @@ def test_a_store_keeps_what_was_written(tmp_path):
     assert first.length.item() == len(first.written.item())
     with pytest.raises(ValueError, match="new_tokens"):
         ch.evaluate(mllm, [sample], new_tokens=-1)
+
+
+def test_pictures_are_upright_and_on_white_as_samples_are(tmp_path):
+    turned = tmp_path / "turned.jpg"
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    Image.new("RGB", (30, 20)).save(turned, exif=exif)
+    assert media.image(turned).size == (20, 30)
+    clear = tmp_path / "clear.png"
+    Image.new("RGBA", (3, 3)).save(clear)
+    assert media.image(clear.read_bytes()).getpixel((0, 0)) == (255, 255, 255)

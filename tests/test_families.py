@@ -142,6 +142,22 @@ def test_other_ways_to_fit_a_picture_into_a_square(how):
     check_boxes("llava", mllm, 12)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"do_pad": True, "size": {"shortest_edge": 80}},
+        {"size": {"height": 80, "width": 80}},
+    ],
+)
+def test_what_is_cropped_from_a_square_is_refused(settings):
+    mllm = copy.copy(tiny("llava"))
+    mllm.processor = copy.copy(mllm.processor)
+    crop = {"height": 56, "width": 56}
+    mllm.processor.image_processor = LlavaImageProcessor(crop_size=crop, **settings)
+    with pytest.raises(ValueError, match="are cropped to 56"):
+        mllm.tag(ask(image_part(picture(60, 200)), evidence=[ch.Pages([0])]))
+
+
 @pytest.mark.skipif(
     not hasattr(Gemma3Processor, "images_kwargs"),
     reason="earlier releases take the switch of a single call alone",

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from tokenizers.processors import TemplateProcessing
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.smolvlm.processing_smolvlm import DEFAULT_CHAT_TEMPLATE
 
 import corehead as ch
 from corehead import testbed
@@ -837,3 +838,72 @@ def test_images_of_any_mode(mllm):
         np.zeros((40, 40), np.uint8),
     ):
         assert len(mllm.tag(ask(image_part(image))).visual)
+
+
+def test_an_answer_stands_behind_the_prompt_as_the_template_writes_it():
+    """SmolVLM's and Idefics3's opens the model's turn with "Assistant:", and puts a blank in front of what it says."""
+    mllm = testbed.tiny("idefics3")
+    mllm.processor.chat_template = DEFAULT_CHAT_TEMPLATE
+    asked = ask(
+        image_part(picture(60, 60)), evidence=[ch.Pages([0])], answer="left", foil="on top"
+    )
+    tagged = mllm.tag(asked)
+    decode = mllm.tokenizer.decode
+    assert decode(tagged.ids[: tagged.last + 1]).endswith("Assistant:")
+    assert decode(tagged.ids[tagged.answer]) == " left" and decode(tagged.foil) == " on top"
+    turn = {"role": "assistant", "content": [{"type": "text", "text": "left"}]}
+    whole = mllm.processor.apply_chat_template([*asked.messages, turn], tokenize=False)
+    ids = mllm.tokenizer(whole, add_special_tokens=False)["input_ids"]
+    end = len(mllm.tokenizer("<end_of_utterance>\n", add_special_tokens=False)["input_ids"])
+    n = len(tagged.answer)
+    assert ids[-end - n : -end] == tagged.ids[tagged.answer].tolist()
+    # who writes the blank has one
+    asked.answer = " left"
+    assert decode(mllm.tag(asked).ids[tagged.last + 1 :]) == " left"
+
+
+def test_a_question_that_a_later_message_quotes_is_refused(mllm):
+    question = "What is the total of invoice 7?"
+    messages = [
+        {
+            "role": "user",
+            "content": [image_part(picture(60, 80)), {"type": "text", "text": question}],
+        },
+        {"role": "assistant", "content": f"I shall look up: {question}"},
+    ]
+    sample = ch.Sample("tool", messages, [ch.Pages([0])], "98")
+    with pytest.raises(ch.SampleError, match=r"question: .* is quoted in a later message"):
+        mllm.tag(sample)
+    messages[1]["content"] = "I shall look it up."
+    tagged = mllm.tag(sample)
+    assert mllm.tokenizer.decode(tagged.ids[tagged.question]) == question
+
+
+@pytest.mark.parametrize(
+    ("text", "span"), [("banana is ripe. ", "ana"), ("codes: 7, 7, 7. ", "7, 7")]
+)
+def test_a_span_that_overlaps_itself_stands_there_twice(text, span, mllm):
+    with pytest.raises(ch.SampleError, match="stands 2 times in the prompt"):
+        mllm.tag(ask(text, evidence=[ch.Span(span)]))
+
+
+def test_a_tokenizer_that_ends_the_prompt_is_refused():
+    mllm = testbed.tiny("llama")
+    end = mllm.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    mllm.tokenizer._tokenizer.post_processor = TemplateProcessing(
+        single="$A <|im_end|>", special_tokens=[("<|im_end|>", end)]
+    )
+    with pytest.raises(ch.SampleError, match=r"puts '<\|im_end\|>' behind them"):
+        mllm.tag(ask("alpha is 5. "))
+
+
+@pytest.mark.parametrize("family", ["idefics3", "llava", "pixtral", "mistral3"])
+def test_pictures_that_are_not_resized_are_refused(family):
+    mllm = testbed.tiny(family)
+    mllm.processor.image_processor.do_resize = False
+    sizes = [(100, 300), (130, 150), (300, 100)]
+    for size in sizes:
+        sample = ask(image_part(picture(*size)), evidence=[ch.Pages([0])])
+        # some processors refuse them themselves, and a picture of one tile is what it is
+        with pytest.raises((ValueError, ch.SampleError)):
+            mllm.tag(sample)

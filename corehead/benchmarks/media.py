@@ -17,6 +17,7 @@ import av
 import numpy as np
 from PIL import Image
 
+from ..tagging import upright
 from .rows import Box
 
 DPI = 144  # of rendered pages, as MMLongBench-Doc has it
@@ -27,9 +28,9 @@ ENDINGS = re.compile(r"\.(tar|tar\.gz|tgz|zip)$")
 
 
 def image(data: bytes | os.PathLike) -> Image.Image:
-    """An RGB picture from a file or its bytes."""
+    """An RGB picture from a file or its bytes, upright and on white, as samples are read."""
     with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as picture:
-        return picture.convert("RGB")
+        return upright(picture)
 
 
 def pdf_pages(path: Path, most: int) -> list[Image.Image]:
