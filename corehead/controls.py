@@ -19,6 +19,7 @@ from .attention import Call, Measure
 from .batching import Context, Packed, batches, pack
 from .gates import GatedBatch
 from .models import MLLM
+from .runs import check_new
 from .samples import Sample
 from .scoring import HeadScores, read_rows, row_means
 
@@ -161,7 +162,7 @@ def token_patterns(
     """
     previous, duplicate = {}, {}
     for sample in tqdm(list(samples), desc="token patterns", disable=not progress):
-        _check_new(sample.id, previous)
+        check_new(sample.id, previous)
         tagged = mllm.tag(sample)
         length = tagged.last + 1
         ids = torch.from_numpy(tagged.ids).clone()
@@ -319,16 +320,10 @@ def _in_batches(
         for batch in batches(mllm, samples, batch_size, need_answer=True):
             new = measure(batch)
             for name in new:
-                _check_new(name, found)
+                check_new(name, found)
             found |= new
             bar.update(len(new))
     return _table(found, dims)
-
-
-def _check_new(name: str, found: dict[str, np.ndarray]) -> None:
-    """Raise ValueError where a sample of this id has been measured before, which it would replace."""
-    if name in found:
-        raise ValueError(f"two samples have the id {name!r}: ids must differ")
 
 
 def _table(found: dict[str, np.ndarray], dims: tuple[str, ...] = ()) -> xr.DataArray:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from operator import itemgetter, length_hint
@@ -61,7 +61,7 @@ def _as_json(value: Any) -> Any:
             value.question,
             value.answer,
             value.last,
-            value.sample,
+            value.foil,
         ]
     # neither meta nor metric, of which the model sees nothing
     if isinstance(value, Sample):
@@ -172,6 +172,12 @@ def provenance(mllm: MLLM, **options: Any) -> dict:
     )
 
 
+def check_new(name: str, seen: Container[str]) -> None:
+    """Raise ValueError where an id has been seen before: results of the two samples could not be told apart."""
+    if name in seen:
+        raise ValueError(f"two samples have the id {name!r}: ids must differ")
+
+
 def named(provenance: Mapping[str, Any]) -> str:
     """The model that results are of, with its revision."""
     model = provenance.get("model") or "an unnamed model"
@@ -268,8 +274,7 @@ class Finished:
                     f"samples[{index}] is a {type(item).__name__}: give Samples"
                 )
             name = sample.id
-            if name in self.samples:
-                raise ValueError(f"two samples have the id {name!r}: ids must differ")
+            check_new(name, self.samples)
             self.samples[name] = replace(sample, messages=[], evidence=[])
             # a picture that cannot be read: the work finds that out as well, and says so
             try:
