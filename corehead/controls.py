@@ -316,11 +316,13 @@ def _in_batches(
 ) -> xr.DataArray:
     """What is measured of the samples of each batch, (L, H, ...) by id, as one array."""
     found: dict[str, np.ndarray] = {}
+    seen: set[str] = set()
     with tqdm(desc="measuring", unit="sample", disable=not progress) as bar:
         for batch in batches(mllm, samples, batch_size, need_answer=True):
+            for tagged in [tagged for context in batch for tagged in context.members]:
+                check_new(tagged.sample.id, seen)
+                seen.add(tagged.sample.id)
             new = measure(batch)
-            for name in new:
-                check_new(name, found)
             found |= new
             bar.update(len(new))
     return _table(found, dims)

@@ -1,5 +1,7 @@
 """Control rankings against full attention matrices, values from hooks, and finite differences."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
@@ -177,9 +179,9 @@ def test_bad_input(mllm):
 
 def test_samples_of_one_id_are_refused(mllm):
     same = [ask("seven", id="twice", answer="7"), ask("eight", id="twice", answer="8")]
-    for function in (controls.output_norm, controls.attribution):
+    for function, size in product((controls.output_norm, controls.attribution), (1, 4)):
         with pytest.raises(ValueError, match="two samples have the id 'twice'"):
-            function(mllm, same, batch_size=1, progress=False)
+            function(mllm, same, batch_size=size, progress=False)
     with pytest.raises(ValueError, match="two samples have the id 'twice'"):
         controls.token_patterns(mllm, same, False)
 
