@@ -5,9 +5,8 @@ paper, and to the sinks, j < sinks
 (StreamingLLM, arXiv 2309.17453). The pattern is exact at every position. Positions count a sequence's own tokens, so
 that padding changes nothing.
 
-KV groups that stream as a whole have a kernel and a small cache of their own. Everything else (single streaming heads
-in a group that is kept, capped logits, padding, masks of the caller's) is exact under explicit masks over a whole
-cache.
+Streaming heads have a kernel of their own, and KV groups that stream as a whole a small cache too. Everything else
+(capped logits, padding, masks of the caller's, a row that decodes over a whole cache) is exact under explicit masks.
 """
 
 from __future__ import annotations
@@ -44,9 +43,9 @@ class HybridAttention(Condition):
     Parameters
     ----------
     full : HeadSet
-        The full heads; an empty set is StreamingLLM. Fast, and small in memory, are sets of whole KV groups, as
-        ``ranking.top(share, group=query heads per KV head)`` gives them: a layer with a group that is full in part
-        keeps all keys and masks them.
+        The full heads; an empty set is StreamingLLM. Small in memory, and fast in decoding, are sets of whole KV
+        groups, as ``ranking.top(share, group=query heads per KV head)`` gives them: a layer with a group that is full
+        in part keeps all keys.
     window : int
         How far back a streaming head sees: the query at i sees [i - window, i], so that 0 leaves it its own position.
     sinks : int
@@ -208,7 +207,7 @@ def from_duo_attention(
 
 
 class StreamingHeads(Hook):
-    """Hybrid attention of one layer: whole KV groups by kernels, everything else by masks.
+    """Hybrid attention of one layer: full and streaming heads by a kernel each, what has none by masks.
 
     Parameters
     ----------
@@ -219,9 +218,12 @@ class StreamingHeads(Hook):
     Attributes
     ----------
     kinds : dict
-        "full" and "streaming", where there are any: indices of the query heads and of the KV groups.
-    masked : bool
-        No kernel fits the layer: a KV group has heads of both kinds, or the logits are capped (Gemma 2).
+        "full" and "streaming", where there are any: indices of the query heads, and of the KV groups that they read; in
+        a layer that has a group of both kinds, one of these for each query head.
+    capped : bool
+        No kernel fits the layer, whose logits are capped (Gemma 2).
+    splits : bool
+        The layer's cache can be split: no group has heads of both kinds.
     pending : HybridLayer or None
         The split cache that gave this layer its new keys alone; it takes them in when the layer attends.
     """
@@ -237,15 +239,16 @@ class StreamingHeads(Hook):
         # keys of a group can be let go only if none of its query heads is full
         by_group = full.reshape(mllm.n_kv_heads, -1)  # (Hkv, query heads of each)
         groups = by_group.any(1)
-        mixed = not np.array_equal(groups, by_group.all(1))
-        capped = getattr(mllm.text_config, "attn_logit_softcapping", None) is not None
-        self.masked = mixed or capped
-        kinds = {"full": (full, groups), "streaming": (~full, ~groups)}
-        self.kinds = {
-            kind: (_index(h, device), _index(g, device))
-            for kind, (h, g) in kinds.items()
-            if h.any()
-        }
+        whole = np.array_equal(groups, by_group.all(1))
+        self.capped = getattr(mllm.text_config, "attn_logit_softcapping", None) is not None
+        self.splits = whole and not self.capped
+        group_of = torch.arange(mllm.n_heads, device=device) // by_group.shape[1]
+        self.kinds = {}
+        for kind, heads, of_kind in ("full", full, groups), ("streaming", ~full, ~groups):
+            if heads.any():
+                index = _index(heads, device)
+                read = _index(of_kind, device) if whole else group_of[index]
+                self.kinds[kind] = index, read
         self.pending: HybridLayer | None = None
 
     def hidden_keys(self) -> int:
@@ -255,7 +258,7 @@ class StreamingHeads(Hook):
     def _masks(self, call: Call) -> bool:
         """Whether this call has no fast path: to decode over a whole cache, all keys are read anyway."""
         decodes_over_all = call.rows == 1 and call.key.shape[2] > 1
-        return self.masked or call.attention_mask is not None or decodes_over_all
+        return self.capped or call.attention_mask is not None or decodes_over_all
 
     def masked_rows(self, call: Call) -> np.ndarray:
         # all rows, which makes masked_attention the whole call's path
@@ -351,7 +354,7 @@ class _Caches:
     def __init__(self, mllm: MLLM, by_layer: dict[int, list[Hook]]):
         self.mllm = mllm
         self.open = True
-        self.hooks = {layer: hook for layer, [hook] in by_layer.items() if not hook.masked}
+        self.hooks = {layer: hook for layer, [hook] in by_layer.items() if hook.splits}
 
     def prepare(
         self, decoder: torch.nn.Module, args: tuple, kwargs: dict[str, Any]

@@ -114,6 +114,21 @@ def test_lengths_that_are_no_multiple_of_anything(n, window, sinks, name):
         close(mllm.model(**tagged.inputs).logits[0], wanted)
 
 
+@torch.no_grad()
+def test_single_heads_take_no_masks_in_prefill(monkeypatch):
+    """A group with heads of both kinds costs what its heads do, not a mask for each of them."""
+    mllm = tiny("llama")
+    tagged = text(mllm, 200)
+    wanted = expected(mllm, tagged, SETS["mixed"], 9, 3)
+
+    def refuse(*args):
+        raise AssertionError("a masked path")
+
+    monkeypatch.setattr("corehead.attention.masked_attention", refuse)
+    with ch.hybrid_attention(mllm, SETS["mixed"], 9, 3):
+        close(mllm.model(**tagged.inputs).logits[0], wanted)
+
+
 @pytest.mark.parametrize("name", SETS)
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 @pytest.mark.parametrize(
