@@ -10,6 +10,8 @@ WANTED   := $(if $(LOCK),-c requirements.lock) -e '.[dev]'
 CORES    := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 export HF_HUB_DISABLE_TELEMETRY := 1
 export HF_HUB_DISABLE_PROGRESS_BARS := 1
+# container images set it, and then each kernel and worker compiles torch and transformers anew: 23 seconds, not 7
+unexport PYTHONDONTWRITEBYTECODE
 
 # --- profiles: one YAML each; those of released checkpoints, in folders, have what stands in shared.yaml in common
 
