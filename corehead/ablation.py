@@ -367,7 +367,7 @@ class ZeroedEdges(_HeadHook):
         out = out.clone()
         rows = torch.from_numpy(rows).to(call.device)
         # under all masks: what another hook has cut was not read, and cannot be taken out
-        for part, weights in row_weights(call, rows, call.hooks):
+        for part, weights in row_weights(call, rows):
             weights = weights * call.evidence_of(part)[:, None]  # (B, H, r, N)
             read = torch.einsum("bhrn,bhnd->brhd", weights, value)
             out[:, part] -= (read * where[:, part, :, None]).to(out.dtype)

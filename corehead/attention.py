@@ -197,7 +197,7 @@ class Call:
     out : (B, R, H, D) tensor
         The output so far; hooks that read find it here.
     hooks : sequence of Hook
-        All that are in force in this layer.
+        All that are in force in this layer, and cut edges; none where that is done already.
     """
 
     layer: int
@@ -489,17 +489,16 @@ def needs_own_rows(mllm: MLLM) -> bool:
 
 
 def row_weights(
-    call: Call, rows: torch.Tensor, hooks: Sequence[Hook] = ()
+    call: Call, rows: torch.Tensor
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Softmax rows of attention, a block of rows at a time; no full attention matrix exists.
 
     Parameters
     ----------
     call : Call
+        Its hooks' masks cut edges; the rest of a row is renormalised.
     rows : (R,) int64 tensor
         Query rows of the call.
-    hooks : sequence of Hook
-        Whose masks cut edges; the rest of a row is renormalised.
 
     Yields
     ------
@@ -520,7 +519,7 @@ def row_weights(
         logits = (query @ keys).view(batch, heads, len(part), call.n)
         logits = capped(logits, call.softcap)
         # the least float, not -inf: a row that sees no key at all must not become NaN
-        logits.masked_fill_(~visible(call, part, hooks), torch.finfo(torch.float32).min)
+        logits.masked_fill_(~visible(call, part), torch.finfo(torch.float32).min)
         yield part, logits.softmax(-1)
 
 
@@ -529,10 +528,10 @@ def capped(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
     return logits if softcap is None else softcap * (logits / softcap).tanh()
 
 
-def visible(call: Call, rows: torch.Tensor, hooks: Sequence[Hook]) -> torch.Tensor:
-    """(B or 1, H or 1, R, N) bool, where rows of the call attend under the masks of hooks."""
+def visible(call: Call, rows: torch.Tensor) -> torch.Tensor:
+    """(B or 1, H or 1, R, N) bool, where rows of the call attend under the masks of its hooks."""
     seen = call.allowed(rows)
-    for hook in hooks:
+    for hook in call.hooks:
         cut = hook.mask(call, rows)
         if cut is not None:
             seen = seen & ~cut
@@ -569,27 +568,25 @@ def full_attention(
     return masked_attention(call, call.all_rows())
 
 
-def masked_attention(
-    call: Call, rows: torch.Tensor, hooks: Sequence[Hook] = ()
-) -> torch.Tensor:
+def masked_attention(call: Call, rows: torch.Tensor) -> torch.Tensor:
     """Exact attention of some rows under explicit masks, (B, R, H, D).
 
     No more than MASK_BLOCK elements of masks are held at once.
     This is the one path for chunks behind a cache, padding, cut edges and whatever hybrid attention has no kernel for.
     """
     if call.softcap is not None:
-        return _capped_attention(call, rows, hooks)
+        return _capped_attention(call, rows)
     batch, heads = call.query.shape[:2]
     kv_heads = call.key.shape[1]
     group = heads // kv_heads
     out = call.query.new_empty(batch, len(rows), heads, call.value.shape[-1])
     # one mask for all KV heads, or one for each where a hook tells heads apart
-    own_masks = visible(call, rows[:1], hooks).shape[1] > 1
+    own_masks = visible(call, rows[:1]).shape[1] > 1
     masks = heads if own_masks else group
     block = max(1, MASK_BLOCK // (batch * masks * call.n))
     for i, part in enumerate(rows.split(block)):
         # the g query heads of a KV head become rows, so that the cache is not repeated g times
-        seen = visible(call, part, hooks)  # (B or 1, H or 1, r, N)
+        seen = visible(call, part)  # (B or 1, H or 1, r, N)
         seen = seen.expand(-1, masks, -1, -1)
         seen = seen.unflatten(1, (-1, group)).flatten(2, 3)  # (B or 1, Hkv or 1, g r, N)
         query = call.query[:, :, part].unflatten(1, (kv_heads, group)).flatten(2, 3)
@@ -603,13 +600,11 @@ def masked_attention(
     return out
 
 
-def _capped_attention(
-    call: Call, rows: torch.Tensor, hooks: Sequence[Hook]
-) -> torch.Tensor:
+def _capped_attention(call: Call, rows: torch.Tensor) -> torch.Tensor:
     """The same with capped logits, which SDPA has no way to take: by rows of weights."""
     value = call.value.float()[:, :, None]  # (B, Hkv, 1, N, D)
     out = []
-    for _, weights in row_weights(call, rows, hooks):
+    for _, weights in row_weights(call, rows):
         by_group = weights.unflatten(1, (value.shape[1], -1))  # (B, Hkv, g, r, N)
         out.append((by_group @ value).flatten(1, 2).transpose(1, 2))  # (B, r, H, D)
     return torch.cat(out, 1).to(call.value.dtype)
@@ -639,7 +634,7 @@ def attention_forward(
     if now.roles is not None:
         call.roles = now.roles.covering(call.batch, call.n)
         _check_padding(call, known=now.roles.roles.shape[1])
-    call.out = _attend(call, now.hooks, module, dropout, options)
+    call.out = _attend(call, module, dropout, options)
     for hook in sorted(now.hooks, key=lambda hook: hook.replaces):
         call.out = hook.output(call, call.out)
     # only now, so that readers find the output as all hooks left it
@@ -650,7 +645,7 @@ def attention_forward(
             rows = rows[(rows >= 0) & (rows < call.rows)]
             if len(rows):
                 rows = torch.from_numpy(rows).to(call.device)
-                for part, weights in row_weights(call, rows, now.hooks):
+                for part, weights in row_weights(call, rows):
                     hook.read(call, part, weights)
     return call.out, None
 
@@ -669,29 +664,25 @@ def _check_padding(call: Call, known: int) -> None:
 
 
 def _attend(
-    call: Call,
-    hooks: Sequence[Hook],
-    module: torch.nn.Module,
-    dropout: float,
-    options: dict,
+    call: Call, module: torch.nn.Module, dropout: float, options: dict
 ) -> torch.Tensor:
     """The output under all masks, in front of what `Hook.output` changes."""
     out = None
-    for hook in hooks:
+    for hook in call.hooks:
         attended = hook.attend(call)
         if attended is not None:
             out = attended
-    masked = [hook.masked_rows(call) for hook in hooks]
+    masked = [hook.masked_rows(call) for hook in call.hooks]
     rows = np.unique(np.concatenate([*masked, np.empty(0, np.int64)]))
     if len(rows) == call.rows:
-        return masked_attention(call, call.all_rows(), hooks)
+        return masked_attention(call, call.all_rows())
     if out is None:
-        out = full_attention(call, module, dropout, **options)
+        out = full_attention(replace(call, hooks=()), module, dropout, **options)
     if len(rows):
         # Few rows have cut edges (a question's, in a long context). The fast path computes all, and these are done
         # again under the mask, which costs less than a mask for all.
         rows = torch.from_numpy(rows).to(call.device)
-        out[:, rows] = masked_attention(call, rows, hooks)
+        out[:, rows] = masked_attention(call, rows)
     return out
 
 
