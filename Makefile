@@ -135,8 +135,8 @@ bench: $(READY)  ## time scoring, ablation, hybrid attention and the store; rewr
 bench-gpu: $(READY)  ## time hybrid attention and long scoring at the released geometries on a CUDA device
 	@$(BIN)/python -m corehead.bench --device cuda
 
-clean:  ## remove caches and half-written files
-	rm -rf data/cache .pytest_cache .hypothesis .ruff_cache build *.egg-info
+clean:  ## remove caches and half-written files; what runs have finished and downloads in data/cache stay
+	rm -rf data/cache/*-png data/cache/*-pdf .pytest_cache .hypothesis .ruff_cache build *.egg-info
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
 .PHONY: help setup reproduce quick report test test-fast lint testbed survey bench bench-gpu clean FORCE

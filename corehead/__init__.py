@@ -34,6 +34,7 @@ from .evaluation import evaluate
 from .hybrid import HybridAttention, from_duo_attention, hybrid_attention
 from .models import MLLM, load
 from .ranking import HeadRanking, HeadSet, random_heads
+from .runs import VERSION as __version__
 from .samples import Frames, Pages, Region, Sample, SampleError, Span, Tube
 from .scoring import HeadScores, score
 from .stats import heads_for_share
@@ -54,6 +55,7 @@ __all__ = [
     "Span",
     "TaggedSample",
     "Tube",
+    "__version__",
     "ablate",
     "evaluate",
     "from_duo_attention",

@@ -28,6 +28,7 @@ from .samples import Sample, SampleError
 from .store import Store
 from .tagging import TaggedSample
 
+VERSION = "2.0.0"  # raised with whatever changes a result, which stores and rankings are marked with
 ENGINES = ("local", "ray")
 _place = itemgetter("sample", "key")  # of a row in a run
 # what saving and loading write into a configuration: the same model, loaded again, must not count as another
@@ -135,7 +136,7 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 
 def provenance(mllm: MLLM, **options: Any) -> dict:
-    """All that determines a table: the model, its weights and preprocessing, the versions, the options.
+    """All that determines a table: the model, its weights and preprocessing, versions (ours too), the options.
 
     Parameters
     ----------
@@ -165,6 +166,7 @@ def provenance(mllm: MLLM, **options: Any) -> dict:
         weights=fingerprint(model),
         config=digest(config),
         processor=json.loads(settings),
+        corehead=VERSION,
         python=platform.python_version(),
         torch=torch.__version__,
         transformers=transformers.__version__,

@@ -106,7 +106,7 @@ class Store:
         if differing:
             names = ", ".join(differing)
             raise ValueError(
-                f"{self.path} belongs to another configuration ({names} differ): give another folder"
+                f"{self.path} belongs to another configuration ({names} differ): give another folder, or delete it"
             )
 
     def append(self, rows: list[dict]) -> None:

@@ -489,6 +489,20 @@ def test_make_gives_each_profile_its_parameters_and_its_place(clone):
         assert f"-f {there}/shared.yaml -f {there}/{name}.yaml" in told
 
 
+def test_one_version_everywhere():
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == ch.__version__
+
+
+def test_clean_leaves_what_took_hours(clone):
+    make(clone, "quick")
+    kept = [clone / "data/cache" / name for name in ("VidSTG", "runs/qwen3-vl-8b/04")]
+    for folder in kept:
+        folder.mkdir(parents=True)
+    assert make(clone, "clean").returncode == 0
+    assert all(folder.is_dir() for folder in kept)
+    assert {path.name for path in (clone / "data/cache").iterdir()} == {"VidSTG", "runs"}
+
+
 def test_a_notebook_that_fails_does_not_stop_the_others(clone):
     names = [path.stem for path in NOTEBOOKS]
     assert make(clone, "reproduce", FAILING="02_").returncode != 0

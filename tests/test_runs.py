@@ -379,6 +379,8 @@ def test_provenance_is_the_model_and_not_the_place(tmp_path):
     )
     assert {k for k in a if a[k] != b[k]} == {"model"} and a["options"] == {"n": 1}
     assert str(tmp_path) not in json.dumps(a | {"model": ""})
+    # rows of an older corehead are not taken for this one's
+    assert a["corehead"] == ch.__version__
     changed = testbed.tiny("qwen3_vl")
     before = fingerprint(changed.model)
     assert before == fingerprint(mllm.model)

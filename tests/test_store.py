@@ -122,7 +122,8 @@ def test_results_of_two_configurations_do_not_mix(tmp_path):
     ):
         Store(tmp_path, {"a": 1})
     with pytest.raises(
-        ValueError, match=r"another configuration \(a, b differ\): give another folder"
+        ValueError,
+        match=r"another configuration \(a, b differ\): give another folder, or delete it",
     ):
         Store(tmp_path, {"a": 2, "b": {"c": [1]}}, resume=True)
     assert names(tmp_path) == ["s0", "s1"]
