@@ -92,13 +92,15 @@ def test_work_is_what_the_masks_say(small, n):
 
 
 @pytest.mark.parametrize("n", [1, 5, 40])
-@pytest.mark.parametrize("way", ["dense", "streaming", "hybrid 20%", "hybrid 50%", "whole"])
+@pytest.mark.parametrize(
+    "way", [way for way in WAYS if way not in ("hybrid 5%", "hybrid 10%")]
+)
 def test_counted_caches_are_those_that_are_held(small, n, way):
     mllm, setting = models.build("cpu"), Setting(window=7, sinks=3)
     work = attention.work(mllm, way, setting)
-    assert work.full.mean() == {"dense": 1, "hybrid 20%": 0.25}.get(
-        way, WAYS[way]
-    )  # two of eight groups
+    # two of eight groups, two of sixteen heads
+    rounded = {"dense": 1, "hybrid 20%": 0.25, "hybrid 10%, single heads": 0.125}
+    assert work.full.mean() == rounded.get(way, WAYS[way])
     with attention.running(mllm, way, setting):
         cache = attention.prefill(mllm, attention.hidden_states(mllm, n))
     # buffers have room for more tokens

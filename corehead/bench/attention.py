@@ -29,14 +29,15 @@ from .measure import MIB, in_turn, peak_memory
 from .models import build
 from .work import Work
 
-# share of KV groups that are full; None is attention as transformers runs it. "whole" is hybrid attention with all
-# groups full: what is due to its bookkeeping alone
+# share of KV groups (of heads, where they are single) that are full; None is attention as transformers runs it. "whole"
+# is hybrid attention with all groups full: what is due to its bookkeeping alone
 WAYS: dict[str, float | None] = {
     "dense": None,
     "hybrid 5%": 0.05,
     "hybrid 10%": 0.1,
     "hybrid 20%": 0.2,
     "hybrid 50%": 0.5,
+    "hybrid 10%, single heads": 0.1,
     "streaming": 0.0,
     "whole": 1.0,
 }
@@ -53,13 +54,14 @@ class Setting:
 
 
 def full_heads(mllm: MLLM, way: str) -> HeadSet:
-    """The heads of a way that see all keys: whole KV groups at random."""
+    """The heads of a way that see all keys: whole KV groups or single heads, at random."""
     shape, share = (mllm.n_layers, mllm.n_heads), WAYS[way]
     if share == 0:  # a ranking's top is never empty
         return HeadSet.of([], shape)
     # which groups they are makes no difference to the work; dense attention is counted as all full
     ranking = HeadRanking(np.random.default_rng(0).random(shape))
-    return ranking.top(share or 1.0, group=mllm.n_heads // mllm.n_kv_heads)
+    single = way.endswith("single heads")
+    return ranking.top(share or 1.0, group=1 if single else mllm.n_heads // mllm.n_kv_heads)
 
 
 def running(mllm: MLLM, way: str, setting: Setting) -> AbstractContextManager:

@@ -76,9 +76,11 @@ class Work:
         return 2 * (self.weights * n + self.output_weights) + self.attention_flops(n)
 
     def cache_bytes(self, n: int) -> float:
-        """Bytes of the keys and values that are kept of n tokens: all where a KV group has a full head."""
-        groups = self.full.reshape(len(self.full), self.mllm.n_kv_heads, -1).any(2)
-        tokens = groups.sum() * n + (~groups).sum() * min(n, self.streaming_keys)
+        """Bytes of the keys and values that are kept of n tokens: all in full groups and in layers with mixed ones."""
+        by_group = self.full.reshape(len(self.full), self.mllm.n_kv_heads, -1)
+        mixed = by_group.any(2) & ~by_group.all(2)
+        kept = by_group.any(2) | mixed.any(1, keepdims=True)  # (L, Hkv)
+        tokens = kept.sum() * n + (~kept).sum() * min(n, self.streaming_keys)
         # keys and values
         return float(2 * tokens * self.mllm.head_dim * self.mllm.model.dtype.itemsize)
 
