@@ -98,20 +98,6 @@ def test_shards_never_split_what_shares_a_context():
 
 
 @slow
-def test_the_table_is_the_local_one(ray):
-    mllm = tiny("qwen3_vl")
-    mllm.model(
-        torch.arange(9)[None], output_attentions=True
-    )  # leaves hooks that cannot be pickled by value
-    samples = [*questions(mllm), ask(image_part("nowhere.png"), id="bad")]
-    local, far = (
-        ch.score(mllm, samples, batch_size=1, **more)
-        for more in (dict(progress=False), RAY)
-    )
-    assert far.data.identical(local.data) and far.failures.equals(local.failures)
-
-
-@slow
 def test_ablation_curves_are_the_local_ones(ray):
     mllm = tiny("qwen3_vl")
     samples = questions(mllm)
@@ -150,20 +136,24 @@ class Deadly(os.PathLike):
 
 
 @slow
-def test_a_worker_that_is_killed_loses_and_doubles_nothing(ray, tmp_path, monkeypatch):
+def test_the_table_is_the_local_one_even_if_a_worker_is_killed(ray, tmp_path, monkeypatch):
     mllm = tiny("qwen3_vl")
+    # leaves hooks that cannot be pickled by value
+    mllm.model(torch.arange(9)[None], output_attentions=True)
     samples = questions(mllm)
     samples[9].messages[0]["content"][0]["image"].save(tmp_path / "picture.png")
     picture, flag = str(tmp_path / "picture.png"), str(tmp_path / "flag")
     deadly = Deadly(picture, flag, driver=os.getpid())
     for sample in samples[9:12]:
         sample.messages[0]["content"][0] = image_part(deadly)
+    bad = ask(image_part("nowhere.png"), id="bad")
     seen = appended(monkeypatch)
-    far = ch.score(mllm, samples, batch_size=1, store=tmp_path / "s", **RAY)
+    far = ch.score(mllm, [*samples, bad], batch_size=1, store=tmp_path / "s", **RAY)
     assert int((tmp_path / "flag").read_text()) != os.getpid()
+    # nothing is lost, and nothing is there twice
     assert sorted(seen) == sorted(s.id for s in samples)
-    local = ch.score(mllm, samples, batch_size=1, progress=False)
-    assert far.data.identical(local.data)
+    local = ch.score(mllm, [*samples, bad], batch_size=1, progress=False)
+    assert far.data.identical(local.data) and far.failures.equals(local.failures)
 
 
 @slow
