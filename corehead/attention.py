@@ -197,7 +197,7 @@ class Call:
     out : (B, R, H, D) tensor
         The output so far; hooks that read find it here.
     hooks : sequence of Hook
-        All that are in force in this layer, and cut edges; none where that is done already.
+        All that are in force in this layer; those with masks cut edges.
     """
 
     layer: int
@@ -541,7 +541,11 @@ def visible(call: Call, rows: torch.Tensor) -> torch.Tensor:
 def full_attention(
     call: Call, module: torch.nn.Module, dropout: float = 0.0, **options
 ) -> torch.Tensor:
-    """Attention of all heads to all keys that the mask allows, (B, R, H, D), by the fastest way there is."""
+    """Attention of all heads to all keys that the attention mask allows, (B, R, H, D), by the fastest way there is.
+
+    Edges that hooks cut are left in.
+    """
+    call = replace(call, hooks=())
     mask = call.attention_mask
     whole = call.first == 0
     states = call.query, call.key, call.value
@@ -677,7 +681,7 @@ def _attend(
     if len(rows) == call.rows:
         return masked_attention(call, call.all_rows())
     if out is None:
-        out = full_attention(replace(call, hooks=()), module, dropout, **options)
+        out = full_attention(call, module, dropout, **options)
     if len(rows):
         # Few rows have cut edges (a question's, in a long context). The fast path computes all, and these are done
         # again under the mask, which costs less than a mask for all.

@@ -286,8 +286,7 @@ class StreamingHeads(Hook):
             value = call.value[:, groups]
             if cache is not None:
                 key, value = cache.buffers[kind].append(key, value)
-            # edges that other hooks cut are cut where all heads stand together
-            part = replace(call, query=call.query[:, heads], key=key, value=value, hooks=())
+            part = replace(call, query=call.query[:, heads], key=key, value=value)
             # a row that decodes sees just what the buffer holds
             if call.rows == 1:
                 out[:, :, heads] = _attend_to_all(part)
