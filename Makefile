@@ -79,7 +79,7 @@ $(READY): pyproject.toml
 	@echo "installing into $(VENV): some minutes, six gigabytes"
 	@( $(BIN)/python -m pip install --quiet uv && $(BIN)/uv pip install --python $(BIN)/python $(WANTED) \
 	  || $(BIN)/python -m pip install --no-compile $(WANTED) ) >$(VENV)/install.log 2>&1 || { \
-	  echo "could not install: is there a network, or a proxy or index to name? See $(VENV)/install.log" >&2; exit 1; }
+	  echo "could not install: no network, no space, or a proxy or index to name? See $(VENV)/install.log" >&2; exit 1; }
 	@touch $@
 
 reproduce: $(READY) $(if $(filter smollm2,$(PROFILE)),$(GRAFT))  ## run the notebooks, rewrite notebooks/, figures/ and data/results/, and report

@@ -69,7 +69,7 @@ __all__ = [
 
 def __getattr__(name: str):
     """``ch.plots`` sets a style, the others are not for everybody: they are imported when they are asked for."""
-    if name in ("patching", "plots", "stats", "testbed", "benchmarks"):
+    if name in ("patching", "plots", "testbed", "benchmarks"):
         return _import(f".{name}", __name__)
     if name == "explore":  # needs ipywidgets
         return _import(".explorer", __name__).explore

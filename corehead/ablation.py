@@ -247,6 +247,11 @@ class Ablation(Condition):
         return self.mode, self.phase, self.reference
 
     @property
+    def first_layer(self) -> int:
+        """The first layer with one of the heads."""
+        return int(self.heads.mask.any(1).argmax())
+
+    @property
     def leaves_context_intact(self) -> bool:
         """No token in front of the question is touched."""
         # then its prefill is that of the intact model, computed once for all such conditions

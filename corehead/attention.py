@@ -283,14 +283,20 @@ class Call:
         if not self.has_window:
             return seen
         # in tokens of its own sequence, of which a row may hold several, with padding in between
-        if self.roles is None:
-            positions = torch.arange(self.n, device=self.device)[None]
-        else:
-            positions = self.roles.positions[:, : self.n].to(self.device)
-        behind = (
-            positions[:, self.first + rows, None] - positions[:, None]
-        )  # (B or 1, R, N)
+        positions = self.positions
+        row = positions[:, self.first + rows, None]
+        behind = row - positions[:, None]  # (B or 1, R, N)
         return seen & (behind < self.window)[:, None]
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """(B or 1, N) position of every key in its own sequence; below 0 for padding."""
+        if self.roles is not None:
+            return self.roles.positions[:, : self.n].to(self.device)
+        mask = self.attention_mask
+        if mask is not None and mask.dim() == 2:
+            return mask[:, : self.n].cumsum(1) - 1
+        return torch.arange(self.n, device=self.device)[None]
 
     @property
     def has_window(self) -> bool:
@@ -315,7 +321,7 @@ class Call:
 
 
 class Hook:
-    """What can be done inside the attention function; a hook overrides one method.
+    """What can be done inside the attention function; a hook overrides the methods that it needs.
 
     Attributes
     ----------
@@ -421,7 +427,7 @@ def hooks(
     implementation = config._attn_implementation
     before = [active(module) for module in modules]
     config._attn_implementation = NAME
-    decoder = mllm.family.decoder(mllm.model)
+    decoder = mllm.decoder
     prepare = _keep_all_keys if roles is not None and any(mllm.windows) else _check_cache
     handle = decoder.register_forward_pre_hook(prepare, with_kwargs=True)
     try:
@@ -483,11 +489,6 @@ def edited(mllm: MLLM) -> bool:
     return any(k.output is not Hook.output or k.mask is not Hook.mask for k in kinds)
 
 
-def needs_own_rows(mllm: MLLM) -> bool:
-    """Whether a hook in force needs every sequence in a batch row of its own."""
-    return any(hook.needs_own_row for hook in hooks_in_force(mllm))
-
-
 def row_weights(
     call: Call, rows: torch.Tensor
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -538,9 +539,7 @@ def visible(call: Call, rows: torch.Tensor) -> torch.Tensor:
     return seen
 
 
-def full_attention(
-    call: Call, module: torch.nn.Module, dropout: float = 0.0, **options
-) -> torch.Tensor:
+def full_attention(call: Call, module: torch.nn.Module, **options) -> torch.Tensor:
     """Attention of all heads to all keys that the attention mask allows, (B, R, H, D), by the fastest way there is.
 
     Edges that hooks cut are left in.
@@ -557,7 +556,7 @@ def full_attention(
     else:
         native = whole and mask.dim() == 4
     if native:
-        options |= {"dropout": dropout, "scaling": call.scaling}
+        options["scaling"] = call.scaling
         return sdpa_attention_forward(module, *states, mask, **options)[0]
     # Flash attention of a chunk behind a cache, which exists for 16-bit types on GPUs alone. The causal triangle stands
     # at the lower right of the R x N rectangle, since row 0 sees all `first` cached keys; SDPA's own is_causal puts it
@@ -597,10 +596,9 @@ def masked_attention(call: Call, rows: torch.Tensor) -> torch.Tensor:
         attended = scaled_dot_product_attention(
             query, call.key, call.value, attn_mask=seen, scale=call.scaling
         )
-        attended = attended.unflatten(2, (group, -1)).permute(
-            0, 3, 1, 2, 4
-        )  # (B, r, Hkv, g, D)
-        out[:, i * block : i * block + len(part)] = attended.flatten(2, 3)  # (B, r, H, D)
+        # (B, r, Hkv, g, D), and heads behind each other: (B, r, H, D)
+        attended = attended.unflatten(2, (group, -1)).permute(0, 3, 1, 2, 4)
+        out[:, i * block : i * block + len(part)] = attended.flatten(2, 3)
     return out
 
 
@@ -614,15 +612,11 @@ def _capped_attention(call: Call, rows: torch.Tensor) -> torch.Tensor:
     return torch.cat(out, 1).to(call.value.dtype)
 
 
-def attention_forward(
-    module, query, key, value, attention_mask, dropout=0.0, scaling=None, **options
-):
+def attention_forward(module, query, key, value, attention_mask, scaling, **options):
     """SDPA, with what hooks change and read; transformers calls it in every decoder layer."""
     now = active(module)
     hidden = sum(hook.hidden_keys() for hook in now.hooks)
     first = key.shape[2] - query.shape[2] + hidden
-    if scaling is None:
-        scaling = query.shape[-1] ** -0.5
     call = Call(
         layer=module.layer_idx,
         query=query,
@@ -638,7 +632,7 @@ def attention_forward(
     if now.roles is not None:
         call.roles = now.roles.covering(call.batch, call.n)
         _check_padding(call, known=now.roles.roles.shape[1])
-    call.out = _attend(call, module, dropout, options)
+    call.out = _attend(call, module, options)
     for hook in sorted(now.hooks, key=lambda hook: hook.replaces):
         call.out = hook.output(call, call.out)
     # only now, so that readers find the output as all hooks left it
@@ -667,9 +661,7 @@ def _check_padding(call: Call, known: int) -> None:
         )
 
 
-def _attend(
-    call: Call, module: torch.nn.Module, dropout: float, options: dict
-) -> torch.Tensor:
+def _attend(call: Call, module: torch.nn.Module, options: dict) -> torch.Tensor:
     """The output under all masks, in front of what `Hook.output` changes."""
     out = None
     for hook in call.hooks:
@@ -681,7 +673,7 @@ def _attend(
     if len(rows) == call.rows:
         return masked_attention(call, call.all_rows())
     if out is None:
-        out = full_attention(call, module, dropout, **options)
+        out = full_attention(call, module, **options)
     if len(rows):
         # Few rows have cut edges (a question's, in a long context). The fast path computes all, and these are done
         # again under the mask, which costs less than a mask for all.

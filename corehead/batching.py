@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from torch.nn.functional import pad
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from .attention import CACHE, Hook, TokenRoles, hooks, needs_own_rows
+from .attention import CACHE, Hook, TokenRoles, hooks, hooks_in_force
 from .models import MLLM, PREFILL_CHUNK, free_memory
 from .samples import Sample, SampleError, read_messages
 from .tagging import PER_TOKEN, Prompt, TaggedSample, same_content
@@ -142,7 +143,7 @@ class Context:
         return None
 
     def name_of(self, sample: Sample) -> str:
-        """What samples on this context have in common; of a bare question, its id: it shares but the chat template."""
+        """Of a sample's context; of a bare question, which shares nothing but the chat template, its own id."""
         return self.name if has_context(sample) else sample.id
 
 
@@ -191,7 +192,7 @@ def batches(
         # numbers of dropout are random, and gradient checkpointing runs layers again without hooks
         raise ValueError("the model is in training mode: call mllm.model.eval()")
     waiting: dict[tuple[bool, int, bool], list[Context]] = {}
-    alone = needs_own_rows(mllm)
+    alone = any(hook.needs_own_row for hook in hooks_in_force(mllm))
     for group in _groups(mllm, samples, null, need_answer, fail):
         for context in _contexts(group, to_last, alone):
             # half octaves: lengths within a factor of 1.4, so that little is padding
@@ -302,8 +303,7 @@ def _contexts(group: list[_Pair], to_last: bool, alone: bool) -> list[Context]:
 
 def _first_tokens(inputs: dict[str, Any], n: int) -> dict[str, torch.Tensor]:
     """The inputs (1, L) cut to their first `n` tokens, with all their media."""
-    tensors = {name: value for name, value in inputs.items() if torch.is_tensor(value)}
-    return {name: x[:, :n] if name in PER_TOKEN else x for name, x in tensors.items()}
+    return {name: x[:, :n] if name in PER_TOKEN else x for name, x in inputs.items()}
 
 
 def _shared_tokens(sequences: list[TaggedSample], to_last: bool) -> int:
@@ -587,10 +587,13 @@ class Condition:
         Nor is any of the question but the last of the prompt, which is worth a longer prefix.
     needs_own_row : bool
         Every sequence must stand in a batch row of its own.
+    first_layer : int
+        No layer in front of this one is touched, so that all conditions share what those compute.
     """
 
     key = ""
     group: Hashable = None
+    first_layer = 0
     leaves_context_intact = True
     leaves_prompt_intact = False  # a single condition gains nothing by a longer prefix
     needs_own_row = False
@@ -606,7 +609,11 @@ class Condition:
 
 
 class _Stop(Exception):
-    """Raised where the decoder would begin."""
+    """Raised where a run is cut off, with the hidden states there, if it is in front of a layer."""
+
+    def __init__(self, hidden: torch.Tensor | None = None):
+        super().__init__()
+        self.hidden = hidden
 
 
 def embedded(mllm: MLLM, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -619,15 +626,8 @@ def embedded(mllm: MLLM, inputs: dict[str, Any]) -> dict[str, Any]:
         caught.update({k: v for k, v in kwargs.items() if v is not None})
         raise _Stop
 
-    handle = mllm.family.decoder(mllm.model).register_forward_pre_hook(
-        stop, with_kwargs=True
-    )
-    try:
+    with mllm.decoder.register_forward_pre_hook(stop, with_kwargs=True), suppress(_Stop):
         mllm.model(**inputs, use_cache=False)
-    except _Stop:
-        pass
-    finally:
-        handle.remove()
     if "inputs_embeds" not in caught:  # a plain language model hands the ids on
         caught["inputs_embeds"] = mllm.model.get_input_embeddings()(caught.pop("input_ids"))
     # Gemma 3 makes a mask for each kind of layer; the windows are laid over the full one where layers attend
@@ -640,28 +640,44 @@ class _Room(DynamicLayer):
     """A layer of a cache with memory for `room` tokens from the start: chunks are written, nothing is copied.
 
     The layer that it replaces concatenates, which copies all tokens for each chunk and holds them twice meanwhile.
+
+    Attributes
+    ----------
+    length : int
+        Tokens that went by.
+    buffers : list of tensor
+        Keys and values (B, Hkv, room, D); empty as long as the layer is passed over.
     """
 
     def __init__(self, room: int):
         super().__init__()
         self.room = room
+        self.length = 0
+        self.buffers: list[torch.Tensor] = []
 
     def update(self, key_states, value_states, *args, **kwargs):
-        n = self.get_seq_length()
         new = key_states, value_states
-        end = n + key_states.shape[2]
-        if not n:
+        if not self.buffers:
             self.lazy_initialization(key_states, value_states)
-            # (B, Hkv, room, D) each; values may have another D than keys
+            # values may have another D than keys
             self.buffers = [x.new_empty(*x.shape[:2], self.room, x.shape[3]) for x in new]
+        begin = self.length
+        self.length = begin + key_states.shape[2]
         for buffer, x in zip(self.buffers, new):
-            buffer[:, :, n:end] = x
-        self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
-        return self.keys, self.values
+            buffer[:, :, begin : self.length] = x
+        return [buffer[:, :, : self.length] for buffer in self.buffers]
 
-    def truncate(self, tokens: int) -> None:
-        """Forget all but the first tokens."""
-        self.keys, self.values = (buffer[:, :, :tokens] for buffer in self.buffers)
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def rows(self, rows: torch.Tensor) -> _Room:
+        """A copy of some batch rows."""
+        copy = _Room(self.room)
+        if self.buffers:
+            here = rows.to(self.buffers[0].device)
+            copy.update(*(buffer[here, :, : self.length] for buffer in self.buffers))
+        copy.length = self.length
+        return copy
 
 
 def room_for(mllm: MLLM, tokens: int) -> DynamicCache:
@@ -683,6 +699,23 @@ class Wanted(NamedTuple):
         return cls(torch.arange(rows), torch.full((rows,), length - 1))
 
 
+@dataclass
+class Entry:
+    """A layer that conditions enter the decoder at, and what goes into it: what no condition has touched.
+
+    Attributes
+    ----------
+    layer : int
+    prefix, chunk : tensor, optional
+        Hidden states (P, W, hidden) and (B, S, hidden); None in front of the first layer, and of a prefix that is
+        taken from a cache.
+    """
+
+    layer: int = 0
+    prefix: torch.Tensor | None = None
+    chunk: torch.Tensor | None = None
+
+
 class Feed:
     """A packed batch that media have been read into once, to be run under any number of conditions.
 
@@ -690,11 +723,14 @@ class Feed:
     ----------
     mllm : MLLM
     packed : Packed
+    new_tokens : int
+        So many at most are to be written.
     """
 
-    def __init__(self, mllm: MLLM, packed: Packed):
+    def __init__(self, mllm: MLLM, packed: Packed, new_tokens: int = 0):
         self.mllm = mllm
         self.packed = packed
+        self.new_tokens = new_tokens
         self.prefix = None
         if packed.prefix is None:
             self.chunk = embedded(mllm, packed.chunk)
@@ -706,6 +742,8 @@ class Feed:
             self.chunk["inputs_embeds"] = mllm.model.get_input_embeddings()(ids)
         # of the prefixes, which no condition has touched
         self._intact: DynamicCache | None = None
+        # how far up the model was run as it is, for conditions that leave contexts intact and for others
+        self._entries: dict[bool, Entry] = {}
 
     def cost(self, intact: bool) -> int:
         """Tokens of one run, padding included; with intact contexts those are copied, eight in the time of one."""
@@ -726,6 +764,8 @@ class Feed:
     ) -> torch.Tensor | None:
         """Run the decoder over the batch under conditions of one group, side by side.
 
+        Layers that none of them touches run once for all calls, best in ascending order of `Condition.first_layer`.
+
         Parameters
         ----------
         conditions : sequence of Condition
@@ -735,20 +775,18 @@ class Feed:
         -------
         (conditions, n, hidden) tensor of the wanted hidden states, or None
         """
-        cache = self._cache(conditions, new_tokens=0)
-        with self._applied(conditions, self.packed.roles):
-            return decode(self.mllm, self.chunk, cache, len(conditions), wanted)
+        entry = self._entry(conditions)
+        cache = self._cache(conditions, entry)
+        return self._run_chunk(conditions, cache, entry, wanted)
 
-    def write(
-        self, conditions: Sequence[Condition], new_tokens: int
-    ) -> list[list[list[int]]]:
+    def write(self, conditions: Sequence[Condition]) -> list[list[list[int]]]:
         """Let the model write greedily behind every row, under conditions of one group, side by side.
+
+        A row ends with the generation configuration's end token, which is left out, or after `new_tokens`.
 
         Parameters
         ----------
         conditions : sequence of Condition
-        new_tokens : int
-            At most so many; a row ends with the generation configuration's end token, which is left out.
 
         Returns
         -------
@@ -757,7 +795,8 @@ class Feed:
         mllm = self.mllm
         times = len(conditions)
         rows, size = self.chunk["inputs_embeds"].shape[:2]
-        cache = self._cache(conditions, new_tokens)
+        # what is written goes through all layers, and sees their keys
+        cache = self._cache(conditions, Entry())
         ends = mllm.model.generation_config.eos_token_id  # a number, a list of them or None
         ends = torch.tensor([] if ends is None else ends, device=mllm.device)
         # the last token of every row, as the first step goes on from it; the mask (B, W + S) grows with each step
@@ -772,7 +811,7 @@ class Feed:
         with self._applied(conditions, self.packed.roles):
             behind = Wanted.last(rows, size)
             hidden = decode(mllm, self.chunk, cache, times, behind).flatten(0, 1)
-            for _ in range(new_tokens):
+            for _ in range(self.new_tokens):
                 token = mllm.logits(hidden).argmax(-1)
                 going &= ~torch.isin(token, ends)
                 if not going.any():
@@ -791,46 +830,92 @@ class Feed:
         by_layer = conditions[0].hooks(self.mllm, conditions, len(roles.samples))
         return hooks(self.mllm, by_layer, roles.repeat(len(conditions)))
 
-    def _cache(
-        self, conditions: Sequence[Condition], new_tokens: int
-    ) -> DynamicCache | None:
-        """A cache that holds the prefix of every row, as the conditions leave it."""
-        mllm = self.mllm
-        times = len(conditions)
-        length = self.packed.roles.roles.shape[1] + new_tokens
+    def _entry(self, conditions: Sequence[Condition]) -> Entry:
+        """Where conditions of one group enter the decoder; the model as it is runs on to there."""
+        layer = min(condition.first_layer for condition in conditions)
+        # contexts around this run may touch any layer
+        if not layer or hooks_in_force(self.mllm):
+            return Entry()
+        own_prefix = self.prefix is not None and not conditions[0].leaves_context_intact
+        entry = self._entries.get(own_prefix, Entry())
+        if layer < entry.layer:
+            entry = Entry()
+        if layer > entry.layer:
+            intact = (Condition(),)
+            prefix = None
+            if own_prefix:
+                cache, prefix = self._run_prefix(intact, entry, stop=layer)
+                cache = self._in_rows(cache, intact, entry)
+            else:
+                cache = self._cache(intact, entry)
+            chunk = self._run_chunk(intact, cache, entry, stop=layer)
+            entry = self._entries[own_prefix] = Entry(layer, prefix, chunk)
+        return entry
+
+    def _cache(self, conditions: Sequence[Condition], entry: Entry) -> DynamicCache | None:
+        """A cache that holds the prefix of every row, as the conditions leave it, from the layer of an entry on."""
         if self.prefix is None:
-            return room_for(mllm, length) if new_tokens else None
-        if conditions[0].leaves_context_intact:
-            # one prefill for all such conditions, now and later
-            if self._intact is None:
-                self._intact = self._prefill((Condition(),), length)
-            cache, step = self._intact, 0
-        else:
-            cache, step = self._prefill(conditions, length), len(self.packed.contexts)
-        # (times B,), the row of the cache that holds the prefix of each batch row
-        rows = self.packed.prefix_row + step * torch.arange(times)[:, None]
-        rows = rows.flatten()
+            return self._room() if self.new_tokens else None
+        if not conditions[0].leaves_context_intact:
+            cache, _ = self._run_prefix(conditions, entry)
+            return self._in_rows(cache, conditions, entry)
+        # one prefill for all such conditions, now and later
+        if self._intact is None:
+            self._intact, _ = self._run_prefix((Condition(),), Entry())
+        return self._in_rows(self._intact, conditions, entry)
+
+    def _room(self) -> DynamicCache:
+        """An empty cache for the batch and what is written behind it."""
+        return room_for(self.mllm, self.packed.roles.roles.shape[1] + self.new_tokens)
+
+    def _in_rows(
+        self, cache: DynamicCache, conditions: Sequence[Condition], entry: Entry
+    ) -> DynamicCache:
+        """A cache of prefixes, for each row of the chunk the one that it stands behind."""
         # the run before may have written its chunk behind the prefixes
         for layer in cache.layers:
-            layer.truncate(self.packed.before)
-        # one batch row for each prefix: no copy, for the chunk is written into the room behind it
-        if len(rows) == len(cache.layers[0].keys):
+            layer.length = self.packed.before
+        held = len(cache.layers[entry.layer].buffers[0])
+        # all conditions share the prefixes, or each has its own
+        step = len(self.packed.contexts) if held > len(self.packed.contexts) else 0
+        # (conditions B,), the row of the cache that holds the prefix of each row
+        rows = self.packed.prefix_row + step * torch.arange(len(conditions))[:, None]
+        # one row for each prefix: no copy, for the chunk is written into the room behind it
+        if rows.numel() == held:
             return cache
-        copied = room_for(mllm, length)
-        for i, layer in enumerate(cache.layers):
-            here = rows.to(layer.keys.device)
-            copied.update(layer.keys[here], layer.values[here], i)
+        copied = self._room()
+        # nobody reads what is passed over
+        passed, others = cache.layers[: entry.layer], cache.layers[entry.layer :]
+        copied.layers = [*passed, *(layer.rows(rows.flatten()) for layer in others)]
         return copied
 
-    def _prefill(self, conditions: Sequence[Condition], length: int) -> DynamicCache:
-        """A cache with room for `length` tokens, filled with the prefixes under each condition."""
+    def _run_prefix(
+        self, conditions: Sequence[Condition], entry: Entry, stop: int | None = None
+    ) -> tuple[DynamicCache, torch.Tensor | None]:
+        """A cache with the prefixes under each condition, from a layer on; and what goes into layer `stop`."""
         # roles are those of batch rows; all rows behind one prefix have the same in front of them
         _, first_rows = np.unique(self.packed.prefix_row, return_index=True)
         roles = self.packed.roles.select(torch.from_numpy(first_rows))
-        cache = room_for(self.mllm, length)
+        cache = self._room()
+        feed = self.prefix | {"hidden": entry.prefix}
         with self._applied(conditions, roles):
-            decode(self.mllm, self.prefix, cache, len(conditions))
-        return cache
+            times = len(conditions)
+            hidden = decode(self.mllm, feed, cache, times, first=entry.layer, stop=stop)
+        return cache, hidden
+
+    def _run_chunk(
+        self,
+        conditions: Sequence[Condition],
+        cache: DynamicCache | None,
+        entry: Entry,
+        wanted: Wanted | None = None,
+        stop: int | None = None,
+    ) -> torch.Tensor | None:
+        """The tokens behind the prefixes: the wanted hidden states, or what goes into layer `stop`."""
+        feed = self.chunk | {"hidden": entry.chunk}
+        times = len(conditions)
+        with self._applied(conditions, self.packed.roles):
+            return decode(self.mllm, feed, cache, times, wanted, entry.layer, stop)
 
 
 @torch.inference_mode()
@@ -849,6 +934,8 @@ def decode(
     cache: DynamicCache | None = None,
     times: int = 1,
     wanted: Wanted | None = None,
+    first: int = 0,
+    stop: int | None = None,
 ) -> torch.Tensor | None:
     """Run the decoder over a batch, `times` times over, PREFILL_CHUNK tokens at a time.
 
@@ -859,39 +946,92 @@ def decode(
     ----------
     mllm : MLLM
     feed : dict
-        The decoder's inputs, as `embedded` makes them.
+        The decoder's inputs, as `embedded` makes them; with ``hidden`` (B, N, hidden), if it begins higher up.
     cache : DynamicCache, optional
         What was fed before.
     times : int
     wanted : Wanted, optional
+    first : int
+        The layer to begin with.
+    stop : int, optional
+        The layer to stop in front of.
 
     Returns
     -------
-    (times, n, hidden) tensor of the wanted hidden states, or None
+    (times, n, hidden) tensor of the wanted hidden states, or (times B, N, hidden) of what goes into layer `stop`, or
+    None
     """
-    decoder = mllm.family.decoder(mllm.model)
     length = feed["inputs_embeds"].shape[1]
     # a single chunk, with nothing cached in front of it, needs no cache
     if cache is None and length > PREFILL_CHUNK:
         cache = room_for(mllm, length)
     before = cache.get_seq_length() if cache is not None else 0
     hidden = None
+    at_stop = []
     start = 0
-    for stop in _chunk_ends(feed, before):
-        part = feed if stop - start == length else _tokens(feed, start, stop, before)
+    for end in _chunk_ends(feed, before):
+        part = feed if end - start == length else _tokens(feed, start, end, before)
         # repeated chunk by chunk, so that the embeddings of a long context are held once
         inputs = _repeated(part, times) | {CACHE: cache, "use_cache": cache is not None}
-        states = decoder(**inputs).last_hidden_state
+        states = _run_layers(mllm.decoder, inputs, first, stop)
+        if stop is not None:
+            at_stop.append(states)
         if wanted is not None:
             states = states.unflatten(0, (times, -1))  # (times, B, n, hidden)
             if hidden is None:
                 hidden = states.new_empty(times, len(wanted.rows), states.shape[-1])
-            here = (wanted.tokens >= start) & (wanted.tokens < stop)
+            here = (wanted.tokens >= start) & (wanted.tokens < end)
             rows = wanted.rows[here]
             tokens = wanted.tokens[here] - start
             hidden[:, here.to(hidden.device)] = states[:, rows, tokens]
-        start = stop
-    return hidden
+        start = end
+    return torch.cat(at_stop, 1) if at_stop else hidden
+
+
+class _Passed(torch.nn.Module):
+    """In the place of a layer that is passed over, whose cache only counts."""
+
+    def __init__(self, room: _Room | None):
+        super().__init__()
+        self.room = room
+
+    def forward(self, hidden_states, *args, **kwargs):
+        # a decoder asks its first layer how much is cached
+        if self.room is not None:
+            self.room.length += hidden_states.shape[1]
+        return hidden_states
+
+
+def _run_layers(
+    decoder: torch.nn.Module, inputs: dict[str, Any], first: int, stop: int | None
+) -> torch.Tensor:
+    """The decoder from layer `first` on, where ``hidden`` goes in, to its end or to what goes into layer `stop`."""
+    layers = decoder.layers
+    hidden = inputs.pop("hidden", None)
+    rooms = inputs[CACHE].layers if inputs[CACHE] is not None else [None] * first
+
+    # in the place of whatever comes from below, features of the vision tower (deepstack) and all
+    def enter(layer, args):
+        return hidden, *args[1:]
+
+    def leave(layer, args):
+        raise _Stop(args[0])
+
+    handles = []
+    if first:
+        passed = [_Passed(room) for room in rooms[:first]]
+        decoder.layers = torch.nn.ModuleList([*passed, *layers[first:]])
+        handles.append(layers[first].register_forward_pre_hook(enter))
+    if stop is not None:
+        handles.append(layers[stop].register_forward_pre_hook(leave))
+    try:
+        return decoder(**inputs).last_hidden_state
+    except _Stop as stopped:
+        return stopped.hidden
+    finally:
+        decoder.layers = layers
+        for handle in handles:
+            handle.remove()
 
 
 def _chunk_ends(feed: dict[str, Any], before: int) -> list[int]:
@@ -920,6 +1060,8 @@ def _tokens(feed: dict[str, Any], start: int, stop: int, before: int) -> dict[st
         inputs_embeds=feed["inputs_embeds"][:, start:stop],
         position_ids=feed["position_ids"][..., start:stop],
     )
+    if feed.get("hidden") is not None:
+        part["hidden"] = feed["hidden"][:, start:stop]
     mask = feed.get("attention_mask")
     if mask is not None:
         rows = mask if mask.dim() == 2 else mask[:, :, start:stop]
@@ -946,9 +1088,8 @@ def _repeated(feed: dict[str, Any], times: int) -> dict[str, Any]:
     for name, value in feed.items():
         if name == "deepstack_visual_embeds":
             value = [x.repeat(times, 1) for x in value]
-        elif (
-            name == "position_ids"
-        ):  # (B, N) or (3, B, N): the batch does not always come first
+        elif name == "position_ids":
+            # (B, N) or (3, B, N): the batch does not always come first
             value = value.repeat(*[1] * (value.dim() - 2), times, 1)
         elif torch.is_tensor(value) and value.dim():
             value = value.repeat(times, *[1] * (value.dim() - 1))

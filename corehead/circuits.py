@@ -71,7 +71,7 @@ def answer_written(
     texts = list(candidates)
     ids = mllm.tokenizer(texts, add_special_tokens=False)["input_ids"]
     tokens = torch.tensor(sorted({token for text in ids for token in text}))
-    decoder = mllm.family.decoder(mllm.model)
+    decoder = mllm.decoder
     norm = decoder.norm
     head = mllm.model.get_output_embeddings()
     # (candidates, hidden)
@@ -125,7 +125,7 @@ def nearest_mean(train: xr.DataArray, labels, test: xr.DataArray) -> xr.DataArra
     centre = train.mean("sample")
     by_label = train.assign_coords(label=("sample", labels)).groupby("label")
     means = by_label.mean("sample") - centre
-    # of the test vectors' norms all have the same, so that they need not be divided by them
+    # a test vector's norm scales all its products alike, so that there is no need to divide by it
     product = xr.dot(test - centre, means, dim="hidden")
     likeness = product / np.sqrt((means**2).sum("hidden"))
     nearest = likeness.argmax("label")

@@ -232,14 +232,14 @@ class _Answering:
         self, mllm: MLLM, batch: list[Context], alone: bool, apart: bool, new_tokens: int
     ):
         self.mllm = mllm
-        self.new_tokens = new_tokens
         packed = pack(mllm, batch, alone=alone, apart=apart)
         self.feed = Feed(mllm, packed)
         # a second feed for writing, because the answers in the first one would give the text away
         self.writing = None
         if new_tokens:
             prompts = [without_answers(context) for context in batch]
-            self.writing = Feed(mllm, pack(mllm, prompts, alone=alone, apart=True))
+            asked = pack(mllm, prompts, alone=alone, apart=True)
+            self.writing = Feed(mllm, asked, new_tokens)
         self.blocks = list(packed.blocks())
         # of every question the sample, and the name of its context, which are the same under all conditions
         self.samples = [block.tagged.sample for _, _, block in self.blocks]
@@ -266,12 +266,14 @@ class _Answering:
         room = TOKENS.get(self.mllm.device.type, 2**14)
         width = room // self.feed.cost(conditions[0].leaves_context_intact)
         width = max(1, min(width, self.feed.copies()))
+        # neighbours pass over the same layers, and later ones more of them
+        conditions = sorted(conditions, key=lambda condition: condition.first_layer)
         for i in range(0, len(conditions), width):
             together = conditions[i : i + width]
             states = self.feed.run(together, self.wanted)
             texts = [None] * len(together)
             if self.writing is not None:
-                texts = self.writing.write(together, self.new_tokens)
+                texts = self.writing.write(together)
             for condition, hidden, written in zip(together, states, texts):
                 yield from self._condition_rows(condition.key, hidden, written)
 

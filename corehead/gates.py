@@ -65,7 +65,7 @@ class GatedBatch:
         """Log-probability (B,) of each row's answer under gates (layers, B, heads), which may require gradients."""
         by_layer = {layer: [Gate(gate)] for layer, gate in enumerate(gates)}
         with torch.enable_grad(), hooks(self.mllm, by_layer, self.packed.roles):
-            decoder = self.mllm.family.decoder(self.mllm.model)
+            decoder = self.mllm.decoder
             states = decoder(**self.feed, use_cache=False).last_hidden_state
             # padding is on the left, so that answers end together
             longest = max(map(len, self.answers))

@@ -1,9 +1,8 @@
 """Hybrid attention: a few full heads; sinks and a sliding window for all others, in prefill, cache and decode.
 
-A full head at position i attends to all keys j <= i, a streaming head to those in [i - window, i], as in the
-paper, and to the sinks, j < sinks
-(StreamingLLM, arXiv 2309.17453). The pattern is exact at every position. Positions count a sequence's own tokens, so
-that padding changes nothing.
+A full head at position i attends to all keys j <= i, a streaming head to those in [i - window, i], as in the paper, and
+to the sinks, j < sinks (StreamingLLM, arXiv 2309.17453). The pattern is exact at every position. Positions count a
+sequence's own tokens, so that padding changes nothing.
 
 Streaming heads have a kernel of their own, and KV groups that stream as a whole a small cache too. Everything else
 (capped logits, padding, masks of the caller's, a row that decodes over a whole cache) is exact under explicit masks.
@@ -72,11 +71,6 @@ class HybridAttention(Condition):
             raise ValueError(f"sinks={self.sinks}: take 0 or more")
 
     @property
-    def recent(self) -> int:
-        """How many of the last keys a streaming head sees, its own included: i - recent < j <= i."""
-        return self.window + 1
-
-    @property
     def key(self) -> str:
         """What tells this condition from others in a store."""
         return digest([list(self.full), self.window, self.sinks])
@@ -90,17 +84,14 @@ class HybridAttention(Condition):
         """Raise ValueError where heads are another model's, or would stream in a layer with a pattern of its own."""
         streaming = ~self.full
         (self.full or streaming).check(mllm.shape)  # either may be empty
-        config = mllm.text_config
         kept = self.full.mask.all(1)  # (L,)
         windowed = [i for i, window in enumerate(mllm.windows) if window and not kept[i]]
         if windowed:
             raise ValueError(
                 f"layers {windowed} have a window of their own, and cannot have this one: give all their heads as full"
             )
-        kinds = set(getattr(config, "layer_types", None) or ())
-        others = kinds - {"full_attention", "sliding_attention"}
-        crosses = config.is_encoder_decoder or getattr(config, "add_cross_attention", False)
-        if others or crosses:
+        kinds = set(getattr(mllm.text_config, "layer_types", None) or ())
+        if kinds - {"full_attention", "sliding_attention"}:
             raise ValueError(
                 "the model has other attention than full, windowed and causal: hybrid attention does not fit it"
             )
@@ -141,7 +132,7 @@ def hybrid_attention(
     ------
     ValueError
         A bad window or number of sinks; heads of another geometry; streaming heads in a layer that has a window of its
-        own (`MLLM.windows`); cross attention; inside: a cache that was filled outside, an attention mask of four
+        own (`MLLM.windows`); inside: a cache that was filled outside, an attention mask of four
         dimensions.
 
     Examples
@@ -155,9 +146,7 @@ def hybrid_attention(
     condition.check(mllm)
     by_layer = condition.hooks(mllm)
     caches = _Caches(mllm, by_layer)
-    handle = mllm.family.decoder(mllm.model).register_forward_pre_hook(
-        caches.prepare, with_kwargs=True
-    )
+    handle = mllm.decoder.register_forward_pre_hook(caches.prepare, with_kwargs=True)
     try:
         with hooks(mllm, by_layer):
             yield condition
@@ -229,9 +218,9 @@ class StreamingHeads(Hook):
     """
 
     def __init__(self, mllm: MLLM, layer: int, condition: HybridAttention):
-        self.layer = layer
         self.module = mllm.attentions[layer]
-        self.recent = condition.recent
+        # how many of the last keys a streaming head sees, its own included
+        self.recent = condition.window + 1
         self.sinks = condition.sinks
         device = device_of(self.module)
         full = condition.full.mask[layer]  # (H,)
@@ -265,14 +254,18 @@ class StreamingHeads(Hook):
         return np.arange(call.rows) if self._masks(call) else super().masked_rows(call)
 
     def mask(self, call: Call, rows: torch.Tensor) -> torch.Tensor:
-        positions = _positions(call)
+        mask = call.attention_mask
+        if call.roles is None and mask is not None and mask.dim() == 4:
+            raise ValueError(
+                "a four-dimensional attention_mask hides which token is where: pass a mask of (B, N)"
+            )
+        positions = call.positions
         # a row of padding is at its own key's position, so that it keeps that key and has no NaN
         row = positions[:, call.first + rows, None]
         key = positions[:, None]
         hidden = (row - key >= self.recent) & (key >= self.sinks)  # (B or 1, R, N)
-        return (
-            hidden[:, None] & ~self.full[:, None, None]
-        )  # (B or 1, H, R, N): full heads see all
+        # (B or 1, H, R, N): full heads see all
+        return hidden[:, None] & ~self.full[:, None, None]
 
     def attend(self, call: Call) -> torch.Tensor | None:
         if self._masks(call):  # never over a split cache: see _Caches.prepare
@@ -329,20 +322,6 @@ def _attend_to_all(call: Call) -> torch.Tensor:
 def _index(mask: np.ndarray, device: torch.device) -> slice | torch.Tensor:
     """What selects the true ones, without a copy where all are."""
     return slice(None) if mask.all() else torch.from_numpy(np.flatnonzero(mask)).to(device)
-
-
-def _positions(call: Call) -> torch.Tensor:
-    """(B or 1, N) position of every key in its own sequence; below 0 for padding."""
-    if call.roles is not None:
-        return call.roles.positions[:, : call.n].to(call.device)
-    mask = call.attention_mask
-    if mask is None:
-        return torch.arange(call.n, device=call.device)[None]
-    if mask.dim() == 4:
-        raise ValueError(
-            "a four-dimensional attention_mask hides which token is where: pass a mask of (B, N)"
-        )
-    return mask[:, : call.n].cumsum(1) - 1
 
 
 # --- the split KV cache
@@ -406,7 +385,6 @@ class _Caches:
         past.layers = [
             HybridLayer(self, by_layer.get(layer)) for layer in range(self.mllm.n_layers)
         ]
-        past.layer_class_to_replicate = None  # or transformers may add layers of its own
 
 
 def _is_split(past: Cache | None) -> bool:

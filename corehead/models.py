@@ -71,7 +71,7 @@ class MLLM:
 
     def _check_decoder(self):
         """Some families come with decoders that attend in a way which attention weights alone do not tell."""
-        layers = dict(enumerate(self.family.decoder(self.model).layers))
+        layers = dict(enumerate(self.decoder.layers))
         kind = f"decoders of model_type {self.text_config.model_type!r} are not supported"
         # a state goes from token to token, and no mask keeps the questions apart that share a context
         recurrent = [i for i in layers if not hasattr(layers[i], "self_attn")]
@@ -79,7 +79,7 @@ class MLLM:
             raise ValueError(f"{kind}: layers {recurrent} have no softmax attention")
         if any(hasattr(layer.self_attn, "sinks") for layer in layers.values()):
             raise ValueError(
-                f"{kind}: attention weights do not sum to one, for there are learned sinks"
+                f"{kind}: attention weights do not sum to one, because there are learned sinks"
             )
 
     @cached_property
@@ -109,9 +109,14 @@ class MLLM:
         return self.attentions[0].head_dim
 
     @property
+    def decoder(self) -> torch.nn.Module:
+        """The module that holds `layers`."""
+        return self.family.decoder(self.model)
+
+    @property
     def attentions(self) -> list[torch.nn.Module]:
         """The self-attention module of every decoder layer."""
-        return [layer.self_attn for layer in self.family.decoder(self.model).layers]
+        return [layer.self_attn for layer in self.decoder.layers]
 
     def o_proj(self, layer: int) -> torch.Tensor:
         """What the heads of a layer write with, (hidden, H * D).

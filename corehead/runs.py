@@ -154,7 +154,10 @@ def provenance(mllm: MLLM, **options: Any) -> dict:
     processor = mllm.processor
     # object_hook reaches the nested configurations of text and vision as well
     config = json.loads(
-        model.config.to_json_string(use_diff=False), object_hook=_without_volatile
+        model.config.to_json_string(use_diff=False),
+        object_hook=lambda settings: {
+            k: v for k, v in settings.items() if k not in VOLATILE
+        },
     )
     # tokenizers have no such method
     settings = processor.to_json_string() if hasattr(processor, "to_json_string") else "{}"
@@ -218,13 +221,9 @@ def check_model(made_by: Mapping[str, Any], mllm: MLLM) -> None:
     )
 
 
-def _without_volatile(settings: dict) -> dict:
-    return {name: value for name, value in settings.items() if name not in VOLATILE}
-
-
 @dataclass
 class Finished:
-    """What a run has brought.
+    """What a run has produced.
 
     Attributes
     ----------
@@ -365,7 +364,7 @@ def run(
     ValueError
         An option is misspelt or cannot be; two samples have one id; a sample or the whole store is of another content.
     TypeError
-        Samples that are none, or one that stands alone.
+        What is not a sample, or a single sample in place of several.
     SampleError
         With on_error="raise", what is wrong with a sample. What was finished before is in the store.
     ImportError

@@ -42,27 +42,34 @@ class SampleError(ValueError):
         return type(self), (self.sample_id, self.where, self.problem, self.fix)
 
 
-# Evidence is compared and printed by value, so that it keeps plain numbers, whatever array they came in. What is no
-# number stays as it is: tagging reports it, with the sample's name.
-
-
 def _plain(value: Any) -> Any:
     """Python's numbers for those of numpy and torch; several as a tuple."""
     if hasattr(value, "tolist"):
         value = value.tolist()
-    if isinstance(value, Iterable) and not isinstance(value, (str, Mapping)):
+    if isinstance(value, Mapping):
+        return {_plain(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, Iterable) and not isinstance(value, str):
         return tuple(map(_plain, value))
     return value
 
 
-def _several(value: Any) -> tuple:
-    """One index or many, as a tuple."""
-    value = _plain(value)
-    return value if isinstance(value, tuple) else (value,)
+class _Piece:
+    """Evidence that is compared and printed by value: it keeps plain numbers, whatever array they came in.
+
+    What is not a number stays as it is; tagging reports it, with the sample's name.
+    """
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            value = _plain(value)
+            # one page or frame stands for a list of one
+            if name in ("pages", "frames") and not isinstance(value, tuple):
+                value = (value,)
+            object.__setattr__(self, name, value)  # `frozen` bars plain assignment
 
 
 @dataclass(frozen=True)
-class Region:
+class Region(_Piece):
     """A rectangle of one image.
 
     Parameters
@@ -80,14 +87,9 @@ class Region:
     box: tuple[float, float, float, float]
     unit: str = "pixel"
 
-    def __post_init__(self):
-        # `frozen` bars plain assignment
-        object.__setattr__(self, "image", _plain(self.image))
-        object.__setattr__(self, "box", _plain(self.box))
-
 
 @dataclass(frozen=True)
-class Pages:
+class Pages(_Piece):
     """Whole images, such as the pages of a document.
 
     Parameters
@@ -96,14 +98,11 @@ class Pages:
         Indices of the images in the order of the messages, from 0.
     """
 
-    pages: tuple[int, ...]
-
-    def __init__(self, pages: int | Sequence[int]):
-        object.__setattr__(self, "pages", _several(pages))
+    pages: int | Sequence[int]
 
 
 @dataclass(frozen=True)
-class Frames:
+class Frames(_Piece):
     """Whole frames of one video.
 
     Parameters
@@ -115,15 +114,11 @@ class Frames:
     """
 
     video: int
-    frames: tuple[int, ...]
-
-    def __init__(self, video: int, frames: int | Sequence[int]):
-        object.__setattr__(self, "video", _plain(video))
-        object.__setattr__(self, "frames", _several(frames))
+    frames: int | Sequence[int]
 
 
 @dataclass(frozen=True)
-class Tube:
+class Tube(_Piece):
     """A box that moves through the frames of one video.
 
     Parameters
@@ -139,12 +134,6 @@ class Tube:
     video: int
     boxes: Mapping[int, tuple[float, float, float, float]]
     unit: str = "pixel"
-
-    def __post_init__(self):
-        object.__setattr__(self, "video", _plain(self.video))
-        if isinstance(self.boxes, Mapping):
-            boxes = {_plain(frame): _plain(box) for frame, box in self.boxes.items()}
-            object.__setattr__(self, "boxes", boxes)
 
 
 @dataclass(frozen=True)

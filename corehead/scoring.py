@@ -25,7 +25,7 @@ from .attention import Call, Measure, Reader, edited, hooks
 from .batching import Block, Context, Feed, Packed, batches, pack, run_unpadded
 from .models import MLLM
 from .ranking import HeadRanking
-from .runs import check_model, digest, named, provenance, run
+from .runs import check_model, check_new, digest, named, provenance, run
 from .samples import Sample, SampleError
 from .stats import groups_of, mean_interval
 from .tagging import TaggedSample
@@ -385,7 +385,13 @@ def group_mass(
         Name of its context.
     mass : (L, H, G) float32 array
         In [0, 1]; G is at least the number of the sample's groups, and groups that it lacks have no mass.
+
+    Raises
+    ------
+    ValueError
+        Two samples have one id.
     """
+    seen: set[str] = set()
     for batch in batches(mllm, samples, batch_size, need_answer=query == "answer"):
         # a batch row for each question: groups may differ between questions on one context
         packed = pack(mllm, batch, apart=True)
@@ -398,6 +404,8 @@ def group_mass(
         wanted = {(c, k): query_rows(b.tagged)[query] for c, k, b in packed.blocks()}
         found = row_means(mllm, packed, wanted, mass_on(groups))
         for c, k, block in packed.blocks():
+            check_new(block.tagged.sample.id, seen)
+            seen.add(block.tagged.sample.id)
             context = packed.contexts[c].name_of(block.tagged.sample)
             yield block.tagged, context, found[c, k][..., :-1]
 
@@ -427,26 +435,6 @@ def mass_on(groups: torch.Tensor) -> Measure:
         return torch.cat([mass, entropy], -1).transpose(1, 2)
 
     return measure
-
-
-class MassReader(Reader):
-    """Sums the attention of chosen rows over groups of keys, and takes the rows' entropy.
-
-    Parameters
-    ----------
-    rows : (R,) int64 array or tensor
-        Positions among the keys, ascending.
-    groups : (B, N, G) float32 tensor
-        Membership of each key in each of G groups.
-    """
-
-    def __init__(self, rows: np.ndarray | torch.Tensor, groups: torch.Tensor):
-        super().__init__(rows, mass_on(groups))
-
-    def result(self) -> tuple[np.ndarray, np.ndarray]:
-        """Sums (L, B, R, H, G) and entropy (L, B, R, H) float32, the latter in nats."""
-        measured = super().result()
-        return measured[..., :-1], measured[..., -1]
 
 
 def read_rows(

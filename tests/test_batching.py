@@ -7,8 +7,8 @@ from conftest import FAMILIES, ask, image_part, picture, tiny
 from test_scoring import EVERY, samples_for
 
 import corehead as ch
-from corehead import controls
-from corehead.ablation import Ablation
+from corehead import controls, testbed
+from corehead.ablation import Ablation, Reference
 from corehead.attention import ANSWER, CONTEXT, LAST, PADDING, QUESTION, TokenRoles
 from corehead.batching import (
     PER_TOKEN,
@@ -58,11 +58,11 @@ def test_writing_is_what_generate_writes(family, chunk, monkeypatch):
 def test_writing_ends_with_the_end_token(monkeypatch):
     mllm, samples = tiny("llama"), samples_for(tiny("llama"))
     [batch] = batches(mllm, samples[:2], 4)
-    feed = Feed(mllm, pack(mllm, batch, apart=True))
+    feed = Feed(mllm, pack(mllm, batch, apart=True), new_tokens=4)
     with torch.inference_mode():
-        [whole] = feed.write([Condition()], 4)
+        [whole] = feed.write([Condition()])
         monkeypatch.setattr(mllm.model.generation_config, "eos_token_id", [whole[0][2]])
-        [ended] = feed.write([Condition()], 4)
+        [ended] = feed.write([Condition()])
     assert len(whole[0]) == len(whole[1]) == 4
     assert ended[0] == whole[0][: whole[0].index(whole[0][2])]
 
@@ -162,3 +162,45 @@ def test_no_path_and_no_answer_of_the_model_is_taken_for_the_question():
     asked = ch.Sample("s", turns, [], "7", question="what")
     assert context_of(asked) == [("user", "")]
     assert context_of(ch.Sample("s", turns, [], "7")) == [("user", "")]
+
+
+@pytest.mark.parametrize("family", EVERY)
+@pytest.mark.parametrize("chunk", [7, 8192])
+def test_layers_that_no_condition_touches_run_once(family, chunk, monkeypatch):
+    """Whatever is done, and in whichever layer it begins, behind shared contexts and alone."""
+    mllm = testbed.tiny(family, text={"num_hidden_layers": 3})
+    samples = samples_for(mllm)
+    reference = Reference(mllm, samples)
+    reference.outputs(range(3), "both")
+    monkeypatch.setattr("corehead.batching.PREFILL_CHUNK", chunk)
+    rows = [0, 0, 0]
+
+    def count(module, args, given):
+        rows[module.layer_idx] += given["hidden_states"].numel()
+
+    def run(layer):
+        """Answers under what begins in a layer, and how much each layer computed."""
+        heads = ch.HeadSet.of([(layer, 1), (2, 0)], mllm.shape)
+        conditions = {
+            "zero": Ablation(heads),
+            "twice": Ablation(heads | heads.of([(2, 3)], mllm.shape)),
+        }
+        for mode in ("knockout", "resample"):
+            conditions[mode] = Ablation(heads, mode, reference=reference)
+        conditions["last"] = Ablation(heads, phase="last")
+        rows[:] = 0, 0, 0
+        table = ch.evaluate(mllm, samples, conditions, batch_size=3, progress=False)
+        return table.logprob, list(rows)
+
+    handles = [
+        x.register_forward_pre_hook(count, with_kwargs=True) for x in mllm.attentions
+    ]
+    found = {layer: run(layer) for layer in (2, 0, 1)}
+    monkeypatch.setattr(Ablation, "first_layer", 0)
+    for layer, (answers, computed) in found.items():
+        expected, everything = run(layer)
+        np.testing.assert_allclose(answers, expected, atol=1e-4)
+        assert computed[layer:] == everything[layer:]
+        assert all(np.array(computed[:layer]) < everything[:layer])
+    for handle in handles:
+        handle.remove()

@@ -38,7 +38,7 @@ def test_equal_to_brute_force(family):
     right = circuits.answer_written(mllm, samples, candidates, batch_size=2, **OPTIONS)
     ids = mllm.tokenizer(candidates, add_special_tokens=False)["input_ids"]
     tokens = torch.tensor(sorted({token for text in ids for token in text}))
-    norm = mllm.family.decoder(mllm.model).norm
+    norm = mllm.decoder.norm
     unembedding = mllm.model.get_output_embeddings().weight[tokens]
     for sample in samples:
         tagged = mllm.tag(sample)

@@ -12,9 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import corehead as ch
 from corehead import testbed
 from corehead.ablation import Outputs, Reference
-from corehead.attention import hooks
+from corehead.attention import Reader, hooks
 from corehead.hybrid import stream_chunked
-from corehead.scoring import MassReader
+from corehead.scoring import mass_on
 
 HEADS = ch.HeadSet.of([(0, 1), (1, 3)], (2, 6))
 
@@ -44,7 +44,7 @@ def offloaded(family: str, where: str, folder) -> ch.MLLM:
             for name, module in model.named_modules()
             if name and not [*module.children()]
         }
-        layer = mllm.family.decoder(mllm.model).layers[1]
+        layer = mllm.decoder.layers[1]
         [second] = [name for name, module in mllm.model.named_modules() if module is layer]
         owned = {name: "disk" if name.startswith(f"{second}.") else "cpu" for name in parts}
         owned |= {
@@ -154,7 +154,7 @@ def test_what_corehead_makes_follows_the_layers(two_gpus, mode, monkeypatch):
     else:
         edit = ch.ablate(mllm, HEADS, mode, "prefill", reference=reference_of(mllm))
     ids = torch.arange(12, device=mllm.device)[None]
-    reader = MassReader(np.array([9, 11]), torch.ones(1, 12, 2))
+    reader = Reader(np.array([9, 11]), mass_on(torch.ones(1, 12, 2)))
     with edit, hooks(mllm, reader.everywhere(mllm)):
         # without a cache, transformers looks for packed sequences, which a fake tensor cannot tell
         out = mllm.model(input_ids=ids, use_cache=True)

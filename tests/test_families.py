@@ -390,7 +390,7 @@ def test_generate_under_an_ablation_of_windowed_layers(family, mode):
         if known:
             cache = DynamicCache(config=mllm.text_config)
             cache.update(torch.zeros(1, 2, 3, 8), torch.zeros(1, 2, 3, 8), 0)
-            decoder = mllm.family.decoder(mllm.model)
+            decoder = mllm.decoder
             with pytest.raises(ValueError, match=r"begin with an empty DynamicCache"):
                 decoder(input_ids=inputs["input_ids"], **{CACHE: cache})
 
@@ -466,7 +466,7 @@ NORMS = {
 def test_what_heads_write_passes_the_norm_behind_them(family):
     """The direct logits go through the weights of the norm behind the heads, and the last norm's."""
     mllm = copy.deepcopy(tiny(family))
-    decoder = mllm.family.decoder(mllm.model)
+    decoder = mllm.decoder
     name, one = NORMS[family]
     torch.manual_seed(0)
     for layer in decoder.layers:
@@ -492,7 +492,7 @@ def test_internvl_with_a_mixture_of_experts():
     """InternVL 3.5 comes with Qwen3's experts as well: another decoder, and the family stays."""
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
     mllm = tiny_model("internvl", text={"model_type": "qwen3_moe"} | experts)
-    assert "Qwen3MoeModel" in type(mllm.family.decoder(mllm.model)).__name__
+    assert "Qwen3MoeModel" in type(mllm.decoder).__name__
     sample = samples_of("internvl")[0]
     scores = ch.score(mllm, [sample], null=False, on_error="raise", progress=False)
     for name, values in brute_force(mllm, mllm.tag(sample)).items():

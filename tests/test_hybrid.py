@@ -538,7 +538,7 @@ def test_the_model_is_what_it_was(family):
     [tagged] = prompts(mllm, 1)
     before, n_hooks = (
         logits_of(mllm, tagged),
-        len(mllm.family.decoder(mllm.model)._forward_pre_hooks),
+        len(mllm.decoder._forward_pre_hooks),
     )
     implementation = mllm.text_config._attn_implementation
     with (
@@ -549,7 +549,7 @@ def test_the_model_is_what_it_was(family):
         raise RuntimeError("boom")
     assert torch.equal(logits_of(mllm, tagged), before)
     assert mllm.text_config._attn_implementation == implementation != NAME
-    assert len(mllm.family.decoder(mllm.model)._forward_pre_hooks) == n_hooks
+    assert len(mllm.decoder._forward_pre_hooks) == n_hooks
 
 
 class Fails(Hook):

@@ -151,6 +151,8 @@ def test_what_cannot_be_ranked_is_refused():
         recall(mllm, documents(), every, unit="word")
     with pytest.raises(ValueError, match="rank the heads of this model"):
         recall(mllm, documents(), {"other": ch.HeadSet(np.ones((1, 2), bool))})
+    with pytest.raises(ValueError, match="two samples have the id 'd0'"):
+        recall(mllm, [*documents(), documents()[0]], every)
     mute = [replace(sample, answer=None) for sample in documents()]
     with pytest.raises(ch.SampleError, match="'d0', answer: is missing"):
         recall(mllm, mute, every, query="answer")

@@ -12,10 +12,10 @@ from transformers import Qwen3VLConfig
 
 import corehead as ch
 from corehead import testbed
-from corehead.attention import CACHE, WEIGHTS_BLOCK, Call, hooks, row_weights
+from corehead.attention import CACHE, WEIGHTS_BLOCK, Call, Reader, hooks, row_weights
 from corehead.batching import NULL, batches, room_for, with_question
 from corehead.models import memory
-from corehead.scoring import QUERIES, MassReader, attention_map
+from corehead.scoring import QUERIES, attention_map, mass_on
 
 EVERY = [*FAMILIES, "llama", "qwen3"]
 QWEN3_VL_8B = dict(
@@ -162,10 +162,11 @@ def test_rows_in_blocks_are_the_same_rows(monkeypatch):
     call = Call(0, query, key, key, 8**-0.5, first=0, attention_mask=mask)
     for block in (1, 1000, 2**24):
         monkeypatch.setitem(WEIGHTS_BLOCK, "cpu", block)
-        reader = MassReader(rows, groups)
+        reader = Reader(rows, mass_on(groups))
         for part, weights in row_weights(call, rows):
             reader.read(call, part, weights)
-        sums, entropy = map(torch.from_numpy, reader.result())
+        measured = torch.from_numpy(reader.result())
+        sums, entropy = measured[..., :-1], measured[..., -1]
         torch.testing.assert_close(
             sums[0], torch.einsum("bhrn,bng->brhg", expected, groups)
         )

@@ -65,7 +65,7 @@ def test_released_geometries_are_counted_without_weights():
 def test_weights_are_those_of_the_linear_layers(small, name):
     mllm = models.build(name)
     work = attention.work(mllm, "dense", Setting(2048, 16))
-    decoder = mllm.family.decoder(mllm.model)
+    decoder = mllm.decoder
     assert work.weights == sum(
         m.weight.numel() for m in decoder.modules() if isinstance(m, torch.nn.Linear)
     )
@@ -300,7 +300,7 @@ def test_sharing_and_ablation_are_timed(small):
     rows = engine.ablation_rows(
         "tiny", mllm, models.questions(mllm, 128, 4), conditions=2, repeats=1
     )
-    assert [row["way"] for row in rows] == ["together", "one by one", "nothing shared"] * 2
+    assert [row["way"] for row in rows] == ["together", "one by one", "nothing shared"] * 3
     assert all(row["time / together"] > 0 and row["conditions / s"] > 0 for row in rows)
 
 

@@ -27,7 +27,7 @@ from ..ablation import Ablation, ablate
 from ..batching import collate, pad_id, to_model
 from ..evaluation import evaluate
 from ..models import MLLM, memory
-from ..ranking import HeadRanking
+from ..ranking import HeadRanking, HeadSet
 from ..samples import Sample
 from ..scoring import score
 from ..store import Store
@@ -124,10 +124,18 @@ def ablation_rows(
 ) -> list[dict]:
     """Conditions per second of every way to ablate."""
     scores = np.random.default_rng(0).random((conditions, mllm.n_layers, mllm.n_heads))
+    tops = [HeadRanking(values).top(0.1) for values in scores]
+    layers = np.linspace(0, mllm.n_layers - 1, conditions).astype(int)
+    single = [HeadSet.of([(layer, 0)], mllm.shape) for layer in layers]
+    # "zero" changes outputs and needs the context anew, "knockout" masks edges and leaves it as it is; of one head the
+    # layers in front need not run again
+    modes = {
+        "zero": [Ablation(heads) for heads in tops],
+        "knockout": [Ablation(heads, "knockout") for heads in tops],
+        "zero, a head each": [Ablation(heads) for heads in single],
+    }
     rows = []
-    # "zero" changes outputs and needs the context anew, "knockout" masks edges and leaves it as it is
-    for mode in ("zero", "knockout"):
-        ablations = [Ablation(HeadRanking(values).top(0.1), mode) for values in scores]
+    for mode, ablations in modes.items():
         head = {
             "model": name,
             "questions": len(asked),
