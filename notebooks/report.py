@@ -26,7 +26,8 @@ START, END = "<!-- by make report, from notebooks/claims.yaml -->\n", "<!-- end 
 COLUMNS = {"value": 45, "committed": 20, "this run": 20, "agrees": 6, "as the paper has it": 25}
 LEGEND = """\
 Headings are what the paper says. A value agrees if it lies in the committed interval or, where there is none, reads the
-same; the mean of several tasks has the mean of their intervals. Above and below: they do not overlap; like: they do."""
+same; the mean of several tasks has the mean of their intervals. Above and below: they do not overlap; like: they do,
+which few samples alone can bring about: it is no equality."""
 
 
 class Value(NamedTuple):
