@@ -5,6 +5,7 @@ cell that failed. ``python run.py --clean *.ipynb`` cleans notebooks that were s
 """
 
 import argparse
+import fcntl
 import logging
 import os
 import sys
@@ -100,9 +101,15 @@ def main():
         parser.error("give a notebook and the file to write")
     notebook, result = map(Path, given.notebooks)
     result.parent.mkdir(parents=True, exist_ok=True)
-    start = time.monotonic()
-    failed = run(notebook, result, given.files)
-    took = duration(time.monotonic() - start)
+    # two runs into one file would move it away under each other; a lock goes with its process, however that ends
+    with result.with_suffix(".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            sys.exit(f"{notebook.stem:<24} not run: another make runs it in this folder, wait for that")
+        start = time.monotonic()
+        failed = run(notebook, result, given.files)
+        took = duration(time.monotonic() - start)
     if failed:
         sys.exit(f"{notebook.stem:<24} FAILED after {took} {failed}  (all of it: jupyter lab {result})")
     print(f"{notebook.stem:<24} done in {took}", flush=True)

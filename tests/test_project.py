@@ -1,6 +1,7 @@
 """What holds for the repository as a whole: notebooks, profiles, environments, figures, size and shape."""
 
 import ast
+import fcntl
 import json
 import os
 import re
@@ -588,6 +589,15 @@ def test_the_runner_executes_a_notebook_and_cleans_it(run, capsys):
     ]  # with the injected one; stderr is gone
     assert cells[-1]["outputs"][0]["data"]["text/plain"] == ["3"]
     assert "papermill" not in json.dumps(cells) and "unknown" not in source(result)
+
+
+def test_the_runner_leaves_a_notebook_alone_that_another_runs(run, tmp_path):
+    (tmp_path / "out").mkdir()
+    with (tmp_path / "out/one.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(SystemExit, match=r"^one +not run: another make runs it"):
+            run("n + 1")
+    assert run("n + 1").exists()
 
 
 def test_the_runner_names_the_cell_that_failed(run):
