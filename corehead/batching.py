@@ -991,8 +991,11 @@ def decode(
 class _Passed(torch.nn.Module):
     """In the place of a layer that is passed over, whose cache only counts."""
 
-    def __init__(self, room: _Room | None):
+    def __init__(self, layer: torch.nn.Module, room: _Room | None):
         super().__init__()
+        self.self_attn = (
+            layer.self_attn
+        )  # where a context around the run may look for its hooks
         self.room = room
 
     def forward(self, hidden_states, *args, **kwargs):
@@ -1019,7 +1022,7 @@ def _run_layers(
 
     handles = []
     if first:
-        passed = [_Passed(room) for room in rooms[:first]]
+        passed = [_Passed(*both) for both in zip(layers[:first], rooms)]
         decoder.layers = torch.nn.ModuleList([*passed, *layers[first:]])
         handles.append(layers[first].register_forward_pre_hook(enter))
     if stop is not None:

@@ -204,3 +204,13 @@ def test_layers_that_no_condition_touches_run_once(family, chunk, monkeypatch):
         assert all(np.array(computed[:layer]) < everything[:layer])
     for handle in handles:
         handle.remove()
+
+
+def test_layers_are_passed_over_while_all_heads_are_full():
+    """A context that changes nothing leaves no hook, but still looks after the cache."""
+    mllm, last_layer = tiny("qwen3_vl"), {"zero": Ablation(ch.HeadSet.of([(1, 0)], (2, 6)))}
+    samples = samples_for(mllm)
+    expected = ch.evaluate(mllm, samples, last_layer, progress=False)
+    with ch.hybrid_attention(mllm, ~ch.HeadSet.of([], mllm.shape), window=4):
+        found = ch.evaluate(mllm, samples, last_layer, progress=False)
+    np.testing.assert_array_equal(found.logprob, expected.logprob)
