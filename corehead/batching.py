@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -988,21 +988,24 @@ def decode(
     return torch.cat(at_stop, 1) if at_stop else hidden
 
 
-class _Passed(torch.nn.Module):
-    """In the place of a layer that is passed over, whose cache only counts."""
+@contextmanager
+def _passed_over(layer: torch.nn.Module, room: _Room | None) -> Iterator[None]:
+    """Let a layer compute nothing, and its cache only count."""
 
-    def __init__(self, layer: torch.nn.Module, room: _Room | None):
-        super().__init__()
-        self.self_attn = (
-            layer.self_attn
-        )  # where a context around the run may look for its hooks
-        self.room = room
-
-    def forward(self, hidden_states, *args, **kwargs):
+    def forward(hidden_states, *args, **kwargs):
         # a decoder asks its first layer how much is cached
-        if self.room is not None:
-            self.room.length += hidden_states.shape[1]
+        if room is not None:
+            room.length += hidden_states.shape[1]
         return hidden_states
+
+    own = vars(layer).get("forward")  # accelerate puts one there
+    layer.forward = forward
+    try:
+        yield
+    finally:
+        del layer.forward
+        if own is not None:
+            layer.forward = own
 
 
 def _run_layers(
@@ -1020,21 +1023,17 @@ def _run_layers(
     def leave(layer, args):
         raise _Stop(args[0])
 
-    handles = []
-    if first:
-        passed = [_Passed(*both) for both in zip(layers[:first], rooms)]
-        decoder.layers = torch.nn.ModuleList([*passed, *layers[first:]])
-        handles.append(layers[first].register_forward_pre_hook(enter))
-    if stop is not None:
-        handles.append(layers[stop].register_forward_pre_hook(leave))
-    try:
-        return decoder(**inputs).last_hidden_state
-    except _Stop as stopped:
-        return stopped.hidden
-    finally:
-        decoder.layers = layers
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as stack:
+        for layer, room in zip(layers[:first], rooms):
+            stack.enter_context(_passed_over(layer, room))
+        if first:
+            stack.enter_context(layers[first].register_forward_pre_hook(enter))
+        if stop is not None:
+            stack.enter_context(layers[stop].register_forward_pre_hook(leave))
+        try:
+            return decoder(**inputs).last_hidden_state
+        except _Stop as stopped:
+            return stopped.hidden
 
 
 def _chunk_ends(feed: dict[str, Any], before: int) -> list[int]:
