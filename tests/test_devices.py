@@ -75,6 +75,10 @@ def test_offloaded_weights_score_ablate_and_accelerate_alike(family, where, tmp_
             for mode in ("mean", "resample")
         }
         modes |= {mode: ch.Ablation(HEADS, mode) for mode in ("zero", "knockout")}
+        # a run of its own, which passes over the first layer
+        modes["last layer"] = ch.Ablation(
+            HEADS - ch.HeadSet.of([(0, 1)], (2, 6)), phase="prefill"
+        )
         groups = ch.HeadSet.of(
             [(layer, head) for layer in (0, 1) for head in (0, 1, 2)], (2, 6)
         )
