@@ -742,8 +742,8 @@ class Feed:
             self.chunk["inputs_embeds"] = mllm.model.get_input_embeddings()(ids)
         # of the prefixes, which no condition has touched
         self._intact: DynamicCache | None = None
-        # how far up the model was run as it is, for conditions that leave contexts intact and for others
-        self._entries: dict[bool, Entry] = {}
+        # how far up the model was run as it is
+        self._reached = Entry()
 
     def cost(self, intact: bool) -> int:
         """Tokens of one run, padding included; with intact contexts those are copied, eight in the time of one."""
@@ -837,8 +837,9 @@ class Feed:
         if not layer or hooks_in_force(self.mllm):
             return Entry()
         own_prefix = self.prefix is not None and not conditions[0].leaves_context_intact
-        entry = self._entries.get(own_prefix, Entry())
-        if layer < entry.layer:
+        entry = self._reached
+        # it is further up already, or came there for conditions that take their prefix from elsewhere
+        if layer < entry.layer or own_prefix != (entry.prefix is not None):
             entry = Entry()
         if layer > entry.layer:
             intact = (Condition(),)
@@ -849,7 +850,7 @@ class Feed:
             else:
                 cache = self._cache(intact, entry)
             chunk = self._run_chunk(intact, cache, entry, stop=layer)
-            entry = self._entries[own_prefix] = Entry(layer, prefix, chunk)
+            entry = self._reached = Entry(layer, prefix, chunk)
         return entry
 
     def _cache(self, conditions: Sequence[Condition], entry: Entry) -> DynamicCache | None:
