@@ -612,11 +612,13 @@ def _capped_attention(call: Call, rows: torch.Tensor) -> torch.Tensor:
     return torch.cat(out, 1).to(call.value.dtype)
 
 
-def attention_forward(module, query, key, value, attention_mask, scaling, **options):
+def attention_forward(module, query, key, value, attention_mask, scaling=None, **options):
     """SDPA, with what hooks change and read; transformers calls it in every decoder layer."""
     now = active(module)
     hidden = sum(hook.hidden_keys() for hook in now.hooks)
     first = key.shape[2] - query.shape[2] + hidden
+    if scaling is None:
+        scaling = query.shape[-1] ** -0.5
     call = Call(
         layer=module.layer_idx,
         query=query,

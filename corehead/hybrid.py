@@ -84,14 +84,17 @@ class HybridAttention(Condition):
         """Raise ValueError where heads are another model's, or would stream in a layer with a pattern of its own."""
         streaming = ~self.full
         (self.full or streaming).check(mllm.shape)  # either may be empty
+        config = mllm.text_config
         kept = self.full.mask.all(1)  # (L,)
         windowed = [i for i, window in enumerate(mllm.windows) if window and not kept[i]]
         if windowed:
             raise ValueError(
                 f"layers {windowed} have a window of their own, and cannot have this one: give all their heads as full"
             )
-        kinds = set(getattr(mllm.text_config, "layer_types", None) or ())
-        if kinds - {"full_attention", "sliding_attention"}:
+        kinds = set(getattr(config, "layer_types", None) or ())
+        others = kinds - {"full_attention", "sliding_attention"}
+        crosses = config.is_encoder_decoder or getattr(config, "add_cross_attention", False)
+        if others or crosses:
             raise ValueError(
                 "the model has other attention than full, windowed and causal: hybrid attention does not fit it"
             )
@@ -132,7 +135,7 @@ def hybrid_attention(
     ------
     ValueError
         A bad window or number of sinks; heads of another geometry; streaming heads in a layer that has a window of its
-        own (`MLLM.windows`); inside: a cache that was filled outside, an attention mask of four
+        own (`MLLM.windows`); cross attention; inside: a cache that was filled outside, an attention mask of four
         dimensions.
 
     Examples
