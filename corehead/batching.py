@@ -423,14 +423,18 @@ def pack(
     return _pack_behind(mllm, batch, apart)
 
 
-def without_answers(context: Context) -> Context:
-    """The same context with the questions alone, up to where a model would write its answer."""
+def cut_off(context: Context, *, all_of_it: bool) -> Context:
+    """The same context without its answers, or without the last token of each, which predicts nothing."""
     blocks = []
     for block in context.blocks:
         tagged = block.tagged
-        inputs = _first_tokens(tagged.inputs, tagged.last + 1)
-        prompt = replace(tagged, inputs=inputs, answer=tagged.answer[:0])
-        blocks.append(replace(block, ids=prompt.ids[context.shared :], tagged=prompt))
+        length = tagged.last + 1 if all_of_it else len(tagged.ids) - 1
+        tagged = replace(
+            tagged,
+            inputs=_first_tokens(tagged.inputs, length),
+            answer=tagged.answer[tagged.answer < length],
+        )
+        blocks.append(replace(block, ids=tagged.ids[context.shared :], tagged=tagged))
     return replace(context, blocks=blocks)
 
 
@@ -673,9 +677,7 @@ class _Room(DynamicLayer):
     def rows(self, rows: torch.Tensor) -> _Room:
         """A copy of some batch rows."""
         copy = _Room(self.room)
-        if self.buffers:
-            here = rows.to(self.buffers[0].device)
-            copy.update(*(buffer[here, :, : self.length] for buffer in self.buffers))
+        copy.buffers = [buffer[rows.to(buffer.device)] for buffer in self.buffers]
         copy.length = self.length
         return copy
 

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -13,14 +14,13 @@ import torch
 
 from .attention import edited
 from .batching import (
-    Block,
     Condition,
     Context,
     Feed,
     Wanted,
     batches,
+    cut_off,
     pack,
-    without_answers,
 )
 from .models import MLLM
 from .runs import Finished, provenance, run
@@ -30,6 +30,8 @@ from .tagging import TaggedSample
 
 # tokens in one forward pass over several conditions: what stays in a CPU's cache, what keeps a GPU busy
 TOKENS = {"cpu": 2**11, "cuda": 2**16}
+# rows of logits at once, a quarter of a GiB of float32 at the largest vocabularies
+LOGIT_ROWS = 2**8
 
 
 def evaluate(
@@ -232,33 +234,36 @@ class _Answering:
         self, mllm: MLLM, batch: list[Context], alone: bool, apart: bool, new_tokens: int
     ):
         self.mllm = mllm
-        packed = pack(mllm, batch, alone=alone, apart=apart)
+        fed = [cut_off(context, all_of_it=False) for context in batch]
+        packed = pack(mllm, fed, alone=alone, apart=apart)
         self.feed = Feed(mllm, packed)
         # a second feed for writing, because the answers in the first one would give the text away
         self.writing = None
         if new_tokens:
-            prompts = [without_answers(context) for context in batch]
+            prompts = [cut_off(context, all_of_it=True) for context in batch]
             asked = pack(mllm, prompts, alone=alone, apart=True)
             self.writing = Feed(mllm, asked, new_tokens)
-        self.blocks = list(packed.blocks())
-        # of every question the sample, and the name of its context, which are the same under all conditions
-        self.samples = [block.tagged.sample for _, _, block in self.blocks]
-        contexts = [packed.contexts[c] for c, _, _ in self.blocks]
-        self.names = [x.name_of(sample) for x, sample in zip(contexts, self.samples)]
-        # the answers of all questions one behind the other, (n,), and their lengths to split them again
-        answers = [block.answer for _, _, block in self.blocks]
-        self.answer_ids = torch.from_numpy(np.concatenate(answers))
-        self.lengths = [len(answer) for answer in answers]
-        rows = [packed.slots[c, k].row for c, k, _ in self.blocks]
-        tokens = []
-        for c, k, block in self.blocks:
+        # of every question what stays the same under all conditions: its tagged sample, the name of its context
+        self.tagged: list[TaggedSample] = []
+        self.names: list[str] = []
+        # of all answer tokens, one answer behind the other, the ids and where they are predicted
+        answers, rows, tokens = [], [], []
+        for c, k in packed.slots:
+            tagged = batch[c].blocks[k].tagged
+            answer = batch[c].blocks[k].answer
+            self.tagged.append(tagged)
+            self.names.append(batch[c].name_of(tagged.sample))
+            answers.append(answer)
+            rows += [packed.slots[c, k].row] * len(answer)
             # the token at a position predicts the next one, so that the prompt's last predicts the answer's first
-            predicting = block.tagged.last + np.arange(len(block.answer))
+            predicting = tagged.last + np.arange(len(answer))
             tokens.append(packed.keys(c, k, predicting) - packed.before)
-        self.wanted = Wanted(
-            rows=torch.from_numpy(np.repeat(rows, self.lengths)),
-            tokens=torch.from_numpy(np.concatenate(tokens)),
+        self.lengths = [len(answer) for answer in answers]  # to split them again
+        self.answer_ids = torch.from_numpy(np.concatenate(answers))
+        self.foil_ids = torch.from_numpy(
+            np.concatenate([_foil_ids(t) for t in self.tagged])
         )
+        self.wanted = Wanted(torch.tensor(rows), torch.from_numpy(np.concatenate(tokens)))
 
     def rows(self, conditions: list[Condition]) -> Iterator[dict]:
         """A row of the table for each condition (all of one group) and question."""
@@ -274,53 +279,97 @@ class _Answering:
             texts = [None] * len(together)
             if self.writing is not None:
                 texts = self.writing.write(together)
-            for condition, hidden, written in zip(together, states, texts):
-                yield from self._condition_rows(condition.key, hidden, written)
+            for condition, read, written in zip(together, self._read(states), texts):
+                yield from self._condition_rows(condition.key, read, written)
+
+    def _read(self, states: torch.Tensor) -> list[_Read]:
+        """What hidden states (conditions, n, hidden) say of the answers, for each condition."""
+        times, n = states.shape[:2]
+        parts = []
+        # many rows at once, since every product reads the whole output embedding
+        for part in torch.arange(times * n).split(LOGIT_ROWS):
+            # float32, for sums over a vocabulary lose digits in 16 bits
+            logits = self.mllm.logits(states.flatten(0, 1)[part]).float()
+            answers = self.answer_ids[part % n, None].to(logits.device)
+            foils = self.foil_ids[part % n, None].to(logits.device)
+            expected = logits.gather(1, answers)[:, 0]
+            best = logits.argmax(1)
+            read = [
+                best,
+                expected,
+                expected - logits.logsumexp(1),
+                logits.gather(1, foils)[:, 0],
+                # the logits are of no further use
+                logits.scatter_(1, answers, -torch.inf).amax(1),
+            ]
+            parts.append([x.cpu() for x in read])
+        whole = [torch.cat(x).unflatten(0, (times, n)) for x in zip(*parts)]
+        return [_Read(*of_one) for of_one in zip(*whole)]
 
     def _condition_rows(
-        self, key: str, hidden: torch.Tensor, written: list[list[int]] | None
+        self, key: str, read: _Read, written: list[list[int]] | None
     ) -> Iterator[dict]:
-        """What hidden states (n, hidden) of one condition say, a row a question."""
-        # (n, vocabulary), only of rows that predict answers; float32, for sums over a vocabulary lose digits in 16 bits
-        logits = self.mllm.logits(hidden).float().cpu()
-        expected = logits.gather(1, self.answer_ids[:, None])[:, 0]
-        best = logits.argmax(1)
-        rivals = logits.scatter(1, self.answer_ids[:, None], -torch.inf).amax(1)
-        logprobs = (expected - logits.logsumexp(1)).split(self.lengths)
-        margins = (expected - rivals).split(self.lengths)
-        correct = (best == self.answer_ids).split(self.lengths)
-        # (n of the answer, vocabulary) each
-        by_answer = zip(self.samples, best.split(self.lengths), logits.split(self.lengths))
-        for i, (sample, tokens, rows) in enumerate(by_answer):
+        """What was read under one condition, a row a question."""
+        by_answer = zip(*(x.split(self.lengths) for x in read))
+        answer_ids = self.answer_ids.split(self.lengths)
+        for i, (tagged, one) in enumerate(zip(self.tagged, map(_Read._make, by_answer))):
             row = {
-                "sample": sample.id,
+                "sample": tagged.sample.id,
                 "key": key,
                 "context": self.names[i],
-                "answer": sample.answer or "",
-                "prediction": self._text(tokens.tolist()),
-                "correct": bool(correct[i].all()),
-                "logprob": float(logprobs[i].sum()),
-                "margin": float(margins[i][0]),
+                "answer": tagged.sample.answer or "",
+                "prediction": self._text(one.best.tolist()),
+                "correct": bool((one.best == answer_ids[i]).all()),
+                "logprob": float(one.logprob.sum()),
+                "margin": float(one.expected[0] - one.rival[0]),
             }
-            if self.blocks[i][2].tagged.foil is not None:
-                row |= self._against_foil(rows, self.blocks[i][2])
+            if tagged.foil is not None:
+                row |= _against_foil(one, tagged)
             if written is not None:
                 row["written"] = self._text(written[i])
             yield row
-
-    def _against_foil(self, logits: torch.Tensor, block: Block) -> dict:
-        """The answer against the sample's foil, at the first token in which the two differ."""
-        foil = block.tagged.foil.tolist()
-        for place, (own, other) in enumerate(zip(block.answer.tolist(), foil)):
-            if own != other:
-                contrast = logits[place, own] - logits[place, other]
-                flipped = int(logits[place].argmax()) == other
-                return {"contrast": float(contrast), "flipped": flipped}
-        sample = block.tagged.sample
-        problem = f"{sample.foil!r} begins as the answer {sample.answer!r} does, or is its beginning"
-        sample.fail("foil", problem, "Give one that differs in some token of both")
 
     def _text(self, ids: list[int]) -> str:
         if self.mllm.processor is None:
             return str(ids)
         return self.mllm.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+class _Read(NamedTuple):
+    """What logits say at the places of answer tokens, (n,) each.
+
+    Attributes
+    ----------
+    best : int64
+        The likeliest token.
+    expected, foil, rival : float32
+        Logits: of the answer's token, of the foil's, the largest of all but the answer's.
+    logprob : float32
+        Of the answer's token, nats.
+    """
+
+    best: torch.Tensor
+    expected: torch.Tensor
+    logprob: torch.Tensor
+    foil: torch.Tensor
+    rival: torch.Tensor
+
+
+def _foil_ids(tagged: TaggedSample) -> np.ndarray:
+    """Tokens of the foil in the places of the answer's; the answer's own where it has none."""
+    ids = tagged.ids[tagged.answer].copy()
+    foil = [] if tagged.foil is None else tagged.foil[: len(ids)]
+    ids[: len(foil)] = foil
+    return ids
+
+
+def _against_foil(read: _Read, tagged: TaggedSample) -> dict:
+    """The answer against the sample's foil, at the first token in which the two differ."""
+    answer, foil = tagged.ids[tagged.answer], _foil_ids(tagged)
+    if (answer == foil).all():
+        sample = tagged.sample
+        problem = f"{sample.foil!r} begins as the answer {sample.answer!r} does, or is its beginning"
+        sample.fail("foil", problem, "Give one that differs in some token of both")
+    place = int((answer != foil).argmax())
+    contrast = float(read.expected[place] - read.foil[place])
+    return {"contrast": contrast, "flipped": bool(read.best[place] == foil[place])}

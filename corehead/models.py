@@ -197,7 +197,8 @@ class MLLM:
         windows = [window for window in self.windows if window is not None]
         if windows:
             heads += f", {len(windows)} layers with a window of {windows[0]}"
-        return f"MLLM({name}: {self.family.name}, {heads}, {self.model.num_parameters():,} parameters)"
+        size = f"{self.model.num_parameters():,} parameters in {self.model.dtype}"
+        return f"MLLM({name}: {self.family.name}, {heads}, {size.replace('torch.', '')})"
 
 
 def device_of(module: torch.nn.Module) -> torch.device:
@@ -307,16 +308,19 @@ def memory(
 def _dtype(
     config: PretrainedConfig, dtype: str | torch.dtype, device: str | None = None
 ) -> torch.dtype:
-    """A dtype by name; "auto" is the one that the checkpoint was saved in, but float32 for float16 on a CPU."""
+    """A dtype by name: see `load`. Without a device, as on a GPU."""
+    on_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
+    if dtype == "fastest":
+        slow = on_cpu and not torch.cpu._is_amx_tile_supported()
+        return torch.float32 if slow else torch.bfloat16
     if dtype != "auto":
         found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
         if not isinstance(found, torch.dtype) or not found.is_floating_point:
-            names = "'auto', 'float32', 'bfloat16' or 'float16'"
+            names = "'auto', 'fastest', 'float32', 'bfloat16' or 'float16'"
             raise ValueError(f"dtype={dtype!r}: take {names}")
         return found
     # a configuration may hold its dtype as a string, or none at all
     saved = _dtype(config, config.dtype or torch.float32)
-    on_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
     # float16 on disk is for size: CPUs compute it slowly and imprecisely
     return torch.float32 if on_cpu and saved == torch.float16 else saved
 
@@ -442,8 +446,9 @@ def load(
         A folder, or a hub id such as "Qwen/Qwen3-VL-8B-Instruct". With HF_HUB_OFFLINE=1 the hub's cache is read alone.
         Weights are read from safetensors only, and code that a checkpoint brings along is not run.
     dtype : str or torch.dtype
-        "auto", "float32", "bfloat16", "float16" or a torch dtype. "auto" is as saved, but float16 becomes float32 on a
-        CPU.
+        "auto", "fastest", "float32", "bfloat16", "float16" or a torch dtype. "auto" is as saved, but float16 becomes
+        float32 on a CPU. "fastest" is bfloat16 on GPUs and on CPUs with matrix units for it (AMX), and float32 on other
+        CPUs, which would take several times as long in 16 bits; where one run ends up, `MLLM` says.
     device : str
         "cpu", "cuda", "cuda:1" ..., or "auto" to spread the layers over what there is.
     revision : str, optional

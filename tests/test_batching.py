@@ -1,6 +1,9 @@
 """What runs a batch: greedy writing against generate(), chunks, shared contexts, the roles of tokens."""
 
+from dataclasses import replace
+
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import FAMILIES, ask, image_part, picture, tiny
@@ -93,6 +96,37 @@ def test_long_contexts_run_in_chunks(family, what, monkeypatch):
     finally:
         count.remove()
     assert max(fed) == 16 and len(fed) > 10
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_last_token_of_an_answer_is_not_run(family):
+    """It predicts nothing that is asked for."""
+    mllm, fed = tiny(family), []
+    sample = samples_for(mllm)[0]
+    count = mllm.attentions[0].register_forward_pre_hook(
+        lambda module, args, given: fed.append(given["hidden_states"].shape[1]),
+        with_kwargs=True,
+    )
+    try:
+        ch.evaluate(mllm, [sample], progress=False)
+    finally:
+        count.remove()
+    assert sum(fed) == len(mllm.tag(sample).ids) - 1
+
+
+def test_logits_are_read_in_parts(monkeypatch):
+    mllm = tiny("qwen3_vl")
+    samples = [replace(sample, foil="on top") for sample in samples_for(mllm)]
+    conditions = {
+        "intact": None,
+        "zero": Ablation(HEADS),
+        "cut": Ablation(HEADS, "knockout"),
+    }
+    whole = ch.evaluate(mllm, samples, conditions, progress=False)
+    monkeypatch.setattr("corehead.evaluation.LOGIT_ROWS", 3)
+    parts = ch.evaluate(mllm, samples, conditions, progress=False)
+    assert {"contrast", "flipped"} <= set(parts) and len(parts) > 10
+    pd.testing.assert_frame_equal(parts, whole, rtol=1e-4, atol=1e-5)
 
 
 def test_what_is_the_same_context():

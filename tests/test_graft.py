@@ -216,6 +216,11 @@ def test_facts_are_split_and_say_nothing_of_their_answer():
     # facts that have one answer are one item
     assert plain.meta["item"] == chat.meta["item"] == chat.answer
     assert len({s.meta["item"] for s in parts["test"]}) < 200
+    by_seed = [
+        {s.messages[0]["content"][0]["text"] for s in samples("facts", n=40, seed=i)}
+        for i in range(6)
+    ]
+    assert len(set.union(*by_seed[:5])) == 200 and {len(asked) for asked in by_seed} == {40}
     with pytest.raises(ValueError, match="train"):
         samples("facts", "train", 1)
     with pytest.raises(ValueError, match="n=500"):

@@ -56,9 +56,20 @@ def test_dtype(saved):
     assert dtypes(ch.load(saved / "qwen3_vl", dtype=torch.float16)) == {torch.float16}
 
 
+def test_the_fastest_dtype_is_bfloat16_where_there_are_units_for_it(saved, monkeypatch):
+    for units, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda units=units: units)
+        mllm = ch.load(saved / "llama", dtype="fastest")
+        assert dtypes(mllm) == {dtype}
+        assert repr(mllm).endswith(f"parameters in {str(dtype).removeprefix('torch.')})")
+    assert models._dtype(mllm.model.config, "fastest", "cuda") == torch.bfloat16
+
+
 @pytest.mark.parametrize("dtype", ["fp16", "half precision", "int8", "Tensor", 16, None])
 def test_dtypes_that_are_none_are_refused(saved, dtype):
-    with pytest.raises(ValueError, match=f"dtype={dtype!r}: take 'auto', 'float32'"):
+    with pytest.raises(
+        ValueError, match=f"dtype={dtype!r}: take 'auto', 'fastest', 'float32'"
+    ):
         ch.load(saved / "llama", dtype=dtype)
 
 

@@ -144,7 +144,7 @@ def samples(
     split : str
         "train", "validation" or "test": handwritten digits, and facts, of one never appear in another.
     n, seed, questions : int
-        As in `corehead.testbed.samples`.
+        As in `corehead.testbed.samples`; facts of the next seed are others, until all have been asked.
     pages : int
         Pictures, at least 2 (of a single one LLaVA-OneVision would also show crops); 35 names fill two.
     repeat : int
@@ -165,13 +165,13 @@ def samples(
     check_split(split)
     if task not in TASKS:
         raise ValueError(f"task={task!r}: take one of {', '.join(map(repr, TASKS))}")
-    rng = np.random.default_rng([seed, *f"{task}-{split}".encode()])
     if task == "facts":
         if split == "train":
             raise ValueError(
                 "split='train': nothing is trained on facts; take 'validation' or 'test'"
             )
-        return _facts(rng, split, n, seed, ask)
+        return _facts(split, n, seed, ask)
+    rng = np.random.default_rng([seed, *f"{task}-{split}".encode()])
     length = pages * TILES
     if not (pages >= 2 and repeat < length <= len(NAMES)) or n % questions:
         what = f"pages={pages}, repeat={repeat}, n={n}, questions={questions}"
@@ -216,9 +216,7 @@ def _text(text: str) -> dict[str, str]:
     return {"type": "text", "text": text}
 
 
-def _facts(
-    rng: np.random.Generator, split: str, n: int, seed: int, ask: str
-) -> list[Sample]:
+def _facts(split: str, n: int, seed: int, ask: str) -> list[Sample]:
     # one order for ever, every second a split's: no fact is in two
     known = facts()
     order = np.random.default_rng(0).permutation(len(known))
@@ -226,7 +224,8 @@ def _facts(
     if n > len(part):
         raise ValueError(f"n={n}: there are {len(part)} facts a split")
     found = []
-    for i in rng.permutation(part)[:n]:
+    # the next seed's are others, until all have been asked
+    for i in np.roll(part, -n * seed)[:n]:
         prompt, answer = known[i]
         messages = [{"role": "user", "content": [_text(ask + prompt)]}]
         # a fact is known or not however it is asked, and no two have the same answer
