@@ -1,4 +1,4 @@
-"""Visual attention sinks (arXiv 2503.03321): the few visual tokens that every row looks at, whatever is asked."""
+"""Attention sinks: the few tokens, also visual ones (arXiv 2503.03321), that every row looks at, whatever is asked."""
 
 from __future__ import annotations
 
@@ -62,50 +62,63 @@ def drawn_attention(mllm: MLLM, tagged: TaggedSample) -> np.ndarray:
     return drawn / even
 
 
-def visual_sinks(
-    mllm: MLLM, samples: Iterable[Sample], threshold: float = THRESHOLD
+def find_sinks(
+    mllm: MLLM,
+    samples: Iterable[Sample],
+    among: str = "visual",
+    threshold: float = THRESHOLD,
 ) -> pd.DataFrame:
-    """Which visual tokens are sinks.
+    """Which tokens are sinks.
 
     Parameters
     ----------
     mllm : MLLM
     samples : iterable of Sample
         One forward pass each, all of whose rows are read.
+    among : {"visual", "text"}
+        "text": the other tokens in front of the question, but for the first, a sink that has a group of its own in
+        `score`.
     threshold : float
-        A visual token is a sink where it draws more than so many times the mean of the prompt's visual tokens, by
+        A token is a sink where it draws more than so many times the mean of the prompt's tokens of its kind, by
         `drawn_attention`. The mean is over all heads, which keeps evidence out: a few heads look at it, from a few
         rows. (The paper finds sinks by single dimensions of the hidden states, which differ from model to model.)
 
     Returns
     -------
     DataFrame
-        A row a visual token: sample, context (the sample), the sample's meta, token (its index), edge (it looks at the
-        border of its picture), evidence (it is in V*), drawn (over the mean), sink. Samples without media have none.
+        A row a token: sample, context (the sample), the sample's meta, token (its index), edge (it looks at the border
+        of its picture), evidence (it is in V*), drawn (over the mean), sink. Samples without such tokens have none.
 
     Raises
     ------
     ValueError
-        No sample has visual tokens.
+        No sample has such tokens; `among` misspelt.
     """
+    if among not in ("visual", "text"):
+        raise ValueError(f"among={among!r}: take 'visual' or 'text'")
     tables = []
     for sample in samples:
         tagged = mllm.tag(sample)
-        if not len(tagged.visual):
+        # behind the question's own tokens there are too few rows to tell
+        end = tagged.question[0] if len(tagged.question) else tagged.last
+        of_text = np.setdiff1d(np.arange(1, end), tagged.visual)
+        tokens = tagged.visual if among == "visual" else of_text
+        if not len(tokens):
             continue
-        drawn = drawn_attention(mllm, tagged)[tagged.visual]
+        drawn = drawn_attention(mllm, tagged)[tokens]
         drawn /= drawn.mean()
         columns = {"sample": sample.id, "context": sample.id, **sample.meta}
         columns |= {
-            "token": tagged.visual,
-            "edge": _at_edge(tagged)[tagged.visual],
-            "evidence": np.isin(tagged.visual, tagged.evidence),
+            "token": tokens,
+            "edge": _at_edge(tagged)[tokens],
+            "evidence": np.isin(tokens, tagged.evidence),
             "drawn": drawn,
             "sink": drawn > threshold,
         }
         tables.append(pd.DataFrame(columns))
     if not tables:
-        raise ValueError("no sample has visual tokens: give samples with media")
+        what = "visual tokens: give samples with media" if among == "visual" else "text"
+        raise ValueError(f"no sample has {what}")
     return pd.concat(tables, ignore_index=True)
 
 
@@ -124,44 +137,42 @@ def _at_edge(tagged: TaggedSample) -> np.ndarray:
 def mass_beside_sinks(
     mllm: MLLM, samples: Iterable[Sample], tokens: pd.DataFrame, query: str = "question"
 ) -> xr.DataArray:
-    """Attention on the visual tokens with a group of their own for sinks.
+    """Attention on visual tokens, or on text, with a group of their own for sinks.
 
     Parameters
     ----------
     mllm : MLLM
     samples : iterable of Sample
-        Samples of which no token is in the table have no visual tokens, and are left out.
+        Samples of which no token is in the table are left out.
     tokens : DataFrame
-        From `visual_sinks`, of the same samples.
+        From `find_sinks`, of the same samples.
     query : {"question", "last", "answer"}
         The mean over these rows.
 
     Returns
     -------
     DataArray (sample, kind, layer, head)
-        Of kind "evidence" and "other", sinks left out, and "sinks in evidence" and "other sinks": RAM is the first and
-        the third, RAM without sinks the first alone; visual mass is all four, and without sinks the first two.
+        Of kind "evidence" and "other", sinks left out, and "sinks in evidence" and "other sinks": of samples whose
+        evidence is among these tokens RAM is the first and the third, RAM without sinks the first alone; the mass of
+        these tokens is all four, and without sinks the first two.
     """
-    sinks = {
-        name: part.token[part.sink].to_numpy() for name, part in tokens.groupby("sample")
-    }
+    tables = dict(tuple(tokens.groupby("sample")))
 
     def kinds(tagged: TaggedSample) -> np.ndarray:
+        table = tables[tagged.sample.id]
         labels = np.full(len(tagged.ids), -1)
-        inside = np.isin(tagged.visual, tagged.evidence)
-        sink = np.isin(tagged.visual, sinks[tagged.sample.id])
-        labels[tagged.visual] = 1 - inside + 2 * sink
+        labels[table.token] = 1 - table.evidence + 2 * table.sink
         return labels
 
     masses = {}
     for tagged, _, mass in group_mass(
-        mllm, [sample for sample in samples if sample.id in sinks], kinds, query
+        mllm, [sample for sample in samples if sample.id in tables], kinds, query
     ):
         # a batch without a sink has fewer groups
         missing = len(KINDS) - mass.shape[2]
         full = np.pad(mass, ((0, 0), (0, 0), (0, missing)))
         masses[tagged.sample.id] = full.transpose(2, 0, 1)
-    names = [name for name in sinks if name in masses]
+    names = [name for name in tables if name in masses]
     return xr.DataArray(
         np.stack([masses[name] for name in names]),
         dims=("sample", "kind", "layer", "head"),

@@ -202,6 +202,19 @@ def test_numbers_of_samples_go_with_questions_on_a_context(profile):
     assert n["accuracy"] % 4 == 0 and values["check_claims"] is False
 
 
+@pytest.mark.parametrize("profile", ["smollm2", "quick"])
+def test_samples_of_every_size_can_be_drawn(profile):
+    """As notebook 2 asks for them, four questions on a context."""
+    values = values_of(PARAMS / f"{profile}.yaml")
+    chosen = task_set(**values.get("tasks", {"name": "digits"}))
+    for task in chosen.layouts:
+        for size, layout in chosen.growing(task).items():
+            asked = chosen.samples(
+                "test", values["n"]["accuracy"], tasks={task: layout}, questions=4
+            )
+            assert len({s.id for s in asked}) == values["n"]["accuracy"], (task, size)
+
+
 @pytest.mark.parametrize("name", DRAWN)
 def test_samples_of_a_zero_shot_profile_can_be_drawn(name):
     """Of its own and its largest layouts: the other profiles have those of one of these."""

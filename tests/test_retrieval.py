@@ -12,7 +12,7 @@ import corehead as ch
 from corehead.attention import Hook, hooks
 from corehead.ranking import HeadRanking
 from corehead.retrieval import recall, units
-from corehead.sinks import drawn_attention, mass_beside_sinks, visual_sinks
+from corehead.sinks import drawn_attention, find_sinks, mass_beside_sinks
 from corehead.stats import summary
 
 ROOT = "data/testbed/qwen3vl-s"
@@ -196,10 +196,10 @@ def test_a_planted_sink_is_found_and_taken_out():
     # the first of the third page: in V* of the second question alone
     token = int(mllm.tag(samples[0]).media[2].tokens[0])
     sinks = ["sinks in evidence", "other sinks"]
-    clean = mass_beside_sinks(mllm, samples, visual_sinks(mllm, samples))
+    clean = mass_beside_sinks(mllm, samples, find_sinks(mllm, samples))
     assert clean.sel(kind=sinks).sum() == 0
     with hooks(mllm, {layer: [Planted(token)] for layer in range(mllm.n_layers)}):
-        table = visual_sinks(mllm, samples)
+        table = find_sinks(mllm, samples)
         masses = mass_beside_sinks(mllm, samples, table)
         ram = ch.score(mllm, samples, null=False, progress=False).per_sample("ram")
     assert table[table.sink].token.tolist() == [token, token]
@@ -212,9 +212,26 @@ def test_a_planted_sink_is_found_and_taken_out():
     np.testing.assert_allclose(whole, ram, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["qwen3_vl", "llama"])
+def test_a_sink_in_text_is_found_beside_the_first_token(family):
+    mllm = tiny(family)
+    sample = ask("A 7. " * 30 + "B 5.", evidence=[ch.Span("B 5.")], question="B?")
+    tagged = mllm.tag(sample)
+    token = int(tagged.evidence[0])
+    with hooks(mllm, {layer: [Planted(token)] for layer in range(mllm.n_layers)}):
+        table = find_sinks(mllm, [sample], "text")
+        [mass] = mass_beside_sinks(mllm, [sample], table)
+        ram = ch.score(mllm, [sample], null=False, progress=False).per_sample("ram")
+    assert table.token.tolist() == list(range(1, tagged.question[0]))
+    assert table[table.sink].token.tolist() == [token]
+    in_evidence, rest = mass.sel(kind="sinks in evidence"), mass.sel(kind="evidence")
+    assert (in_evidence > rest).all() and (mass.sel(kind="other sinks") == 0).all()
+    np.testing.assert_allclose(in_evidence + rest, ram[0], atol=1e-5)
+
+
 def test_nothing_is_a_sink_where_attention_is_even():
     mllm = tiny("qwen3_vl")
-    table = visual_sinks(mllm, documents())
+    table = find_sinks(mllm, documents())
     assert not table.sink.any() and set(table["sample"]) == {
         "d0",
         "d1",
@@ -224,8 +241,10 @@ def test_nothing_is_a_sink_where_attention_is_even():
     }
     means = table.groupby("sample").drawn.mean()
     np.testing.assert_allclose(means, 1)
+    with pytest.raises(ValueError, match="among='video': take 'visual' or 'text'"):
+        find_sinks(mllm, documents(), "video")
     with pytest.raises(ValueError, match="no sample has visual tokens"):
-        visual_sinks(mllm, [ask("A 7.", evidence=[ch.Span("A 7.")])])
+        find_sinks(mllm, [ask("A 7.", evidence=[ch.Span("A 7.")])])
 
 
 def test_evidence_in_text_beside_a_page_does_not_cost_the_sample():
