@@ -423,12 +423,12 @@ def pack(
     return _pack_behind(mllm, batch, apart)
 
 
-def cut_off(context: Context, *, all_of_it: bool) -> Context:
+def cut_off(context: Context, *, whole_answer: bool) -> Context:
     """The same context without its answers, or without the last token of each, which predicts nothing."""
     blocks = []
     for block in context.blocks:
         tagged = block.tagged
-        length = tagged.last + 1 if all_of_it else len(tagged.ids) - 1
+        length = tagged.last + 1 if whole_answer else len(tagged.ids) - 1
         tagged = replace(
             tagged,
             inputs=_first_tokens(tagged.inputs, length),

@@ -234,13 +234,13 @@ class _Answering:
         self, mllm: MLLM, batch: list[Context], alone: bool, apart: bool, new_tokens: int
     ):
         self.mllm = mllm
-        fed = [cut_off(context, all_of_it=False) for context in batch]
+        fed = [cut_off(context, whole_answer=False) for context in batch]
         packed = pack(mllm, fed, alone=alone, apart=apart)
         self.feed = Feed(mllm, packed)
         # a second feed for writing, because the answers in the first one would give the text away
         self.writing = None
         if new_tokens:
-            prompts = [cut_off(context, all_of_it=True) for context in batch]
+            prompts = [cut_off(context, whole_answer=True) for context in batch]
             asked = pack(mllm, prompts, alone=alone, apart=True)
             self.writing = Feed(mllm, asked, new_tokens)
         # of every question what stays the same under all conditions: its tagged sample, the name of its context

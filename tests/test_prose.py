@@ -53,6 +53,7 @@ def test_nothing_of_one_split_is_in_another(task):
 @each_task
 def test_counterfactuals_differ_in_one_value(task):
     for base, donor in counterfactuals(task, "validation", 100):
+        assert base.answer.strip()[0] != donor.answer.strip()[0]
         (a, question), (b, other) = texts(base), texts(donor)
         assert question == other and base.foil == donor.answer and donor.foil == base.answer
         changed = [(x, y) for x, y in zip(a.splitlines(), b.splitlines()) if x != y]

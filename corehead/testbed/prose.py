@@ -141,7 +141,10 @@ def _pairs(
         recalled = places[-RECALLED:]
         for i, place in enumerate(places[:questions]):
             other = list(said)
-            other[place] = said[place][0], left[kinds[place]][-1]
+            beginning, value = said[place]
+            # of another first letter or digit, so that the answers part at their first token
+            others = [word for word in left[kinds[place]] if word[0] != value[0]]
+            other[place] = beginning, others[-1]
             base, donor = (_sample(task, facts, place, recalled) for facts in (said, other))
             meta = base.meta | {"scene": scene}
             found.append(
