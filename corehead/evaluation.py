@@ -191,7 +191,7 @@ def _work(
     new_tokens: int,
 ) -> Iterator[list[dict]]:
     """Answers of every sample under the conditions that it lacks, a list a batch."""
-    # without the question's own tokens, blocks are a token or two
+    # without the question's own tokens, blocks are as short as the answers
     late = all(condition.leaves_prompt_intact for condition in conditions.values())
     # an ablation around this run may be about those tokens
     late = late and not edited(mllm)

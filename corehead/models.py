@@ -447,8 +447,9 @@ def load(
         Weights are read from safetensors only, and code that a checkpoint brings along is not run.
     dtype : str or torch.dtype
         "auto", "fastest", "float32", "bfloat16", "float16" or a torch dtype. "auto" is as saved, but float16 becomes
-        float32 on a CPU. "fastest" is bfloat16 on GPUs and on CPUs with matrix units for it (AMX), and float32 on other
-        CPUs, which would take several times as long in 16 bits. A printed `MLLM` says which it is.
+        float32 on a CPU. "fastest" is bfloat16 on GPUs (Ampere and later are meant) and on CPUs with matrix units for
+        it (AMX), and float32 on other CPUs, which would take several times as long in 16 bits. A printed `MLLM` says
+        which it is.
     device : str
         "cpu", "cuda", "cuda:1" ..., or "auto" to spread the layers over what there is.
     revision : str, optional

@@ -17,7 +17,9 @@ from .samples import Sample
 from .scoring import group_mass
 from .tagging import TaggedSample
 
-THRESHOLD = 5.0  # times as much attention as the visual tokens of a prompt draw on average
+THRESHOLD = (
+    5.0  # times as much attention as a prompt's tokens of the same kind draw on average
+)
 KINDS = ("evidence", "other", "sinks in evidence", "other sinks")
 
 
@@ -99,7 +101,7 @@ def find_sinks(
     tables = []
     for sample in samples:
         tagged = mllm.tag(sample)
-        # behind the question's own tokens there are too few rows to tell
+        # too few rows follow the question's own tokens to tell
         end = tagged.question[0] if len(tagged.question) else tagged.last
         of_text = np.setdiff1d(np.arange(1, end), tagged.visual)
         tokens = tagged.visual if among == "visual" else of_text
@@ -117,8 +119,8 @@ def find_sinks(
         }
         tables.append(pd.DataFrame(columns))
     if not tables:
-        what = "visual tokens: give samples with media" if among == "visual" else "text"
-        raise ValueError(f"no sample has {what}")
+        fix = "give samples with media, or text in front of the question"
+        raise ValueError(f"no sample has {among} tokens: {fix}")
     return pd.concat(tables, ignore_index=True)
 
 

@@ -1,5 +1,6 @@
 """What runs a batch: greedy writing against generate(), chunks, shared contexts, the roles of tokens."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -112,6 +113,37 @@ def test_the_last_token_of_an_answer_is_not_run(family):
     finally:
         count.remove()
     assert sum(fed) == len(mllm.tag(sample).ids) - 1
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "llama"])
+def test_answers_of_several_tokens_against_a_forward_pass(family):
+    """The foil differs at a later token; several conditions are read at once."""
+    mllm = tiny(family)
+    samples = [
+        replace(sample, answer="left top left", foil="left bottom")
+        for sample in samples_for(mllm)
+    ]
+    ablations = {"zero": Ablation(HEADS), "other": Ablation(~HEADS, phase="last")}
+    answers = ch.evaluate(mllm, samples, {"intact": None} | ablations, progress=False)
+    assert len(answers) == 3 * len(samples)
+    for row in answers.itertuples():
+        tagged = mllm.tag(next(s for s in samples if s.id == row.sample))
+        own = torch.from_numpy(tagged.ids[tagged.answer])
+        place = next(i for i, (a, b) in enumerate(zip(own, tagged.foil)) if a != b)
+        assert place and place < len(own) - 1
+        context = nullcontext()
+        if row.condition in ablations:
+            ablation = ablations[row.condition]
+            context = ch.ablate(mllm, ablation.heads, phase=ablation.phase, tagged=tagged)
+        with context, torch.inference_mode():
+            logits = mllm.model(**to_model(tagged.inputs, mllm)).logits[0]
+        logits = logits[tagged.last : tagged.last + len(own)].float()
+        logprob = logits.log_softmax(-1).gather(1, own[:, None]).sum()
+        contrast = logits[place, own[place]] - logits[place, int(tagged.foil[place])]
+        assert row.logprob == pytest.approx(float(logprob), abs=1e-4)
+        assert row.contrast == pytest.approx(float(contrast), abs=1e-4)
+        assert row.correct == bool((logits.argmax(1) == own).all())
+        assert row.flipped == (int(logits[place].argmax()) == int(tagged.foil[place]))
 
 
 def test_logits_are_read_in_parts(monkeypatch):

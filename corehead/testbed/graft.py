@@ -144,7 +144,7 @@ def samples(
     split : str
         "train", "validation" or "test": handwritten digits, and facts, of one never appear in another.
     n, seed, questions : int
-        As in `corehead.testbed.samples`; facts of the next seed are others, until all have been asked.
+        As in `corehead.testbed.samples`; facts of the next seed are others (of the same n), until all are used.
     pages : int
         Pictures, at least 2 (of a single one LLaVA-OneVision would also show crops); 35 names fill two.
     repeat : int
@@ -224,7 +224,7 @@ def _facts(split: str, n: int, seed: int, ask: str) -> list[Sample]:
     if n > len(part):
         raise ValueError(f"n={n}: there are {len(part)} facts a split")
     found = []
-    # the next seed's are others, until all have been asked
+    # the next seed's are others, until all are used
     for i in np.roll(part, -n * seed)[:n]:
         prompt, answer = known[i]
         messages = [{"role": "user", "content": [_text(ask + prompt)]}]

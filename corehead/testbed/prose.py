@@ -85,7 +85,7 @@ def samples(
 def counterfactuals(
     task: str, split: str = "test", n: int = 100, seed: int = 0, **layout
 ) -> list[tuple[Sample, Sample]]:
-    """Pairs of samples that differ in nothing but the value that is asked for.
+    """Pairs of samples that differ in nothing but the value that is asked for, from its first letter or digit on.
 
     Parameters
     ----------
