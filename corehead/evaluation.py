@@ -249,14 +249,13 @@ class _Answering:
         # of all answer tokens, one answer behind the other, the ids and where they are predicted
         answers, rows, tokens = [], [], []
         for c, k in packed.slots:
-            tagged = batch[c].blocks[k].tagged
-            answer = batch[c].blocks[k].answer
-            self.tagged.append(tagged)
-            self.names.append(batch[c].name_of(tagged.sample))
-            answers.append(answer)
-            rows += [packed.slots[c, k].row] * len(answer)
+            block = batch[c].blocks[k]
+            self.tagged.append(block.tagged)
+            self.names.append(batch[c].name_of(block.tagged.sample))
+            answers.append(block.answer)
+            rows += [packed.slots[c, k].row] * len(block.answer)
             # the token at a position predicts the next one, so that the prompt's last predicts the answer's first
-            predicting = tagged.last + np.arange(len(answer))
+            predicting = block.tagged.last + np.arange(len(block.answer))
             tokens.append(packed.keys(c, k, predicting) - packed.before)
         self.lengths = [len(answer) for answer in answers]  # to split them again
         self.answer_ids = torch.from_numpy(np.concatenate(answers))
@@ -311,7 +310,8 @@ class _Answering:
     ) -> Iterator[dict]:
         """What was read under one condition, a row a question."""
         by_answer = zip(*(x.split(self.lengths) for x in read))
-        answer_ids = self.answer_ids.split(self.lengths)
+        answers = self.answer_ids.split(self.lengths)
+        foils = self.foil_ids.split(self.lengths)
         for i, (tagged, one) in enumerate(zip(self.tagged, map(_Read._make, by_answer))):
             row = {
                 "sample": tagged.sample.id,
@@ -319,12 +319,12 @@ class _Answering:
                 "context": self.names[i],
                 "answer": tagged.sample.answer or "",
                 "prediction": self._text(one.best.tolist()),
-                "correct": bool((one.best == answer_ids[i]).all()),
+                "correct": bool((one.best == answers[i]).all()),
                 "logprob": float(one.logprob.sum()),
                 "margin": float(one.expected[0] - one.rival[0]),
             }
             if tagged.foil is not None:
-                row |= _against_foil(one, tagged)
+                row |= _against_foil(one, answers[i], foils[i], tagged.sample)
             if written is not None:
                 row["written"] = self._text(written[i])
             yield row
@@ -363,13 +363,14 @@ def _foil_ids(tagged: TaggedSample) -> np.ndarray:
     return ids
 
 
-def _against_foil(read: _Read, tagged: TaggedSample) -> dict:
-    """The answer against the sample's foil, at the first token in which the two differ."""
-    answer, foil = tagged.ids[tagged.answer], _foil_ids(tagged)
-    if (answer == foil).all():
-        sample = tagged.sample
+def _against_foil(
+    read: _Read, answer: torch.Tensor, foil: torch.Tensor, sample: Sample
+) -> dict:
+    """The answer's tokens (n,) against those of the sample's foil, at the first in which the two differ."""
+    differ = (answer != foil).nonzero()
+    if not len(differ):
         problem = f"{sample.foil!r} begins as the answer {sample.answer!r} does, or is its beginning"
         sample.fail("foil", problem, "Give one that differs in some token of both")
-    place = int((answer != foil).argmax())
+    place = int(differ[0])
     contrast = float(read.expected[place] - read.foil[place])
     return {"contrast": contrast, "flipped": bool(read.best[place] == foil[place])}
